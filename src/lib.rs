@@ -1,1 +1,6 @@
-//! Countersign.
+//! Countersign: a per-node agent that attests local workloads, decides by policy, and injects
+//! short-lived tokens into their requests.
+
+pub mod clock;
+pub mod config;
+pub mod routing;

@@ -1,0 +1,490 @@
+//! Configuration: one YAML file, read strictly, into the types below.
+//!
+//! [`load`](Config::load) parses every file with spans, refuses unknown keys, converts each section
+//! to its typed form and reports *all* problems at once, each with file, line, column and a suggestion.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use countersign_attestors::AttributeType;
+use http::HeaderName;
+use ipnet::IpNet;
+use url::Url;
+
+/// A whole, valid configuration. Immutable; a reload makes another.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// The file that it was read from.
+    pub path: PathBuf,
+    /// Number of data workers; `None` is min(4, the cgroup's CPU quota).
+    pub workers: Option<usize>,
+    /// Where the agent listens.
+    pub listeners: Vec<Listener>,
+    /// Which attestors run.
+    pub attestors: Attestors,
+    /// `principal.environment`: the first rule that matches.
+    pub environments: Vec<EnvironmentRule>,
+    /// Token sources, by unique name.
+    pub credentials: Vec<Arc<CredentialConfig>>,
+    /// Where traffic may go, by unique name; the first match wins.
+    pub destinations: Vec<Arc<Destination>>,
+    /// What happens to traffic that matches no destination.
+    pub unmatched: Unmatched,
+    /// TLS interception; `None` when no destination needs it and none is configured.
+    pub interception: Option<Interception>,
+    /// The directory of `*.cedar` files (and `*.test.yaml`).
+    pub policy_directory: PathBuf,
+    /// Limits per identity.
+    pub limits: Limits,
+    /// Where audit records go.
+    pub audit: AuditConfig,
+    /// Logging.
+    pub log: LogConfig,
+    /// The admin socket.
+    pub admin: AdminConfig,
+    /// Every file that this configuration was read from or names and that a change of must cause a reload.
+    pub watched_files: Vec<PathBuf>,
+}
+
+/// A listener.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Listener {
+    /// Unique name.
+    pub name: String,
+    /// What it speaks.
+    pub kind: ListenerKind,
+    /// Where.
+    pub bind: Bind,
+    /// Mode and group of a Unix socket.
+    pub access: SocketAccess,
+}
+
+/// What a listener speaks.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ListenerKind {
+    /// Absolute-form requests and CONNECT.
+    ForwardProxy,
+    /// A base URL for one destination.
+    Gateway {
+        /// The destination served.
+        destination: Arc<Destination>,
+    },
+    /// `/v1/token`, `/v1/whoami`, `/v1/explain/ID`, `/v1/proxy`: about the caller only.
+    WorkloadApi,
+}
+
+/// An address to bind.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Bind {
+    /// TCP.
+    Tcp(SocketAddr),
+    /// A Unix socket's path.
+    Unix(PathBuf),
+}
+
+/// Who may open a Unix socket.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct SocketAccess {
+    /// Permission bits; default 0600.
+    pub mode: Option<u32>,
+    /// Group name.
+    pub group: Option<String>,
+}
+
+/// The configured attestors.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Attestors {
+    /// `unix: {}` present.
+    pub unix: bool,
+    /// `systemd: {}` present.
+    pub systemd: bool,
+    /// OIDC issuers, by unique name.
+    pub oidc_issuers: Vec<OidcIssuer>,
+}
+
+/// An OIDC issuer on the allow-list.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OidcIssuer {
+    /// The group in policies: `principal.NAME`.
+    pub name: String,
+    /// The exact `iss`.
+    pub issuer: Url,
+    /// Audiences, one of which a token must carry.
+    pub audiences: Vec<String>,
+    /// Claims mapped to typed attributes (a preset already expanded).
+    pub claims: BTreeMap<String, AttributeType>,
+    /// Roots that replace the system's.
+    pub ca_file: Option<PathBuf>,
+    /// Where the issuer's host really is.
+    pub connect_to: Option<SocketAddr>,
+    /// Address ranges exempt from the address guard.
+    pub allow_addresses: Vec<IpNet>,
+}
+
+/// One rule of the environment mapping: all attributes must equal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EnvironmentRule {
+    /// The environment's name.
+    pub name: String,
+    /// `GROUP.ATTRIBUTE` to its value, as text.
+    pub when: BTreeMap<String, String>,
+}
+
+/// A token source.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CredentialConfig {
+    /// Unique name: `Credential::"NAME"`.
+    pub name: String,
+    /// Groups: `CredentialGroup::"GROUP"`.
+    pub groups: Vec<String>,
+    /// `resource.environment`.
+    pub environment: Option<String>,
+    /// Where tokens come from.
+    pub source: TokenSource,
+}
+
+/// Where a credential's tokens come from: one variant for each `type`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum TokenSource {
+    /// `oauth_client_credentials`: RFC 6749 section 4.4.
+    OauthClientCredentials(Box<OauthClientCredentials>),
+}
+
+/// The settings of `oauth_client_credentials`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OauthClientCredentials {
+    /// The authorization server.
+    pub server: AuthorizationServer,
+    /// The client id, a literal or a template over attested attributes (`svc-${systemd.system_unit}`).
+    pub client_id: Template,
+    /// How the client authenticates.
+    pub client_authentication: ClientAuthentication,
+    /// The most that is asked for; a destination may ask for less.
+    pub scopes: Vec<String>,
+    /// RFC 8707 resource indicators.
+    pub resources: Vec<Url>,
+    /// The `audience` request parameter.
+    pub audience: Option<String>,
+    /// Extra form parameters.
+    pub parameters: BTreeMap<String, String>,
+    /// Whether `client_id` is sent beside an assertion. Default false.
+    pub send_client_id: bool,
+    /// Claims put into the assertion, each a template over attested attributes.
+    pub assertion_claims: BTreeMap<String, Template>,
+    /// Roots that replace the system's.
+    pub ca_file: Option<PathBuf>,
+    /// Whole time for one token request, connection included. Default 5 s.
+    pub timeout: Duration,
+    /// Where the server's host really is.
+    pub connect_to: Option<SocketAddr>,
+    /// An HTTP proxy to the server (`http://HOST:PORT`).
+    pub outbound_proxy: Option<Url>,
+    /// Address ranges exempt from the address guard.
+    pub allow_addresses: Vec<IpNet>,
+}
+
+/// How an authorization server is found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AuthorizationServer {
+    /// By metadata (RFC 8414, or OpenID configuration).
+    Issuer(Url),
+    /// By its token endpoint, for servers without metadata; `issuer`, if given, is the assertion's audience.
+    TokenEndpoint {
+        /// The endpoint.
+        token_endpoint: Url,
+        /// The audience of assertions; the token endpoint where absent.
+        issuer: Option<String>,
+    },
+}
+
+/// How the client authenticates at the token endpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ClientAuthentication {
+    /// RFC 7523 section 2.2, signed by the agent's key.
+    PrivateKeyJwt {
+        /// PEM (PKCS#8, SEC1, PKCS#1) or JWK; reloaded on change.
+        key_file: PathBuf,
+        /// The signature algorithm.
+        algorithm: SigningAlgorithm,
+        /// The `kid` header; default the key's RFC 7638 thumbprint.
+        key_id: Option<String>,
+        /// The `typ` header; default `client-authentication+jwt` (RFC 10070), `JWT` for servers that refuse it.
+        assertion_type_header: Option<String>,
+    },
+    /// The workload's own presented token, byte-identical.
+    WorkloadAssertion {
+        /// The configured OIDC issuer whose token is used; any, where absent.
+        issuer: Option<String>,
+    },
+    /// RFC 6749 section 2.3.1.
+    ClientSecretBasic {
+        /// The file that holds the secret; one trailing line end is removed.
+        secret_file: PathBuf,
+    },
+}
+
+/// Signature algorithms of client assertions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SigningAlgorithm {
+    /// ECDSA with P-256 and SHA-256.
+    Es256,
+    /// Ed25519.
+    EdDsa,
+    /// RSASSA-PSS with SHA-256.
+    Ps256,
+    /// RSASSA-PKCS1-v1_5 with SHA-256.
+    Rs256,
+}
+
+/// Text with `${GROUP.ATTRIBUTE}` holes, filled from attested attributes. Parsed at load.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Template {
+    /// Literal text and holes, in order.
+    pub parts: Vec<TemplatePart>,
+}
+
+/// A part of a [`Template`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TemplatePart {
+    /// Literal text.
+    Literal(String),
+    /// `${group.name}`.
+    Attribute {
+        /// The group.
+        group: String,
+        /// The attribute.
+        name: String,
+    },
+}
+
+/// Where traffic may go.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Destination {
+    /// Unique name: `Destination::"NAME"`.
+    pub name: String,
+    /// Exact host names (lower case, no trailing dot) or IP addresses.
+    pub hosts: Vec<String>,
+    /// Ports; the scheme's default where not written.
+    pub ports: Vec<u16>,
+    /// `https`, or `http`, which is the permission to send the credential in clear.
+    pub scheme: Scheme,
+    /// Path patterns: `*` within a segment, `**` across segments. Default `/**`.
+    pub paths: PathPatterns,
+    /// `resource.environment`.
+    pub environment: Option<String>,
+    /// Credentials that may be injected; the first that policy permits is.
+    pub credentials: Vec<CredentialUse>,
+    /// Roots that replace the system's.
+    pub ca_file: Option<PathBuf>,
+    /// Where the host really is.
+    pub connect_to: Option<SocketAddr>,
+    /// Address ranges exempt from the address guard.
+    pub allow_addresses: Vec<IpNet>,
+    /// Whether policy is enforced.
+    pub mode: Mode,
+    /// Time limits.
+    pub timeouts: Timeouts,
+}
+
+/// Path patterns with their source text.
+#[derive(Debug, Clone)]
+pub struct PathPatterns {
+    /// As written.
+    pub patterns: Vec<String>,
+    /// Compiled (`literal_separator`: `*` does not cross `/`).
+    pub compiled: globset::GlobSet,
+}
+
+impl PartialEq for PathPatterns {
+    fn eq(&self, other: &Self) -> bool {
+        self.patterns == other.patterns
+    }
+}
+
+/// A URL scheme of a destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Scheme {
+    /// Plain HTTP.
+    Http,
+    /// HTTP over TLS.
+    Https,
+}
+
+impl Scheme {
+    /// `http` or `https`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Http => "http",
+            Self::Https => "https",
+        }
+    }
+
+    /// 80 or 443.
+    pub fn default_port(self) -> u16 {
+        match self {
+            Self::Http => 80,
+            Self::Https => 443,
+        }
+    }
+}
+
+/// A credential as a destination uses it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CredentialUse {
+    /// The credential.
+    pub credential: Arc<CredentialConfig>,
+    /// The scopes asked for; the credential's where not written.
+    pub scopes: Vec<String>,
+    /// How it is put on the request.
+    pub inject: Injection,
+}
+
+/// How a credential is put on a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Injection {
+    /// The header; default `authorization`.
+    pub header: HeaderName,
+    /// The header's form; default bearer.
+    pub format: InjectionFormat,
+}
+
+/// The form of an injected header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum InjectionFormat {
+    /// `Bearer TOKEN` (RFC 6750 section 2.1).
+    Bearer,
+    /// The token alone.
+    Raw,
+}
+
+/// Whether policy is enforced at a destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// A denial refuses the request.
+    Enforce,
+    /// A denial forwards the request without our credential, and is recorded.
+    ReportOnly,
+}
+
+/// Time limits of a destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timeouts {
+    /// Connection and TLS handshake. Default 5 s.
+    pub connect: Duration,
+    /// From the request's end to the response head. Default 60 s.
+    pub response_headers: Duration,
+    /// No byte in either direction. Default 10 min.
+    pub idle: Duration,
+}
+
+/// What happens to traffic that matches no destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unmatched {
+    /// It is refused.
+    Refuse,
+    /// It is tunnelled or forwarded as it is: guarded, attested callers, action `connect`.
+    Tunnel,
+}
+
+/// TLS interception.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Interception {
+    /// Where the certificate authority comes from.
+    pub source: CaSource,
+    /// Where the root certificate is written for clients.
+    pub ca_certificate_file: Option<PathBuf>,
+    /// Where the system's roots and ours are written for clients.
+    pub trust_bundle_file: Option<PathBuf>,
+}
+
+/// Where the interception certificate authority comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CaSource {
+    /// A root of the agent's own, kept in this directory (0700, key 0600).
+    Generated {
+        /// The directory.
+        state_directory: PathBuf,
+    },
+    /// An intermediate under the operator's own root.
+    Files {
+        /// PEM: the intermediate, then its chain up to and including the root.
+        certificate_file: PathBuf,
+        /// PEM: the intermediate's key.
+        key_file: PathBuf,
+    },
+    /// A root whose key is dropped at once.
+    Memory,
+}
+
+/// Limits per identity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Open connections. Default 4096.
+    pub connections: usize,
+    /// Requests in flight. Default 4096.
+    pub requests_in_flight: usize,
+}
+
+/// Where audit records go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AuditConfig {
+    /// What happens when records cannot be written.
+    pub on_failure: OnAuditFailure,
+    /// The sinks; at least one.
+    pub sinks: Vec<AuditSink>,
+}
+
+/// What happens when audit records cannot be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnAuditFailure {
+    /// New requests are refused.
+    Block,
+    /// Requests go on; records are dropped and counted.
+    Degrade,
+}
+
+/// A sink of audit records.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AuditSink {
+    /// A file, rotated by size.
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// The size at which it is rotated, in bytes. Default 100 MiB.
+        rotate_size: u64,
+        /// How many rotated files are kept. Default 10.
+        keep: usize,
+    },
+    /// Standard output.
+    Stdout,
+}
+
+/// Logging.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogConfig {
+    /// The form of a line.
+    pub format: LogFormat,
+    /// A level, or `tracing` directives. Default `info`.
+    pub level: String,
+}
+
+/// The form of a log line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// The admin socket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdminConfig {
+    /// A Unix socket, mode 0600. `None`: no admin socket.
+    pub socket: Option<PathBuf>,
+    /// Metrics and health on TCP as well.
+    pub metrics_bind: Option<SocketAddr>,
+}
