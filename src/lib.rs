@@ -3,4 +3,6 @@
 
 pub mod clock;
 pub mod config;
+pub mod refusal;
+pub mod request;
 pub mod routing;

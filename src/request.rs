@@ -1,0 +1,277 @@
+//! What a workload asks for: one reading of method, scheme, authority and path, used alike by
+//! routing, policy, TLS and the `Host` header.
+
+use std::borrow::Cow;
+use std::net::IpAddr;
+
+use countersign_attestors::PresentedToken;
+use http::Method;
+use http::uri::{Authority, PathAndQuery};
+use percent_encoding::percent_decode_str;
+
+use crate::config::Scheme;
+use crate::refusal::{Refusal, RefusalCode};
+
+/// A request as the agent understands it.
+#[derive(Debug, Clone)]
+pub struct EgressRequest {
+    /// The method.
+    pub method: Method,
+    /// The scheme of the destination.
+    pub scheme: Scheme,
+    /// The destination's host and port.
+    pub target: Target,
+    /// The path, in both of its readings.
+    pub path: RequestPath,
+    /// The exact path and query to be forwarded.
+    pub path_and_query: PathAndQuery,
+    /// The token that this head, or this request's tunnel, presents.
+    pub presented: Option<PresentedToken>,
+}
+
+impl EgressRequest {
+    /// Safe methods (RFC 9110 section 9.2.1), less TRACE, which is never forwarded.
+    pub fn is_safe(&self) -> bool {
+        matches!(self.method, Method::GET | Method::HEAD | Method::OPTIONS)
+    }
+}
+
+/// A host and port, normalised: lower case, no trailing dot, IPv6 without brackets.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Target {
+    host: String,
+    port: u16,
+}
+
+impl Target {
+    /// Reads an authority (RFC 3986 section 3.2); `default_port` stands in for an absent port.
+    /// Refuses userinfo, empty and non-ASCII hosts, and IP addresses in any but their usual spelling.
+    pub fn parse(authority: &str, default_port: Option<u16>) -> Result<Self, Refusal> {
+        let malformed = |reason: &str| {
+            Refusal::new(
+                RefusalCode::MalformedRequest,
+                format!("authority `{}` {reason}", printable(authority)),
+            )
+        };
+        if authority.contains('@') {
+            return Err(malformed("contains user information"));
+        }
+        let (host, port) = match authority.strip_prefix('[') {
+            Some(rest) => {
+                let (address, after) = rest
+                    .split_once(']')
+                    .ok_or_else(|| malformed("has no closing bracket"))?;
+                let address: std::net::Ipv6Addr = address
+                    .parse()
+                    .map_err(|_| malformed("is not an IPv6 address"))?;
+                let port = match after.strip_prefix(':') {
+                    Some(port) => Some(port),
+                    None if after.is_empty() => None,
+                    None => return Err(malformed("has text after the bracket")),
+                };
+                (address.to_string(), port)
+            }
+            None => match authority.split_once(':') {
+                Some((host, port)) => (
+                    normalised_name(host).ok_or_else(|| malformed("is not a host name"))?,
+                    Some(port),
+                ),
+                None => (
+                    normalised_name(authority).ok_or_else(|| malformed("is not a host name"))?,
+                    None,
+                ),
+            },
+        };
+        let port = match port {
+            // `u16::from_str` accepts a leading `+`.
+            Some(digits)
+                if digits.bytes().all(|byte| byte.is_ascii_digit()) && !digits.is_empty() =>
+            {
+                digits
+                    .parse()
+                    .map_err(|_| malformed("has a port out of range"))?
+            }
+            Some(_) => return Err(malformed("has a port that is not a number")),
+            None => default_port.ok_or_else(|| malformed("has no port"))?,
+        };
+        if port == 0 {
+            return Err(malformed("has port 0"));
+        }
+        Ok(Self { host, port })
+    }
+
+    /// The host.
+    pub fn host(&self) -> &str {
+        &self.host
+    }
+
+    /// The port.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The host as an IP address, if it is one.
+    pub fn address(&self) -> Option<IpAddr> {
+        self.host.parse().ok()
+    }
+
+    /// The `Host` header or `:authority`: without the port where it is the scheme's.
+    pub fn to_authority(&self, scheme: Scheme) -> String {
+        let host = match self.host.contains(':') {
+            true => Cow::Owned(format!("[{}]", self.host)),
+            false => Cow::Borrowed(self.host.as_str()),
+        };
+        match self.port == scheme.default_port() {
+            true => host.into_owned(),
+            false => format!("{host}:{}", self.port),
+        }
+    }
+}
+
+impl std::fmt::Display for Target {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.host.contains(':') {
+            true => write!(formatter, "[{}]:{}", self.host, self.port),
+            false => write!(formatter, "{}:{}", self.host, self.port),
+        }
+    }
+}
+
+/// A DNS name in lower case without its trailing dot, or a dotted-quad IPv4 address. Other spellings
+/// of addresses (octal, hexadecimal, fewer parts) are refused: resolvers read them differently.
+fn normalised_name(host: &str) -> Option<String> {
+    let host = host.strip_suffix('.').unwrap_or(host);
+    if host.is_empty() || host.len() > 253 {
+        return None;
+    }
+    let labels_are_valid = host.split('.').all(|label| {
+        !label.is_empty()
+            && label.len() <= 63
+            && label
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
+    });
+    if !labels_are_valid {
+        return None;
+    }
+    let last_label = host.rsplit('.').next().unwrap_or(host);
+    // WHATWG URL, "ends in a number": such a host is an IPv4 address to some resolvers.
+    let ends_in_number = last_label.bytes().all(|byte| byte.is_ascii_digit())
+        || last_label
+            .strip_prefix("0x")
+            .or_else(|| last_label.strip_prefix("0X"))
+            .is_some_and(|digits| digits.bytes().all(|byte| byte.is_ascii_hexdigit()));
+    if ends_in_number && host.parse::<std::net::Ipv4Addr>().is_err() {
+        return None;
+    }
+    Some(host.to_ascii_lowercase())
+}
+
+/// Input as it may be quoted in a refusal: at most 128 characters, controls replaced.
+pub fn printable(input: &str) -> String {
+    input
+        .chars()
+        .take(128)
+        .map(|character| match character.is_control() {
+            true => '\u{fffd}',
+            false => character,
+        })
+        .collect()
+}
+
+/// A path in its two readings: segment by segment as sent, and with everything decoded and dot
+/// segments and empty segments removed. A server may read it either way.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RequestPath {
+    by_segment: String,
+    fully_decoded: Option<String>,
+}
+
+impl RequestPath {
+    /// Reads the path of a request target (without query).
+    pub fn parse(path: &str) -> Self {
+        if path.bytes().all(|byte| {
+            byte.is_ascii_alphanumeric()
+                || matches!(byte, b'-' | b'_' | b'~' | b'/' | b':' | b'@' | b',')
+        }) && !path.contains("//")
+        {
+            return Self {
+                by_segment: path.to_owned(),
+                fully_decoded: None,
+            };
+        }
+        let by_segment = percent_decode_str(path).decode_utf8();
+        let Ok(once) = by_segment else {
+            return Self {
+                by_segment: path.to_owned(),
+                fully_decoded: Some(String::new()),
+            };
+        };
+        let encoded_slash = path.to_ascii_lowercase().contains("%2f");
+        let fully_decoded = normalise(&decode_repeatedly(&once));
+        let same = !encoded_slash && fully_decoded == once;
+        Self {
+            by_segment: once.into_owned(),
+            fully_decoded: (!same).then_some(fully_decoded),
+        }
+    }
+
+    /// The path as policies read it.
+    pub fn as_str(&self) -> &str {
+        &self.by_segment
+    }
+
+    /// Whether the two readings differ.
+    pub fn is_ambiguous(&self) -> bool {
+        self.fully_decoded.is_some()
+    }
+
+    /// Whether every reading satisfies `matches`.
+    pub fn all_readings(&self, matches: impl Fn(&str) -> bool) -> bool {
+        matches(&self.by_segment) && self.fully_decoded.as_deref().is_none_or(&matches)
+    }
+}
+
+/// Decodes until nothing changes; each round shortens the text, so this ends.
+fn decode_repeatedly(text: &str) -> String {
+    let mut current = text.to_owned();
+    loop {
+        let next = match percent_decode_str(&current).decode_utf8() {
+            Ok(decoded) if decoded != current => decoded.into_owned(),
+            _ => return current,
+        };
+        current = next;
+    }
+}
+
+/// Removes dot segments (RFC 3986 section 5.2.4), empty segments, path parameters' effect on dots,
+/// and reads `\` as `/`, as lenient servers do.
+fn normalise(path: &str) -> String {
+    let mut segments: Vec<&str> = Vec::new();
+    let ends_with_slash = path.ends_with(['/', '\\']);
+    for segment in path.split(['/', '\\']) {
+        let name = segment.split(';').next().unwrap_or(segment);
+        match name {
+            "" if segment.is_empty() => {}
+            "." => {}
+            ".." => {
+                segments.pop();
+            }
+            _ => segments.push(segment),
+        }
+    }
+    let mut normalised = String::with_capacity(path.len());
+    for segment in &segments {
+        normalised.push('/');
+        normalised.push_str(segment);
+    }
+    if normalised.is_empty() || ends_with_slash {
+        normalised.push('/');
+    }
+    normalised
+}
+
+/// Reads the authority of an absolute-form or CONNECT target.
+pub fn target_of(authority: &Authority, default_port: Option<u16>) -> Result<Target, Refusal> {
+    Target::parse(authority.as_str(), default_port)
+}
