@@ -5,4 +5,5 @@ pub mod clock;
 pub mod config;
 pub mod refusal;
 pub mod request;
+pub mod diagnostics;
 pub mod routing;
