@@ -3,7 +3,7 @@
 
 pub mod clock;
 pub mod config;
+pub mod diagnostics;
 pub mod refusal;
 pub mod request;
-pub mod diagnostics;
 pub mod routing;

@@ -111,7 +111,7 @@ pub struct OidcIssuer {
     /// The group in policies: `principal.NAME`.
     pub name: String,
     /// The exact `iss`.
-    pub issuer: Url,
+    pub issuer: ExactUrl,
     /// Audiences, one of which a token must carry.
     pub audiences: Vec<String>,
     /// Claims mapped to typed attributes (a preset already expanded).
@@ -165,7 +165,7 @@ pub struct OauthClientCredentials {
     /// The most that is asked for; a destination may ask for less.
     pub scopes: Vec<String>,
     /// RFC 8707 resource indicators.
-    pub resources: Vec<Url>,
+    pub resources: Vec<ExactUrl>,
     /// The `audience` request parameter.
     pub audience: Option<String>,
     /// Extra form parameters.
@@ -190,7 +190,7 @@ pub struct OauthClientCredentials {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AuthorizationServer {
     /// By metadata (RFC 8414, or OpenID configuration).
-    Issuer(Url),
+    Issuer(ExactUrl),
     /// By its token endpoint, for servers without metadata; `issuer`, if given, is the assertion's audience.
     TokenEndpoint {
         /// The endpoint.
@@ -198,6 +198,40 @@ pub enum AuthorizationServer {
         /// The audience of assertions; the token endpoint where absent.
         issuer: Option<String>,
     },
+}
+
+/// A URL that keeps the text in which it was written: [`Url`] adds a slash to `https://host`, and an
+/// issuer (RFC 8414 section 3.3) or a resource (RFC 8707) is compared byte for byte.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ExactUrl {
+    text: String,
+    url: Url,
+}
+
+impl ExactUrl {
+    /// Parses an absolute URL.
+    pub fn parse(text: &str) -> Result<Self, url::ParseError> {
+        Ok(Self {
+            text: text.to_owned(),
+            url: Url::parse(text)?,
+        })
+    }
+
+    /// The text as written.
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+
+    /// The parsed form, for connecting.
+    pub fn url(&self) -> &Url {
+        &self.url
+    }
+}
+
+impl std::fmt::Display for ExactUrl {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(&self.text)
+    }
 }
 
 /// How the client authenticates at the token endpoint.
