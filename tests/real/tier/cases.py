@@ -1,0 +1,225 @@
+"""What holds before every authorization server: the cases that the servers' modules inherit."""
+
+import pathlib
+import shutil
+import tempfile
+import unittest
+
+from .agent import PLAIN_HOST, SECURE_HOST, Agent, Clients, Configuration, Surroundings
+from .authorization_servers import AUDIENCE, NODE_CLIENT
+from .processes import AGENT, CACHE, Certificates, client_key, node_server
+
+SECURE_ORDERS = f"https://{SECURE_HOST}/v1/orders"
+PLAIN_ORDERS = f"http://{PLAIN_HOST}/v1/orders"
+
+
+class Server(unittest.TestCase):
+    """An authorization server, the API that trusts it, and an agent that holds a key registered there."""
+
+    @classmethod
+    def start_authorization_server(cls):
+        """Starts the server that the class is about, with `cls.jwks` as the agent's keys."""
+        raise NotImplementedError
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.directory = pathlib.Path(tempfile.mkdtemp(prefix="run-", dir=CACHE))
+        cls.addClassCleanup(shutil.rmtree, cls.directory, ignore_errors=True)
+        cls.certificates = Certificates.make(cls.directory, ["localhost", SECURE_HOST])
+        cls.key_file = cls.directory / "client.pem"
+        cls.jwks = client_key(cls.key_file)
+        cls.authorization_server = cls.start_authorization_server()
+        cls.addClassCleanup(cls.authorization_server.stop)
+        settings = {
+            **cls.certificates.of_server(),
+            "issuer": cls.authorization_server.issuer,
+            "jwks_uri": cls.authorization_server.jwks_uri,
+            "audience": AUDIENCE,
+        }
+        cls.api = node_server(
+            "api", "api/server.mjs", cls.directory, settings, {"NODE_EXTRA_CA_CERTS": str(cls.certificates.authority_file)}
+        )
+        cls.addClassCleanup(cls.api.stop)
+        ports = cls.api.ready()
+        cls.surroundings = Surroundings(
+            cls.certificates, cls.authorization_server.issuer, ports["http_port"], ports["https_port"]
+        )
+        cls.agent = cls.start_agent("agent", cls.key_file)
+        cls.clients = Clients(cls.agent)
+
+    @classmethod
+    def start_agent(cls, name: str, key_file: pathlib.Path) -> Agent:
+        agent = Agent(Configuration(cls.directory / name, cls.surroundings, key_file))
+        cls.addClassCleanup(agent.stop)
+        return agent
+
+    def setUp(self) -> None:
+        self.seen_before = len(self.received())
+
+    def received(self) -> list[dict]:
+        """Every request that reached the API, whoever sent it and whatever became of it."""
+        return [event for event in self.api.events() if event["event"] == "request"]
+
+    def arrived(self) -> list[dict]:
+        """What reached the API since the test began."""
+        return self.received()[self.seen_before :]
+
+    def assert_injected(self, body: dict, client: str = NODE_CLIENT) -> dict:
+        """The API verified a token, and the server's own log names it; gives what the API saw."""
+        jti = body["verified"]["jti"]
+        issued = self.authorization_server.issued()
+        self.assertIn(jti, issued, "the token's `jti` is not in the server's log")
+        self.assertEqual(issued[jti], client)
+        seen = self.arrived()[-1]
+        self.assertEqual(seen["jti"], jti)
+        self.assertTrue(seen["verified"])
+        self.assertEqual(len(seen["authorization"]), 1)
+        self.assertNotIn("proxy-authorization", seen["header_names"])
+        return seen
+
+    def assert_refused(self, status: int, problem: dict, code: str) -> None:
+        """A readable refusal, and the origin saw nothing of it."""
+        self.assertEqual((status, problem["code"]), (problem["status"], code), problem)
+        self.assertGreater(len(problem["detail"]), 20, problem)
+        self.assertTrue(problem["request_id"], problem)
+        self.assertEqual(self.arrived(), [])
+
+    def assert_denied(self, answer: dict) -> None:
+        self.assertEqual(answer["status"], 403)
+        self.assert_refused(403, answer["body"], "policy_denied")
+        self.assertIn("orders-api", answer["body"]["detail"])
+
+
+class Cases:
+    """The cases. A mixin, so that they run only with a server."""
+
+    def test_curl_over_http(self) -> None:
+        answer = self.clients.curl("GET", PLAIN_ORDERS)
+        self.assertEqual(answer["status"], 200)
+        self.assertEqual(self.assert_injected(answer["body"])["transport"], "http")
+
+    def test_curl_over_https_with_http_1(self) -> None:
+        answer = self.clients.curl("GET", SECURE_ORDERS, "--http1.1")
+        self.assertEqual((answer["status"], answer["version"]), (200, "1.1"))
+        self.assertEqual(self.assert_injected(answer["body"])["transport"], "https")
+
+    def test_curl_over_https_with_http_2(self) -> None:
+        answer = self.clients.curl("GET", SECURE_ORDERS, "--http2")
+        self.assertEqual((answer["status"], answer["version"]), (200, "2"))
+        seen = self.assert_injected(answer["body"])
+        self.assertEqual((seen["transport"], seen["http_version"]), ("https", "2.0"))
+        self.assertEqual(seen["authority"], SECURE_HOST)
+
+    def test_requests_over_http(self) -> None:
+        answer = self.clients.requests("GET", PLAIN_ORDERS)
+        self.assertEqual(answer["status"], 200)
+        self.assertEqual(self.assert_injected(answer["body"])["transport"], "http")
+
+    def test_requests_over_https(self) -> None:
+        answer = self.clients.requests("GET", SECURE_ORDERS)
+        self.assertEqual(answer["status"], 200)
+        self.assertEqual(self.assert_injected(answer["body"])["transport"], "https")
+
+    def test_fetch_over_http_through_connect(self) -> None:
+        answer = self.clients.fetch("GET", PLAIN_ORDERS)
+        self.assertEqual(answer["status"], 200)
+        self.assertEqual(self.assert_injected(answer["body"])["transport"], "http")
+        self.assertIn(f"CONNECT {PLAIN_HOST}".encode(), self.agent.sent.read_bytes())
+
+    def test_fetch_over_https(self) -> None:
+        answer = self.clients.fetch("GET", SECURE_ORDERS)
+        self.assertEqual(answer["status"], 200)
+        self.assertEqual(self.assert_injected(answer["body"])["transport"], "https")
+
+    def test_grpc_unary(self) -> None:
+        answer = self.clients.grpc("ListOrders")
+        self.assertEqual(answer["status"], "OK", answer)
+        (message,) = answer["messages"]
+        self.assertEqual(message["request"], {"asked": "by grpc"})
+        seen = self.assert_injected(message)
+        self.assertEqual((seen["transport"], seen["http_version"]), ("grpc", "2.0"))
+
+    def test_grpc_stream(self) -> None:
+        answer = self.clients.grpc("WatchOrders")
+        self.assertEqual(answer["status"], "OK", answer)
+        self.assertEqual([message["sequence"] for message in answer["messages"]], [1, 2, 3])
+        seen = self.assert_injected(answer["messages"][0])
+        self.assertEqual((seen["transport"], seen["http_version"]), ("grpc", "2.0"))
+
+    def test_denial_of_curl_over_http(self) -> None:
+        answer = self.clients.curl("DELETE", f"{PLAIN_ORDERS}/7")
+        self.assert_denied(answer)
+        self.assertEqual(answer["headers"]["content-type"], "application/problem+json")
+        self.assertIn("policy_denied", answer["headers"]["proxy-status"])
+
+    def test_denial_of_curl_over_https_with_http_1(self) -> None:
+        self.assert_denied(self.clients.curl("DELETE", f"{SECURE_ORDERS}/7", "--http1.1"))
+
+    def test_denial_of_curl_over_https_with_http_2(self) -> None:
+        answer = self.clients.curl("DELETE", f"{SECURE_ORDERS}/7", "--http2")
+        self.assertEqual(answer["version"], "2")
+        self.assert_denied(answer)
+
+    def test_denial_of_requests_over_http(self) -> None:
+        self.assert_denied(self.clients.requests("DELETE", f"{PLAIN_ORDERS}/7"))
+
+    def test_denial_of_requests_over_https(self) -> None:
+        self.assert_denied(self.clients.requests("DELETE", f"{SECURE_ORDERS}/7"))
+
+    def test_denial_of_fetch_over_http(self) -> None:
+        self.assert_denied(self.clients.fetch("DELETE", f"{PLAIN_ORDERS}/7"))
+
+    def test_denial_of_fetch_over_https(self) -> None:
+        self.assert_denied(self.clients.fetch("DELETE", f"{SECURE_ORDERS}/7"))
+
+    def test_denial_of_grpc(self) -> None:
+        answer = self.clients.grpc("DeleteOrder")
+        self.assertEqual(answer["status"], "PERMISSION_DENIED", answer)
+        self.assertIn("policy_denied", answer["details"])
+        self.assertIn("orders-api", answer["details"])
+        self.assertEqual(self.arrived(), [])
+
+    def test_the_callers_own_authorization_stays_behind(self) -> None:
+        for url in (PLAIN_ORDERS, SECURE_ORDERS):
+            answer = self.clients.curl("GET", url, "-H", "Authorization: Bearer callers-own")
+            self.assertEqual(answer["status"], 200)
+            self.assertFalse(self.assert_injected(answer["body"])["caller_authorization_arrived"])
+
+    def test_a_swapped_key_is_refused(self) -> None:
+        """Begins and ends with a good request: only the key of the second agent differs."""
+        self.assertEqual(self.clients.curl("GET", SECURE_ORDERS)["status"], 200)
+        other_key = self.directory / "other.pem"
+        client_key(other_key)
+        swapped = Clients(self.start_agent("agent-with-another-key", other_key))
+        self.seen_before = len(self.received())
+        refusals_before = len(self.authorization_server.refusals())
+        for method in (swapped.curl, swapped.requests, swapped.fetch):
+            answer = method("GET", SECURE_ORDERS)
+            self.assertEqual(answer["status"], 502)
+            self.assert_refused(502, answer["body"], "invalid_client")
+        self.assertGreater(len(self.authorization_server.refusals()), refusals_before)
+        self.assertEqual(self.clients.curl("GET", SECURE_ORDERS)["status"], 200)
+
+    def test_the_audit_is_whole_and_names_no_token(self) -> None:
+        answer = self.clients.curl("GET", SECURE_ORDERS)
+        token = self.arrived()[-1]["token"]
+        self.assertEqual(answer["status"], 200)
+        verified = self.clients.run(AGENT, "audit", "verify", self.agent.configuration.audit)
+        self.assertEqual(verified.returncode, 0, verified.stderr)
+        for place in (self.agent.configuration.audit.read_text(), self.agent.logs()):
+            self.assertNotIn(token, place)
+            self.assertNotIn(token.rpartition(".")[2], place)
+
+    def test_zz_clients_held_and_sent_no_secret(self) -> None:
+        """Last by its name: looks through all that the clients of the other tests held and sent."""
+        tokens = {event["token"] for event in self.received() if event.get("token")}
+        self.assertTrue(tokens)
+        secrets = {part for token in tokens if token.count(".") == 2 for part in (token, token.rpartition(".")[2])}
+        secrets |= {line for line in self.key_file.read_text().splitlines() if not line.startswith("-")}
+        sent = self.agent.sent.read_bytes()
+        self.assertIn(b"CONNECT ", sent)
+        self.assertIn(f"GET {PLAIN_ORDERS} HTTP/1.1".encode(), sent)
+        self.assertNotIn(b"proxy-authorization", sent.lower())
+        for secret in secrets:
+            self.assertNotIn(secret.encode(), sent)
+            self.assertNotIn(secret.encode(), self.clients.held)
