@@ -65,3 +65,34 @@ impl std::fmt::Display for AttributeValue {
 
 /// The attributes of one group (`principal.GROUP` in a policy), by name.
 pub type Attributes = BTreeMap<String, AttributeValue>;
+
+/// Which attributes are worth collecting: those that the loaded policies or the audit read. Only
+/// what costs something to collect asks for it; the rest is always stated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AttributeSelection {
+    /// `None`: all of them.
+    names: Option<BTreeSet<(String, String)>>,
+}
+
+impl AttributeSelection {
+    /// Every attribute.
+    pub fn all() -> Self {
+        Self { names: None }
+    }
+
+    /// The attributes with these groups and names.
+    pub fn of(names: impl IntoIterator<Item = (String, String)>) -> Self {
+        Self {
+            names: Some(names.into_iter().collect()),
+        }
+    }
+
+    /// True when `GROUP.NAME` is to be collected.
+    pub fn contains(&self, group: &str, name: &str) -> bool {
+        self.names.as_ref().is_none_or(|names| {
+            names
+                .iter()
+                .any(|(wanted_group, wanted)| wanted_group == group && wanted == name)
+        })
+    }
+}

@@ -1,22 +1,42 @@
-//! The visible list of attestors, and how evidence becomes a workload.
+//! How evidence becomes a workload.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
-use crate::attestor::{Attestor, AttributeDeclaration};
+use arc_swap::ArcSwapOption;
+use quick_cache::sync::Cache;
+
+use crate::attestor::{Attestation, Attestor, AttributeDeclaration, Evidence, EvidenceKind};
 use crate::clock::Clock;
 use crate::evidence::{PeerEvidence, PresentedToken};
-use crate::workload::{AttestationEnded, AttestedWorkload};
+use crate::oidc;
+use crate::workload::{
+    AttestationEnded, AttestedWorkload, FailedAttestor, FailureKind, Generation, WorkloadFacts,
+};
 
-/// The configured attestors. Immutable; a reload builds another.
+/// How many verified tokens are remembered, and how many sets of facts keep their generation.
+const REMEMBERED: usize = 8192;
+
+/// The configured attestors. Immutable but for its memory; a reload builds another.
 #[derive(Debug)]
 pub struct Catalog {
     attestors: Vec<Arc<dyn Attestor>>,
+    clock: Arc<dyn Clock>,
+    /// What verified tokens stated, by SHA-256.
+    tokens: Cache<[u8; 32], Arc<Findings>>,
+    /// Equal facts that rest on the same token keep their generation, whatever connection they are of.
+    generations: Cache<(WorkloadFacts, Option<[u8; 32]>), Generation>,
 }
 
 impl Catalog {
     /// A catalog of `attestors`, in the order in which failures are reported.
-    pub fn new(attestors: Vec<Arc<dyn Attestor>>, _clock: Arc<dyn Clock>) -> Self {
-        Self { attestors }
+    pub fn new(attestors: Vec<Arc<dyn Attestor>>, clock: Arc<dyn Clock>) -> Self {
+        Self {
+            attestors,
+            clock,
+            tokens: Cache::new(REMEMBERED),
+            generations: Cache::new(REMEMBERED),
+        }
     }
 
     /// Every attribute that this catalog may state.
@@ -26,24 +46,289 @@ impl Catalog {
             .flat_map(|attestor| attestor.declarations())
             .collect()
     }
+
+    fn of_kind(&self, kind: EvidenceKind) -> impl Iterator<Item = &Arc<dyn Attestor>> {
+        self.attestors
+            .iter()
+            .filter(move |attestor| attestor.evidence_kind() == kind)
+    }
+
+    fn reads_tokens(&self) -> bool {
+        self.of_kind(EvidenceKind::Presented).next().is_some()
+    }
+
+    /// What the kernel attestors find. They block: this is for the blocking pool.
+    async fn attest_peer(&self, peer: &PeerEvidence) -> Findings {
+        let mut findings = Findings::default();
+        findings
+            .facts
+            .evidence
+            .extend(peer.words().iter().map(|word| (*word).to_owned()));
+        for attestor in self.of_kind(EvidenceKind::Kernel) {
+            let attestation = attestor.attest(Evidence::Kernel(peer)).await;
+            findings.add(attestor.name(), attestation);
+        }
+        findings
+    }
+
+    /// What the token states. Verified once; only what was verified is remembered.
+    async fn attest_token(&self, token: &PresentedToken) -> Arc<Findings> {
+        if let Some(remembered) = self.tokens.get(token.sha256()) {
+            if remembered
+                .valid_until
+                .is_none_or(|until| self.clock.wall() < until)
+            {
+                return remembered;
+            }
+            self.tokens.remove(token.sha256());
+        }
+        let mut findings = Findings::default();
+        for attestor in self.of_kind(EvidenceKind::Presented) {
+            let attestation = attestor.attest(Evidence::Presented(token)).await;
+            if matches!(attestation, Attestation::Attested { .. }) {
+                findings
+                    .facts
+                    .evidence
+                    .push(format!("oidc:{}", attestor.name()));
+            }
+            findings.add(attestor.name(), attestation);
+        }
+        if findings.is_empty() {
+            let detail = oidc::why_no_issuer(token);
+            findings.fail("oidc", FailureKind::InvalidEvidence, detail);
+        }
+        let findings = Arc::new(findings);
+        if findings.verified() {
+            self.tokens.insert(*token.sha256(), Arc::clone(&findings));
+        }
+        findings
+    }
+
+    fn generation(&self, facts: &WorkloadFacts, token: Option<&PresentedToken>) -> Generation {
+        let key = (facts.clone(), token.map(|token| *token.sha256()));
+        match self.generations.get(&key) {
+            Some(generation) => generation,
+            None => {
+                let generation = Generation::next();
+                self.generations.insert(key, generation);
+                generation
+            }
+        }
+    }
+}
+
+/// What attestors found in one piece of evidence.
+#[derive(Debug, Clone, Default)]
+struct Findings {
+    facts: WorkloadFacts,
+    valid_until: Option<SystemTime>,
+}
+
+impl Findings {
+    fn add(&mut self, attestor: &str, attestation: Attestation) {
+        match attestation {
+            Attestation::NotApplicable => {}
+            Attestation::Attested {
+                groups,
+                valid_until,
+            } => {
+                for (group, attributes) in groups {
+                    self.facts
+                        .groups
+                        .entry(group)
+                        .or_default()
+                        .extend(attributes);
+                }
+                self.valid_until = earlier(self.valid_until, valid_until);
+            }
+            Attestation::Failed { kind, detail } => self.fail(attestor, kind, detail),
+        }
+    }
+
+    fn fail(&mut self, name: &str, kind: FailureKind, detail: String) {
+        self.facts.failed_attestors.push(FailedAttestor {
+            name: name.to_owned(),
+            kind,
+            detail,
+        });
+    }
+
+    fn is_empty(&self) -> bool {
+        self.facts.groups.is_empty() && self.facts.failed_attestors.is_empty()
+    }
+
+    /// True when something was established and nothing is left to be tried again.
+    fn verified(&self) -> bool {
+        !self.facts.groups.is_empty() && self.facts.failed_attestors.is_empty()
+    }
+}
+
+fn earlier(one: Option<SystemTime>, other: Option<SystemTime>) -> Option<SystemTime> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.min(other)),
+        (one, other) => one.or(other),
+    }
 }
 
 /// One connection's attestation: kernel evidence attested once, presented evidence per head.
 #[derive(Debug)]
-pub struct ConnectionAttestation {}
+pub struct ConnectionAttestation {
+    catalog: Arc<Catalog>,
+    peer: Arc<PeerEvidence>,
+    /// The workload as the kernel shows it, without any token.
+    kernel: Arc<AttestedWorkload>,
+    /// The workload with the token that was presented last. It serves only heads that present the
+    /// same token again: what one head presents is never evidence of the next.
+    last: ArcSwapOption<AttestedWorkload>,
+}
 
 impl ConnectionAttestation {
     /// Attests the kernel evidence of a connection. Blocking work runs in tokio's blocking pool.
-    pub async fn new(_catalog: Arc<Catalog>, _peer: PeerEvidence) -> Self {
-        Self {}
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub async fn new(catalog: Arc<Catalog>, peer: PeerEvidence) -> Self {
+        Self::of(catalog, Arc::new(peer)).await
+    }
+
+    /// The same connection, attested anew by another catalog, as after a reload.
+    pub async fn under(&self, catalog: Arc<Catalog>) -> Self {
+        Self::of(catalog, Arc::clone(&self.peer)).await
+    }
+
+    async fn of(catalog: Arc<Catalog>, peer: Arc<PeerEvidence>) -> Self {
+        let findings = if peer.process().is_some() {
+            in_blocking_pool(Arc::clone(&catalog), Arc::clone(&peer)).await
+        } else {
+            catalog.attest_peer(&peer).await
+        };
+        let generation = catalog.generation(&findings.facts, None);
+        let kernel = AttestedWorkload::new(
+            findings.facts,
+            generation,
+            findings.valid_until,
+            None,
+            Arc::clone(&peer),
+        );
+        Self {
+            catalog,
+            peer,
+            kernel: Arc::new(kernel),
+            last: ArcSwapOption::empty(),
+        }
     }
 
     /// The workload behind the connection, with what this head presents; checks liveness first.
     /// Cheap when nothing changed: a clone of an `Arc`.
     pub async fn attest(
         &self,
-        _presented: Option<&PresentedToken>,
+        presented: Option<&PresentedToken>,
     ) -> Result<Arc<AttestedWorkload>, AttestationEnded> {
-        Err(AttestationEnded::Exited)
+        self.peer.check_liveness()?;
+        let Some(token) = presented.filter(|_| self.catalog.reads_tokens()) else {
+            return Ok(Arc::clone(&self.kernel));
+        };
+        let last = self.last.load();
+        if let Some(workload) = last.as_ref()
+            && workload.presented().map(PresentedToken::sha256) == Some(token.sha256())
+            && workload
+                .valid_until()
+                .is_none_or(|until| self.catalog.clock.wall() < until)
+        {
+            return Ok(Arc::clone(workload));
+        }
+        drop(last);
+
+        let findings = self.catalog.attest_token(token).await;
+        let workload = Arc::new(self.with(&findings, token));
+        if workload.presented().is_some() {
+            self.last.store(Some(Arc::clone(&workload)));
+        }
+        // Verifying may have taken a while.
+        self.peer.check_liveness()?;
+        Ok(workload)
+    }
+
+    fn with(&self, findings: &Findings, token: &PresentedToken) -> AttestedWorkload {
+        let mut facts = self.kernel.facts().clone();
+        facts.groups.extend(findings.facts.groups.clone());
+        facts
+            .failed_attestors
+            .extend(findings.facts.failed_attestors.iter().cloned());
+        facts
+            .evidence
+            .extend(findings.facts.evidence.iter().cloned());
+        let verified = (!findings.facts.groups.is_empty()).then(|| token.clone());
+        let generation = self.catalog.generation(&facts, verified.as_ref());
+        let valid_until = earlier(self.kernel.valid_until(), findings.valid_until);
+        AttestedWorkload::new(
+            facts,
+            generation,
+            valid_until,
+            verified,
+            Arc::clone(&self.peer),
+        )
+    }
+}
+
+async fn in_blocking_pool(catalog: Arc<Catalog>, peer: Arc<PeerEvidence>) -> Findings {
+    let runtime = tokio::runtime::Handle::current();
+    let task = {
+        let catalog = Arc::clone(&catalog);
+        move || runtime.block_on(catalog.attest_peer(&peer))
+    };
+    match tokio::task::spawn_blocking(task).await {
+        Ok(findings) => findings,
+        // The runtime is shutting down, or an attestor broke an invariant: nothing is established,
+        // and what was not looked at must not let a `forbid` be skipped.
+        Err(error) => {
+            let mut findings = Findings::default();
+            for attestor in catalog.of_kind(EvidenceKind::Kernel) {
+                let detail = format!("attestation did not finish: {error}");
+                findings.fail(attestor.name(), FailureKind::CouldNotRun, detail);
+            }
+            findings
+        }
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
+
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::{AttributeSelection, SystemClock, SystemdAttestor, UnixAttestor};
+
+    #[tokio::test]
+    async fn kernel_evidence_becomes_a_workload_whose_clone_is_cheap() {
+        let (_client, server) = UnixStream::pair().unwrap();
+        let attestors: Vec<Arc<dyn Attestor>> = vec![
+            Arc::new(UnixAttestor::new(AttributeSelection::all())),
+            Arc::new(SystemdAttestor::new()),
+        ];
+        let catalog = Arc::new(Catalog::new(attestors, Arc::new(SystemClock::new())));
+        let peer = || PeerEvidence::of_unix_stream(server.as_fd()).unwrap();
+        let connection = ConnectionAttestation::new(Arc::clone(&catalog), peer()).await;
+
+        let first = connection.attest(None).await.unwrap();
+        let second = connection.attest(None).await.unwrap();
+        assert!(Arc::ptr_eq(&first, &second));
+        assert!(
+            first
+                .facts()
+                .attribute("unix", "executable_sha256")
+                .is_some(),
+            "{first:#?}"
+        );
+        let pid = first.facts().attribute("unix", "pid").unwrap().to_string();
+        assert_eq!(pid, std::process::id().to_string());
+
+        // Another connection of the same process: the same facts, the same generation.
+        let other = ConnectionAttestation::new(catalog, peer()).await;
+        let other = other.attest(None).await.unwrap();
+        assert_eq!(first.generation(), other.generation());
     }
 }

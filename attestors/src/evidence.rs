@@ -1,20 +1,98 @@
 //! Evidence: what the kernel says of a caller, and what the caller presented.
 
 use std::fmt;
+use std::io;
+#[cfg(target_os = "linux")]
+use std::net::SocketAddr;
+#[cfg(target_os = "linux")]
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use secrecy::{ExposeSecret, SecretString};
 
+use crate::platform::{Peer, Process};
+use crate::workload::AttestationEnded;
+
 /// What the kernel says of the process at the other end of a connection. Collected once, at accept; not `Clone`.
 #[derive(Debug)]
 pub struct PeerEvidence {
-    // filled in by the kernel-facing module
+    peer: Option<Peer>,
 }
 
 impl PeerEvidence {
     /// Evidence of a connection about whose caller this kernel knows nothing.
     pub fn none() -> Self {
-        Self {}
+        Self { peer: None }
+    }
+
+    /// Evidence of the peer of a connected Unix stream socket, by SO_PEERPIDFD (unix(7)), or by
+    /// SO_PEERCRED and sock_diag(7) where the kernel lacks it. Blocks on procfs.
+    #[cfg(target_os = "linux")]
+    pub fn of_unix_stream(stream: BorrowedFd<'_>) -> Result<Self, EvidenceError> {
+        Peer::of_unix_stream(stream).map(Self::some)
+    }
+
+    /// As [`PeerEvidence::of_unix_stream`] on a kernel without SO_PEERPIDFD.
+    #[cfg(all(target_os = "linux", any(test, feature = "test-support")))]
+    pub fn of_unix_stream_by_credentials(stream: BorrowedFd<'_>) -> Result<Self, EvidenceError> {
+        Peer::of_unix_stream_by_credentials(stream).map(Self::some)
+    }
+
+    /// Evidence of the process that connected from `peer` to our `local` over loopback TCP, by
+    /// sock_diag(7) in the network namespace of the calling thread. Blocks on procfs.
+    #[cfg(target_os = "linux")]
+    pub fn of_loopback_tcp(local: SocketAddr, peer: SocketAddr) -> Result<Self, EvidenceError> {
+        Peer::of_loopback_tcp(local, peer).map(Self::some)
+    }
+
+    #[cfg(target_os = "linux")]
+    fn some(peer: Peer) -> Self {
+        Self { peer: Some(peer) }
+    }
+
+    /// The calling process; `None` without kernel evidence.
+    pub fn process(&self) -> Option<&Process> {
+        self.peer.as_ref().and_then(Peer::process)
+    }
+
+    /// How the process was found: `pidfd`, `sock_diag`; what begins with `weaker:` proves less.
+    pub fn words(&self) -> &[&'static str] {
+        self.peer.as_ref().map_or(&[], Peer::words)
+    }
+
+    /// Checks that the caller lives and has not executed another program. A system call or two; a
+    /// check less than a millisecond old is not repeated.
+    pub fn check_liveness(&self) -> Result<(), AttestationEnded> {
+        self.peer.as_ref().map_or(Ok(()), Peer::check_liveness)
+    }
+}
+
+/// Why there is no kernel evidence of a caller that should have some.
+#[derive(Debug, thiserror::Error)]
+pub enum EvidenceError {
+    /// The process that connected has exited, or closed or passed on its socket.
+    #[error(
+        "the calling process is gone: it must keep the connection open until it has its answer"
+    )]
+    CallerGone,
+    /// The socket is held by processes that attest differently, or by another user than made it.
+    #[error(
+        "the connection is shared by processes that attest differently: each must open its own"
+    )]
+    AmbiguousCaller,
+    /// The kernel could not be asked.
+    #[error("the calling process could not be looked at: {0}")]
+    Unavailable(#[from] io::Error),
+}
+
+impl EvidenceError {
+    /// The stable code of the refusal.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::CallerGone => "caller_gone",
+            Self::AmbiguousCaller => "caller_ambiguous",
+            Self::Unavailable(_) => "attestation_unavailable",
+        }
     }
 }
 

@@ -1,23 +1,38 @@
 //! What a node can prove about a local workload.
 //!
 //! Read in this order: [`evidence`] (what the kernel says of a caller, and what the caller presented),
-//! [`attestor`] (the trait), [`catalog`] (the visible list, and how evidence becomes a workload),
-//! [`workload`] (the result). This crate never sees an issued token or a policy.
+//! [`attestor`] (the trait), [`catalog`] (how evidence becomes a workload), [`workload`] (the result);
+//! then the attestors: [`unix`], [`systemd`], [`oidc`]. This crate never sees an issued token or a policy.
 
 pub mod attestor;
 pub mod attribute;
 pub mod catalog;
+mod cgroup;
 pub mod clock;
 pub mod evidence;
 pub mod fetch;
+pub mod oidc;
+pub mod systemd;
+pub mod unix;
 pub mod workload;
 
-pub use attestor::{Attestation, Attestor, AttributeDeclaration, EvidenceKind};
-pub use attribute::{AttributeType, AttributeValue, Attributes};
+// Kernel evidence is Linux's. Elsewhere there is none, and the rest builds and runs without it.
+#[cfg(not(target_os = "linux"))]
+#[path = "elsewhere.rs"]
+mod platform;
+#[cfg(target_os = "linux")]
+#[path = "linux/mod.rs"]
+mod platform;
+
+pub use attestor::{Attestation, Attestor, AttributeDeclaration, Evidence, EvidenceKind};
+pub use attribute::{AttributeSelection, AttributeType, AttributeValue, Attributes};
 pub use catalog::{Catalog, ConnectionAttestation};
 pub use clock::{Clock, SystemClock};
-pub use evidence::{PeerEvidence, PresentedToken};
+pub use evidence::{EvidenceError, PeerEvidence, PresentedToken};
 pub use fetch::{Fetch, FetchError};
+pub use platform::Process;
+pub use systemd::SystemdAttestor;
+pub use unix::UnixAttestor;
 pub use workload::{
     AttestationEnded, AttestedWorkload, FailedAttestor, FailureKind, Generation, IsolationKey,
     WorkloadFacts,

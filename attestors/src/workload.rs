@@ -8,10 +8,10 @@ use std::time::SystemTime;
 use serde::Serialize;
 
 use crate::attribute::{AttributeValue, Attributes};
-use crate::evidence::PresentedToken;
+use crate::evidence::{PeerEvidence, PresentedToken};
 
 /// Everything established about a workload; what policies and records read.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize)]
 pub struct WorkloadFacts {
     /// Attributes by group: `unix`, `systemd`, `container`, or an OIDC issuer's configured name.
     pub groups: BTreeMap<String, Attributes>,
@@ -26,10 +26,79 @@ impl WorkloadFacts {
     pub fn attribute(&self, group: &str, name: &str) -> Option<&AttributeValue> {
         self.groups.get(group)?.get(name)
     }
+
+    /// A short name for people: `ci sub repo:acme/orders`, `unit orders.service`,
+    /// `container 4b825dc642cb`, `uid 1000 (ana)`, `unknown`. Nothing is keyed by it.
+    pub fn subject(&self) -> String {
+        let presented = self
+            .groups
+            .keys()
+            .filter(|group| !KERNEL_GROUPS.contains(&group.as_str()))
+            .find_map(|group| Some(format!("{group} sub {}", self.attribute(group, "sub")?)));
+        let unit = || {
+            Some(format!(
+                "unit {}",
+                self.attribute("systemd", "system_unit")?
+            ))
+        };
+        let container = || {
+            let id = self.attribute("container", "id")?.to_string();
+            Some(format!("container {}", id.get(..12).unwrap_or(&id)))
+        };
+        let user = || {
+            let uid = self.attribute("unix", "uid")?;
+            Some(match self.attribute("unix", "user") {
+                Some(user) => format!("uid {uid} ({user})"),
+                None => format!("uid {uid}"),
+            })
+        };
+        presented
+            .or_else(container)
+            .or_else(unit)
+            .or_else(user)
+            .unwrap_or_else(|| "unknown".to_owned())
+    }
+
+    /// What connections and tokens of a workload with these facts are never shared across.
+    pub(crate) fn isolation_key(&self) -> IsolationKey {
+        let text = |group: &str, name: &str| Some(self.attribute(group, name)?.to_string());
+        let container = || Some(format!("container {}", text("container", "id")?));
+        let unit = || {
+            let unit = text("systemd", "system_unit")?;
+            let user_unit = text("systemd", "user_unit").unwrap_or_default();
+            Some(format!(
+                "unit {unit} {user_unit} uid {}",
+                text("unix", "uid")?
+            ))
+        };
+        let user = || Some(format!("uid {}", text("unix", "uid")?));
+        let mut key = container()
+            .or_else(unit)
+            .or_else(user)
+            .unwrap_or_else(|| "unknown".to_owned());
+        for group in self
+            .groups
+            .keys()
+            .filter(|group| !KERNEL_GROUPS.contains(&group.as_str()))
+        {
+            if let (Some(issuer), Some(subject)) = (text(group, "iss"), text(group, "sub")) {
+                // The lengths keep two fields from reading as two others.
+                key.push_str(&format!(
+                    " issuer {}:{issuer} sub {}:{subject}",
+                    issuer.len(),
+                    subject.len()
+                ));
+            }
+        }
+        IsolationKey(Arc::from(key))
+    }
 }
 
+/// The groups that kernel attestors state; any other is an issuer's configured name.
+pub(crate) const KERNEL_GROUPS: [&str; 3] = ["container", "systemd", "unix"];
+
 /// An attestor that applied and failed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
 pub struct FailedAttestor {
     /// The attestor's name.
     pub name: String,
@@ -40,7 +109,7 @@ pub struct FailedAttestor {
 }
 
 /// How an attestor failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FailureKind {
     /// It could not run: an API was away. Policies that mention its attributes cannot be decided.
@@ -65,7 +134,22 @@ impl Generation {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct IsolationKey(pub Arc<str>);
 
-/// A workload whose evidence held at the last liveness check.
+/// A workload whose evidence held at the last liveness check. Only attestation makes one:
+///
+/// ```compile_fail,E0451
+/// use countersign_attestors::{AttestedWorkload, Generation, WorkloadFacts};
+///
+/// let facts = WorkloadFacts::default();
+/// let isolation_key = countersign_attestors::IsolationKey("uid 0".into());
+/// let forged = AttestedWorkload {
+///     facts,
+///     generation: Generation::next(),
+///     isolation_key,
+///     valid_until: None,
+///     presented: None,
+///     peer: std::sync::Arc::new(countersign_attestors::PeerEvidence::none()),
+/// };
+/// ```
 #[derive(Debug)]
 pub struct AttestedWorkload {
     facts: WorkloadFacts,
@@ -73,9 +157,56 @@ pub struct AttestedWorkload {
     isolation_key: IsolationKey,
     valid_until: Option<SystemTime>,
     presented: Option<PresentedToken>,
+    peer: Arc<PeerEvidence>,
 }
 
 impl AttestedWorkload {
+    pub(crate) fn new(
+        facts: WorkloadFacts,
+        generation: Generation,
+        valid_until: Option<SystemTime>,
+        presented: Option<PresentedToken>,
+        peer: Arc<PeerEvidence>,
+    ) -> Self {
+        Self {
+            isolation_key: facts.isolation_key(),
+            facts,
+            generation,
+            valid_until,
+            presented,
+            peer,
+        }
+    }
+
+    /// A workload described by hand, without evidence, for the tests of other crates.
+    #[cfg(any(test, feature = "test-support"))]
+    pub fn described(facts: WorkloadFacts) -> Self {
+        Self::new(
+            facts,
+            Generation::next(),
+            None,
+            None,
+            Arc::new(PeerEvidence::none()),
+        )
+    }
+
+    /// As [`AttestedWorkload::described`], with a token that counts as verified until `valid_until`.
+    #[cfg(any(test, feature = "test-support"))]
+    pub fn described_with_token(
+        facts: WorkloadFacts,
+        presented: PresentedToken,
+        valid_until: SystemTime,
+    ) -> Self {
+        let peer = Arc::new(PeerEvidence::none());
+        Self::new(
+            facts,
+            Generation::next(),
+            Some(valid_until),
+            Some(presented),
+            peer,
+        )
+    }
+
     /// What was established.
     pub fn facts(&self) -> &WorkloadFacts {
         &self.facts
@@ -106,7 +237,7 @@ impl AttestedWorkload {
     pub fn check_liveness(&self, now: SystemTime) -> Result<(), AttestationEnded> {
         match self.valid_until {
             Some(valid_until) if now >= valid_until => Err(AttestationEnded::EvidenceExpired),
-            _ => Ok(()),
+            _ => self.peer.check_liveness(),
         }
     }
 }
@@ -123,4 +254,15 @@ pub enum AttestationEnded {
     /// The presented token expired.
     #[error("the presented token expired")]
     EvidenceExpired,
+}
+
+impl AttestationEnded {
+    /// The stable code of the refusal.
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::Exited => "caller_gone",
+            Self::Executed => "caller_executed",
+            Self::EvidenceExpired => "evidence_expired",
+        }
+    }
 }

@@ -1,0 +1,83 @@
+//! From the id of a cgroup-v2 directory to the processes in it.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
+
+use super::kernel;
+
+/// The processes in the cgroup with this id, at the moment.
+pub(super) fn processes(cgroup_id: u64) -> io::Result<Vec<u32>> {
+    let mount = mount_point()?;
+    let directory = kernel::open_cgroup(mount.as_fd(), cgroup_id)?;
+    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    let mut text = String::new();
+    File::from(openat(&directory, c"cgroup.procs", flags, Mode::empty())?)
+        .read_to_string(&mut text)?;
+    // 0 stands for a process of another pid namespace.
+    Ok(text
+        .lines()
+        .filter_map(|line| line.parse().ok())
+        .filter(|pid| *pid != 0)
+        .collect())
+}
+
+/// The cgroup-v2 file system, opened once. It is not always at `/sys/fs/cgroup`.
+fn mount_point() -> io::Result<&'static File> {
+    static MOUNT: OnceLock<File> = OnceLock::new();
+    if let Some(mount) = MOUNT.get() {
+        return Ok(mount);
+    }
+    let table = std::fs::read("/proc/self/mountinfo")?;
+    let path = find_mount(&table).ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::NotFound,
+            "no cgroup-v2 file system is mounted",
+        )
+    })?;
+    let mount = File::open(path)?;
+    Ok(MOUNT.get_or_init(|| mount))
+}
+
+/// Finds the mount point in the text of `/proc/PID/mountinfo` (proc_pid_mountinfo(5)).
+fn find_mount(table: &[u8]) -> Option<PathBuf> {
+    table.split(|byte| *byte == b'\n').find_map(|line| {
+        let fields: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
+        let separator = fields.iter().position(|field| *field == b"-")?;
+        if *fields.get(separator + 1)? != b"cgroup2" {
+            return None;
+        }
+        let path = unescape(fields.get(4)?);
+        Some(PathBuf::from(std::ffi::OsString::from_vec(path)))
+    })
+}
+
+/// Undoes the kernel's `\ooo` for space, tab, line feed and backslash.
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut text = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((first, tail)) = rest.split_first() {
+        let escaped = tail
+            .first_chunk::<3>()
+            .filter(|_| *first == b'\\')
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match escaped {
+            Some(byte) => {
+                text.push(byte);
+                rest = tail.get(3..).unwrap_or_default();
+            }
+            None => {
+                text.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    text
+}

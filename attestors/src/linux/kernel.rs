@@ -1,0 +1,116 @@
+//! The system calls that the standard library and `nix` do not offer. The only `unsafe` of the crate.
+#![expect(
+    unsafe_code,
+    reason = "three system calls without a safe wrapper; each block states why it is sound"
+)]
+
+use std::ffi::CStr;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+/// What names one file as long as the kernel runs: where it is mounted, which inode, and which content.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct FileIdentity {
+    /// The unique mount id (kernel 6.8), on older kernels the reusable one.
+    mount: u64,
+    device: (u32, u32),
+    pub(crate) inode: u64,
+    pub(crate) size: u64,
+    modified: (i64, u32),
+    changed: (i64, u32),
+}
+
+impl FileIdentity {
+    /// True when both are the same file at the same mount, whatever its content has become.
+    pub(crate) fn same_file(&self, other: &Self) -> bool {
+        (self.mount, self.device, self.inode) == (other.mount, other.device, other.inode)
+    }
+}
+
+/// Identifies the file at `path` below `directory`, following links (statx(2)).
+pub(crate) fn identify(directory: BorrowedFd<'_>, path: &CStr) -> io::Result<FileIdentity> {
+    statx(directory, path, 0)
+}
+
+/// Identifies an open file (statx(2) with AT_EMPTY_PATH).
+pub(crate) fn identify_open(file: BorrowedFd<'_>) -> io::Result<FileIdentity> {
+    statx(file, c"", libc::AT_EMPTY_PATH)
+}
+
+fn statx(directory: BorrowedFd<'_>, path: &CStr, flags: libc::c_int) -> io::Result<FileIdentity> {
+    // Kernels before 6.8 ignore the unique id and fill in the other one.
+    let mask = libc::STATX_BASIC_STATS | libc::STATX_MNT_ID | libc::STATX_MNT_ID_UNIQUE;
+    let mut status = MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: the descriptor and the C string live through the call, and the kernel writes at most
+    // one `statx` into memory that is one `statx` large.
+    let result = unsafe {
+        libc::statx(
+            directory.as_raw_fd(),
+            path.as_ptr(),
+            flags,
+            mask,
+            status.as_mut_ptr(),
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `statx` is made of integers only, so zeroed memory is a valid value even where the
+    // kernel wrote nothing.
+    let status = unsafe { status.assume_init() };
+    Ok(FileIdentity {
+        mount: status.stx_mnt_id,
+        device: (status.stx_dev_major, status.stx_dev_minor),
+        inode: status.stx_ino,
+        size: status.stx_size,
+        modified: (status.stx_mtime.tv_sec, status.stx_mtime.tv_nsec),
+        changed: (status.stx_ctime.tv_sec, status.stx_ctime.tv_nsec),
+    })
+}
+
+/// Opens a pidfd of the process that now has `pid` (pidfd_open(2)).
+pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
+    let no_flags: libc::c_uint = 0;
+    // SAFETY: takes two integers and touches no memory of ours.
+    let result = unsafe { libc::syscall(libc::SYS_pidfd_open, pid as libc::pid_t, no_flags) };
+    let descriptor = i32::try_from(result).map_err(|_| io::ErrorKind::InvalidData)?;
+    if descriptor < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+/// Opens the cgroup-v2 directory with this id below `mount`, an open directory of the cgroup-v2
+/// file system (open_by_handle_at(2)). Fails with ESTALE when it is gone.
+pub(crate) fn open_cgroup(mount: BorrowedFd<'_>, cgroup_id: u64) -> io::Result<OwnedFd> {
+    /// `struct file_handle` with the eight bytes of a kernfs handle (FILEID_KERNFS).
+    #[repr(C)]
+    struct KernfsHandle {
+        handle_bytes: libc::c_uint,
+        handle_type: libc::c_int,
+        identifier: [u8; 8],
+    }
+    const FILEID_KERNFS: libc::c_int = 0xfe;
+
+    let mut handle = KernfsHandle {
+        handle_bytes: 8,
+        handle_type: FILEID_KERNFS,
+        identifier: cgroup_id.to_ne_bytes(),
+    };
+    // SAFETY: `KernfsHandle` has the layout of `struct file_handle` followed by `handle_bytes`
+    // bytes, and lives through the call.
+    let descriptor = unsafe {
+        libc::open_by_handle_at(
+            mount.as_raw_fd(),
+            (&raw mut handle).cast::<libc::file_handle>(),
+            libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC,
+        )
+    };
+    if descriptor < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}

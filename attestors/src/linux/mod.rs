@@ -1,0 +1,236 @@
+//! Kernel evidence on Linux: from a connection to the process that made it.
+
+mod cgroup_directory;
+mod executable;
+mod kernel;
+mod process;
+mod socket_diagnostics;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{getsockopt, sockopt};
+
+pub use process::Process;
+
+use crate::evidence::EvidenceError;
+use crate::workload::AttestationEnded;
+use socket_diagnostics::TcpSocket;
+
+/// The process or processes at the other end of a connection, and how they were found.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    /// Never empty. More than one only where all attest the same.
+    processes: Vec<Process>,
+    /// In the words of [`crate::workload::WorkloadFacts::evidence`].
+    words: Vec<&'static str>,
+}
+
+impl Peer {
+    /// The peer of a connected Unix stream socket.
+    pub(crate) fn of_unix_stream(stream: BorrowedFd<'_>) -> Result<Self, EvidenceError> {
+        match getsockopt(&stream, sockopt::PeerPidfd) {
+            Ok(pidfd) => {
+                let process = Process::of_pidfd(pidfd)?.ok_or(EvidenceError::CallerGone)?;
+                Self::of_connecting_process(stream, process, vec!["pidfd"])
+            }
+            // Kernels before 6.5 do not know the option.
+            Err(Errno::ENOPROTOOPT | Errno::EINVAL) => Self::of_unix_stream_by_credentials(stream),
+            // The kernel has no process for this peer, or it was reaped before it could be asked.
+            Err(Errno::ENODATA | Errno::ESRCH) => Err(EvidenceError::CallerGone),
+            Err(errno) => Err(io::Error::from(errno).into()),
+        }
+    }
+
+    /// The other path, for kernels that cannot give a pidfd of the peer: the number that connected,
+    /// and the proof that the process which has this number now holds the peer's socket. Weaker: a
+    /// process that was given the socket and the number of the one that connected would pass.
+    pub(crate) fn of_unix_stream_by_credentials(
+        stream: BorrowedFd<'_>,
+    ) -> Result<Self, EvidenceError> {
+        let credentials = getsockopt(&stream, sockopt::PeerCredentials).map_err(io::Error::from)?;
+        let pid = u32::try_from(credentials.pid())
+            .ok()
+            .filter(|pid| *pid != 0)
+            .ok_or(EvidenceError::CallerGone)?;
+        let directory = process::open_directory(pid)?.ok_or(EvidenceError::CallerGone)?;
+        let process = Process::of_directory(pid, directory)?.ok_or(EvidenceError::CallerGone)?;
+
+        let ours = kernel::identify_open(stream.as_fd())?.inode;
+        let ours = u32::try_from(ours).map_err(|_| {
+            io::Error::new(io::ErrorKind::InvalidData, "a socket inode above 32 bits")
+        })?;
+        let theirs = socket_diagnostics::find_unix_peer(ours)?.ok_or(EvidenceError::CallerGone)?;
+        match process.holds_socket(theirs) {
+            Ok(true) => {}
+            Ok(false) => return Err(EvidenceError::CallerGone),
+            Err(error) if process::gone(&error) => return Err(EvidenceError::CallerGone),
+            Err(error) => return Err(error.into()),
+        }
+        process
+            .check_liveness()
+            .map_err(|_| EvidenceError::CallerGone)?;
+        Self::of_connecting_process(stream, process, vec!["pidfd", "weaker:peercred"])
+    }
+
+    fn of_connecting_process(
+        stream: BorrowedFd<'_>,
+        process: Process,
+        words: Vec<&'static str>,
+    ) -> Result<Self, EvidenceError> {
+        let credentials = getsockopt(&stream, sockopt::PeerCredentials).map_err(io::Error::from)?;
+        // The credentials are those of the moment of connect(2); a process that has changed its user
+        // since, or a program that was set-user-id then, is not the one that the socket speaks for.
+        if credentials.uid() != process.uid() {
+            return Err(EvidenceError::AmbiguousCaller);
+        }
+        Ok(Self::new(vec![process], words))
+    }
+
+    /// The process at `peer`, connected over loopback to our `local`.
+    pub(crate) fn of_loopback_tcp(
+        local: SocketAddr,
+        peer: SocketAddr,
+    ) -> Result<Self, EvidenceError> {
+        if !peer.ip().to_canonical().is_loopback() || !local.ip().to_canonical().is_loopback() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the caller did not connect over loopback",
+            )
+            .into());
+        }
+        let socket = socket_diagnostics::find_tcp(peer, local)?.ok_or(EvidenceError::CallerGone)?;
+        let processes = holders_of(&socket)?;
+        // Asked again: between the two answers the socket was this one, so that what was read of
+        // `/proc` in between belongs to it.
+        match socket_diagnostics::find_tcp(peer, local)? {
+            Some(again) if (again.cookie, again.inode) == (socket.cookie, socket.inode) => {}
+            _ => return Err(EvidenceError::CallerGone),
+        }
+        Ok(Self::new(processes, vec!["sock_diag", "pidfd"]))
+    }
+
+    fn new(processes: Vec<Process>, mut words: Vec<&'static str>) -> Self {
+        if !processes.iter().all(Process::exec_is_seen) {
+            words.push("weaker:exec_unseen");
+        }
+        Self { processes, words }
+    }
+
+    pub(crate) fn process(&self) -> Option<&Process> {
+        self.processes.first()
+    }
+
+    pub(crate) fn words(&self) -> &[&'static str] {
+        &self.words
+    }
+
+    /// An exec of any holder ends the attestation: the new program holds the socket too. The exit of
+    /// one of several does not.
+    pub(crate) fn check_liveness(&self) -> Result<(), AttestationEnded> {
+        let mut outcome = Err(AttestationEnded::Exited);
+        for process in &self.processes {
+            match process.check_liveness() {
+                Ok(()) => outcome = Ok(()),
+                Err(AttestationEnded::Exited) => {}
+                Err(ended) => return Err(ended),
+            }
+        }
+        outcome
+    }
+}
+
+/// Every process that holds the socket: first looked for where the socket was made, then everywhere.
+fn holders_of(socket: &TcpSocket) -> Result<Vec<Process>, EvidenceError> {
+    let mut search = HolderSearch::new(socket);
+    if let Some(cgroup_id) = socket.cgroup_id
+        && let Ok(pids) = cgroup_directory::processes(cgroup_id)
+    {
+        search.look_in(pids)?;
+    }
+    if search.found.is_empty() {
+        search.look_in(every_pid()?)?;
+    }
+    search.finish()
+}
+
+struct HolderSearch<'a> {
+    socket: &'a TcpSocket,
+    found: Vec<Process>,
+    forbidden: Option<io::Error>,
+}
+
+impl<'a> HolderSearch<'a> {
+    fn new(socket: &'a TcpSocket) -> Self {
+        Self {
+            socket,
+            found: Vec::new(),
+            forbidden: None,
+        }
+    }
+
+    fn look_in(&mut self, pids: impl IntoIterator<Item = u32>) -> Result<(), EvidenceError> {
+        for pid in pids {
+            match self.look_at(pid) {
+                Ok(()) => {}
+                Err(error) if process::gone(&error) => {}
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    self.forbidden = Some(error);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn look_at(&mut self, pid: u32) -> io::Result<()> {
+        let Some(directory) = process::open_directory(pid)? else {
+            return Ok(());
+        };
+        if process::directory_holds_socket(&directory, self.socket.inode)?
+            && let Some(process) = Process::of_directory(pid, directory)?
+        {
+            self.found.push(process);
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> Result<Vec<Process>, EvidenceError> {
+        let Some(first) = self.found.first() else {
+            return Err(match self.forbidden {
+                Some(error) => error.into(),
+                None => EvidenceError::CallerGone,
+            });
+        };
+        for process in &self.found {
+            if process.uid() != self.socket.uid {
+                return Err(EvidenceError::AmbiguousCaller);
+            }
+            match first.attests_like(process) {
+                Ok(true) => {}
+                Ok(false) => return Err(EvidenceError::AmbiguousCaller),
+                Err(error) if process::gone(&error) => return Err(EvidenceError::CallerGone),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(self.found)
+    }
+}
+
+fn every_pid() -> io::Result<Vec<u32>> {
+    let mut pids = Vec::new();
+    for entry in std::fs::read_dir("/proc")? {
+        if let Some(pid) = entry?
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        {
+            pids.push(pid);
+        }
+    }
+    Ok(pids)
+}

@@ -1,0 +1,300 @@
+//! One live process: a pidfd, its open `/proc` directory, and what was read through it.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat, readlinkat};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::stat::Mode;
+
+use super::executable;
+use super::kernel::{self, FileIdentity};
+use crate::workload::AttestationEnded;
+
+/// A liveness check this young is not repeated.
+const CHECK_AGAIN_AFTER: Duration = Duration::from_millis(1);
+
+/// No file of procfs that is read here comes near this; a longer one is not believed.
+const LARGEST_PROC_FILE: u64 = 4 * 1024 * 1024;
+
+/// A process that held a caller's socket.
+#[derive(Debug)]
+pub struct Process {
+    pid: u32,
+    credentials: Credentials,
+    pidfd: OwnedFd,
+    /// `/proc/PID`. It names this process for ever: after its end every read fails, also when
+    /// another process has got the number.
+    directory: OwnedFd,
+    /// The executable when the process was found; `None` where this agent may not see it.
+    executable: Option<FileIdentity>,
+    last_check: AtomicU64,
+}
+
+/// Effective credentials, as in `/proc/PID/status` (proc_pid_status(5)).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Credentials {
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    pub(super) groups: Vec<u32>,
+}
+
+impl Process {
+    /// The process behind a pidfd; `None` when it is gone.
+    pub(super) fn of_pidfd(pidfd: OwnedFd) -> io::Result<Option<Self>> {
+        let Some(pid) = pid_of(&pidfd)? else {
+            return Ok(None);
+        };
+        let Some(directory) = open_directory(pid)? else {
+            return Ok(None);
+        };
+        // The number was read from the pidfd and the directory opened by number. A process that
+        // lives now has kept its number in between, so that both are of the same process.
+        if exited(&pidfd)? {
+            return Ok(None);
+        }
+        Self::read(pid, pidfd, directory)
+    }
+
+    /// The process that has `pid` while `directory` (its `/proc` directory) still answers.
+    pub(super) fn of_directory(pid: u32, directory: OwnedFd) -> io::Result<Option<Self>> {
+        let pidfd = match kernel::pidfd_open(pid) {
+            Ok(pidfd) => pidfd,
+            Err(error) if gone(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        // If the directory's process exists after the pidfd was made, it had the number all along.
+        match read_file(&directory, c"stat") {
+            Ok(_) => Self::read(pid, pidfd, directory),
+            Err(error) if gone(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn read(pid: u32, pidfd: OwnedFd, directory: OwnedFd) -> io::Result<Option<Self>> {
+        let read = || -> io::Result<Self> {
+            let status = read_file(&directory, c"status")?;
+            let credentials = parse_status(&status).ok_or_else(|| {
+                io::Error::new(io::ErrorKind::InvalidData, "malformed process status")
+            })?;
+            let executable = match kernel::identify(directory.as_fd(), c"exe") {
+                Ok(identity) => Some(identity),
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => None,
+                Err(error) => return Err(error),
+            };
+            Ok(Self {
+                pid,
+                credentials,
+                pidfd: pidfd.try_clone()?,
+                directory: directory.try_clone()?,
+                executable,
+                last_check: AtomicU64::new(0),
+            })
+        };
+        match read() {
+            Ok(process) if exited(&process.pidfd)? => Ok(None),
+            Ok(process) => Ok(Some(process)),
+            Err(error) if gone(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The process number. It names the process only while the process lives.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// The effective user id, as this agent's user namespace numbers it.
+    pub fn uid(&self) -> u32 {
+        self.credentials.uid
+    }
+
+    /// The effective group id.
+    pub fn gid(&self) -> u32 {
+        self.credentials.gid
+    }
+
+    /// The supplementary group ids.
+    pub fn groups(&self) -> &[u32] {
+        &self.credentials.groups
+    }
+
+    /// True where an exec can be seen, that is, where the agent may see the process's executable.
+    pub fn exec_is_seen(&self) -> bool {
+        self.executable.is_some()
+    }
+
+    /// `/proc/PID/cgroup`, byte for byte (cgroups(7)).
+    pub fn cgroup_file(&self) -> io::Result<Vec<u8>> {
+        read_file(&self.directory, c"cgroup")
+    }
+
+    /// The arguments, each ended by a zero byte. The process may write here what it likes.
+    pub fn command_line(&self) -> io::Result<Vec<u8>> {
+        read_file(&self.directory, c"cmdline")
+    }
+
+    /// The inode number of the network namespace (namespaces(7)).
+    pub fn network_namespace(&self) -> io::Result<u64> {
+        self.namespace(c"ns/net")
+    }
+
+    /// The path of the executable, if this is the path by which the *host* knows the file that runs:
+    /// `None` for a process in another mount namespace, for a file that was deleted or replaced, and
+    /// for one that was executed through a descriptor from elsewhere.
+    pub fn executable(&self) -> io::Result<Option<PathBuf>> {
+        if self.namespace(c"ns/mnt")? != executable::host_mount_namespace()? {
+            return Ok(None);
+        }
+        let path = PathBuf::from(readlinkat(&self.directory, c"exe")?);
+        let running = kernel::identify(self.directory.as_fd(), c"exe")?;
+        // `exe` shows a path in whatever mount tree the file was opened. A process of the host's
+        // namespace can run a descriptor that it was handed from another one (fexecve), where a
+        // user may have mounted anything anywhere: the host must find the same file there.
+        let is_what_the_host_finds =
+            executable::identify_on_host(&path).is_some_and(|found| found.same_file(&running));
+        Ok(is_what_the_host_finds.then_some(path))
+    }
+
+    /// The SHA-256 of the executable that runs; `None` where its bytes are not the local kernel's to
+    /// vouch for (FUSE, network file systems).
+    pub fn executable_sha256(&self) -> io::Result<Option<[u8; 32]>> {
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
+        let file = File::from(openat(&self.directory, c"exe", flags, Mode::empty())?);
+        executable::sha256(file)
+    }
+
+    /// Checks that the process lives and runs the executable that it ran when it was found. A check
+    /// less than a millisecond old is not repeated.
+    pub fn check_liveness(&self) -> Result<(), AttestationEnded> {
+        let now = since_start();
+        let last = Duration::from_nanos(self.last_check.load(Ordering::Relaxed));
+        if !last.is_zero() && now.saturating_sub(last) < CHECK_AGAIN_AFTER {
+            return Ok(());
+        }
+        if exited(&self.pidfd).unwrap_or(true) {
+            return Err(AttestationEnded::Exited);
+        }
+        match (
+            &self.executable,
+            kernel::identify(self.directory.as_fd(), c"exe"),
+        ) {
+            (Some(before), Ok(now)) if before.same_file(&now) => {}
+            (None, Err(error)) if error.kind() == io::ErrorKind::PermissionDenied => {}
+            (_, Err(error)) if gone(&error) => return Err(AttestationEnded::Exited),
+            _ => return Err(AttestationEnded::Executed),
+        }
+        let nanoseconds = u64::try_from(now.as_nanos()).unwrap_or(0);
+        self.last_check.store(nanoseconds, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// True when the two processes are alike in everything that an attestor may state, except the pid.
+    pub(super) fn attests_like(&self, other: &Self) -> io::Result<bool> {
+        Ok(self.credentials == other.credentials
+            && self.executable == other.executable
+            && self.cgroup_file()? == other.cgroup_file()?
+            && self.command_line()? == other.command_line()?
+            && self.namespace(c"ns/net").ok() == other.namespace(c"ns/net").ok()
+            && self.namespace(c"ns/mnt").ok() == other.namespace(c"ns/mnt").ok())
+    }
+
+    /// True when one of the process's descriptors is the socket with `inode`.
+    pub(super) fn holds_socket(&self, inode: u32) -> io::Result<bool> {
+        directory_holds_socket(&self.directory, inode)
+    }
+
+    fn namespace(&self, link: &std::ffi::CStr) -> io::Result<u64> {
+        Ok(kernel::identify(self.directory.as_fd(), link)?.inode)
+    }
+}
+
+/// Opens `/proc/PID`; `None` when there is no such process.
+pub(super) fn open_directory(pid: u32) -> io::Result<Option<OwnedFd>> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    match nix::fcntl::open(format!("/proc/{pid}").as_str(), flags, Mode::empty()) {
+        Ok(directory) => Ok(Some(directory)),
+        Err(Errno::ENOENT | Errno::ESRCH) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// True when a descriptor in the `/proc` directory of a process is the socket with `inode`.
+pub(super) fn directory_holds_socket(directory: &OwnedFd, inode: u32) -> io::Result<bool> {
+    let wanted = format!("socket:[{inode}]");
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let descriptors = openat(directory, c"fd", flags, Mode::empty())?;
+    for entry in std::fs::read_dir(format!("/proc/self/fd/{}", descriptors.as_raw_fd()))? {
+        // A descriptor may be closed while we look.
+        if let Ok(target) = readlinkat(&descriptors, entry?.file_name().as_os_str())
+            && target.as_bytes() == wanted.as_bytes()
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// True when the error says that the process is no more.
+pub(super) fn gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ESRCH | libc::ENOENT))
+}
+
+fn exited(pidfd: &OwnedFd) -> io::Result<bool> {
+    let mut descriptors = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    match poll(&mut descriptors, PollTimeout::ZERO) {
+        Ok(ready) => Ok(ready > 0),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// The number behind a pidfd, in this agent's pid namespace; `None` when the process was reaped.
+fn pid_of(pidfd: &OwnedFd) -> io::Result<Option<u32>> {
+    let path = format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd());
+    let text = std::fs::read_to_string(Path::new(&path))?;
+    let pid = text
+        .lines()
+        .find_map(|line| line.strip_prefix("Pid:"))
+        .and_then(|pid| pid.trim().parse::<i64>().ok())
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a pidfd without a pid"))?;
+    // -1: reaped. 0: of another pid namespace, where no number of ours names it.
+    Ok(u32::try_from(pid).ok().filter(|pid| *pid != 0))
+}
+
+fn read_file(directory: &OwnedFd, name: &std::ffi::CStr) -> io::Result<Vec<u8>> {
+    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    let file = File::from(openat(directory, name, flags, Mode::empty())?);
+    let mut content = Vec::new();
+    file.take(LARGEST_PROC_FILE).read_to_end(&mut content)?;
+    Ok(content)
+}
+
+/// Reads the effective ids and the groups out of `/proc/PID/status`.
+fn parse_status(status: &[u8]) -> Option<Credentials> {
+    // The second line is `Umask:`; the first holds the process's name, in which the kernel escapes
+    // line feeds, so that no name can pretend to be another line.
+    let status = String::from_utf8_lossy(status);
+    let line = |key: &str| status.lines().find_map(|line| line.strip_prefix(key));
+    let effective = |key: &str| line(key)?.split_whitespace().nth(1)?.parse::<u32>().ok();
+    Some(Credentials {
+        uid: effective("Uid:")?,
+        gid: effective("Gid:")?,
+        groups: line("Groups:")?
+            .split_whitespace()
+            .map(|group| group.parse().ok())
+            .collect::<Option<_>>()?,
+    })
+}
+
+fn since_start() -> Duration {
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    // One more nanosecond than nothing: zero means "never checked".
+    START.elapsed() + Duration::from_nanos(1)
+}

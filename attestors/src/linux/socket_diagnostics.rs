@@ -1,0 +1,208 @@
+//! Asks the kernel about one socket over netlink (sock_diag(7)).
+
+use std::io;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsRawFd;
+
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
+};
+
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const NLMSG_ERROR: u16 = 2;
+const NLM_F_REQUEST: u16 = 1;
+const HEADER_LENGTH: usize = 16;
+const INET_MESSAGE_LENGTH: usize = 72;
+const INET_DIAG_CGROUP_ID: u16 = 21;
+const UNIX_MESSAGE_LENGTH: usize = 16;
+const UNIX_DIAG_PEER: u16 = 2;
+const UDIAG_SHOW_PEER: u32 = 4;
+const ANY_COOKIE: [u8; 8] = [0xff; 8];
+
+/// The TCP states in which a socket still has its maker's credentials. In every later one the
+/// kernel may answer uid 0 and inode 0 for a process that is gone.
+const TCP_ESTABLISHED: u8 = 1;
+const TCP_CLOSE_WAIT: u8 = 8;
+
+/// What the kernel says of a caller's TCP socket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct TcpSocket {
+    pub(super) inode: u32,
+    pub(super) uid: u32,
+    pub(super) cookie: [u8; 8],
+    /// The cgroup-v2 directory in which the socket was made.
+    pub(super) cgroup_id: Option<u64>,
+}
+
+/// The socket at `caller`, connected to `listener`, in the network namespace of this thread.
+/// `None` when there is none, or when what is left of it says nothing about who made it.
+pub(super) fn find_tcp(caller: SocketAddr, listener: SocketAddr) -> io::Result<Option<TcpSocket>> {
+    let caller = canonical(caller);
+    let listener = canonical(listener);
+    let family = if caller.is_ipv4() {
+        libc::AF_INET
+    } else {
+        libc::AF_INET6
+    };
+
+    // struct inet_diag_req_v2: family, protocol, extensions, padding, states, then the socket.
+    let mut request = vec![family as u8, libc::IPPROTO_TCP as u8, 0, 0];
+    request.extend(u32::MAX.to_ne_bytes());
+    request.extend(caller.port().to_be_bytes());
+    request.extend(listener.port().to_be_bytes());
+    request.extend(address_bytes(caller.ip()));
+    request.extend(address_bytes(listener.ip()));
+    request.extend(0_u32.to_ne_bytes());
+    request.extend(ANY_COOKIE);
+
+    match ask(&request)? {
+        Some(answer) => Ok(read_tcp_answer(&answer, caller, listener)),
+        None => Ok(None),
+    }
+}
+
+/// The inode of the socket that is connected to the Unix socket with `inode`.
+pub(super) fn find_unix_peer(inode: u32) -> io::Result<Option<u32>> {
+    // struct unix_diag_req: family, protocol, padding, states, inode, what to show, cookie.
+    let mut request = vec![libc::AF_UNIX as u8, 0, 0, 0];
+    request.extend(u32::MAX.to_ne_bytes());
+    request.extend(inode.to_ne_bytes());
+    request.extend(UDIAG_SHOW_PEER.to_ne_bytes());
+    request.extend(ANY_COOKIE);
+
+    let Some(answer) = ask(&request)? else {
+        return Ok(None);
+    };
+    if bytes::<4>(&answer, 4).map(u32::from_ne_bytes) != Some(inode) {
+        return Ok(None);
+    }
+    let peer = attribute(&answer, UNIX_MESSAGE_LENGTH, UNIX_DIAG_PEER)
+        .and_then(|value| bytes::<4>(value, 0))
+        .map(u32::from_ne_bytes);
+    Ok(peer.filter(|peer| *peer != 0))
+}
+
+/// Sends one sock_diag request; the payload of its answer, or `None` when there is no such socket.
+fn ask(request: &[u8]) -> io::Result<Option<Vec<u8>>> {
+    let netlink = socket(
+        AddressFamily::Netlink,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        SockProtocol::NetlinkSockDiag,
+    )?;
+    let length = HEADER_LENGTH + request.len();
+    let mut message = Vec::with_capacity(length);
+    message.extend((length as u32).to_ne_bytes());
+    message.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+    message.extend(NLM_F_REQUEST.to_ne_bytes());
+    message.extend([0; 8]); // sequence and port: one question, one answer
+    message.extend(request);
+    send(netlink.as_raw_fd(), &message, MsgFlags::empty())?;
+
+    let mut buffer = vec![0_u8; 8192];
+    let received = recv(netlink.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+    buffer.truncate(received);
+    read_header(&buffer)
+}
+
+fn read_header(message: &[u8]) -> io::Result<Option<Vec<u8>>> {
+    let malformed = || io::Error::new(io::ErrorKind::InvalidData, "malformed netlink answer");
+    let length = bytes::<4>(message, 0)
+        .map(u32::from_ne_bytes)
+        .ok_or_else(malformed)? as usize;
+    let kind = bytes::<2>(message, 4)
+        .map(u16::from_ne_bytes)
+        .ok_or_else(malformed)?;
+    let payload = message.get(HEADER_LENGTH..length).ok_or_else(malformed)?;
+    match kind {
+        SOCK_DIAG_BY_FAMILY => Ok(Some(payload.to_vec())),
+        NLMSG_ERROR => {
+            let code = bytes::<4>(payload, 0)
+                .map(i32::from_ne_bytes)
+                .ok_or_else(malformed)?;
+            match code.saturating_neg() {
+                libc::ENOENT => Ok(None),
+                errno => Err(io::Error::from_raw_os_error(errno)),
+            }
+        }
+        _ => Err(malformed()),
+    }
+}
+
+/// Reads a `struct inet_diag_msg`. It counts only if it is the caller's socket (not ours, not a
+/// listener on the caller's port), is still open, and has an inode.
+fn read_tcp_answer(answer: &[u8], caller: SocketAddr, listener: SocketAddr) -> Option<TcpSocket> {
+    let [family, state] = bytes::<2>(answer, 0)?;
+    if state != TCP_ESTABLISHED && state != TCP_CLOSE_WAIT {
+        return None;
+    }
+    let source_port = u16::from_be_bytes(bytes::<2>(answer, 4)?);
+    let destination_port = u16::from_be_bytes(bytes::<2>(answer, 6)?);
+    let source = read_address(family, bytes::<16>(answer, 8)?)?;
+    let destination = read_address(family, bytes::<16>(answer, 24)?)?;
+    if SocketAddr::new(source, source_port) != caller
+        || SocketAddr::new(destination, destination_port) != listener
+    {
+        return None;
+    }
+    let inode = u32::from_ne_bytes(bytes::<4>(answer, 68)?);
+    if inode == 0 {
+        return None;
+    }
+    Some(TcpSocket {
+        inode,
+        uid: u32::from_ne_bytes(bytes::<4>(answer, 64)?),
+        cookie: bytes::<8>(answer, 44)?,
+        cgroup_id: attribute(answer, INET_MESSAGE_LENGTH, INET_DIAG_CGROUP_ID)
+            .and_then(|value| bytes::<8>(value, 0))
+            .map(u64::from_ne_bytes),
+    })
+}
+
+/// The value of a netlink attribute (`struct rtattr`: length, type, value, padding to four bytes).
+fn attribute(message: &[u8], start: usize, wanted: u16) -> Option<&[u8]> {
+    let mut position = start;
+    loop {
+        let length = usize::from(u16::from_ne_bytes(bytes::<2>(message, position)?));
+        let kind = u16::from_ne_bytes(bytes::<2>(message, position + 2)?);
+        if length < 4 {
+            return None;
+        }
+        let value = message.get(position + 4..position + length)?;
+        if kind == wanted {
+            return Some(value);
+        }
+        position += length.next_multiple_of(4);
+    }
+}
+
+fn bytes<const N: usize>(data: &[u8], position: usize) -> Option<[u8; N]> {
+    data.get(position..)?.first_chunk::<N>().copied()
+}
+
+/// An IPv4 address that is mapped into IPv6 (RFC 4291 section 2.5.5.2) is the IPv4 address; scope
+/// and flow say nothing about who called.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+fn address_bytes(address: IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V4(address) => {
+            let [a, b, c, d] = address.octets();
+            [a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+        }
+        IpAddr::V6(address) => address.octets(),
+    }
+}
+
+fn read_address(family: u8, octets: [u8; 16]) -> Option<IpAddr> {
+    match libc::c_int::from(family) {
+        libc::AF_INET => {
+            let [a, b, c, d, ..] = octets;
+            Some(IpAddr::from([a, b, c, d]))
+        }
+        libc::AF_INET6 => Some(IpAddr::V6(Ipv6Addr::from(octets)).to_canonical()),
+        _ => None,
+    }
+}

@@ -1,0 +1,74 @@
+//! From real sockets to the processes that hold them.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a failed expectation is a failed test"
+)]
+
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+
+use crate::evidence::PeerEvidence;
+
+/// A client and the server's view of it: (client, accepted, local, peer).
+fn connection(
+    address: &str,
+    target: Option<&str>,
+) -> (TcpStream, TcpStream, SocketAddr, SocketAddr) {
+    let listener = TcpListener::bind((address, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let client = TcpStream::connect((target.unwrap_or(address), port)).unwrap();
+    let (accepted, peer) = listener.accept().unwrap();
+    let local = accepted.local_addr().unwrap();
+    (client, accepted, local, peer)
+}
+
+#[test]
+fn a_caller_over_loopback_is_found_by_every_spelling_of_its_address() {
+    for (address, target) in [
+        ("127.0.0.1", None),
+        ("127.8.8.8", None),
+        ("::1", None),
+        ("::", Some("127.0.0.1")),
+        ("::", Some("::ffff:127.0.0.1")),
+        ("0.0.0.0", Some("::ffff:127.0.0.1")),
+    ] {
+        let (_client, _accepted, local, peer) = connection(address, target);
+        let evidence = PeerEvidence::of_loopback_tcp(local, peer).unwrap();
+        assert_eq!(
+            evidence.process().unwrap().pid(),
+            std::process::id(),
+            "{address} {target:?}"
+        );
+        assert_eq!(evidence.words(), ["sock_diag", "pidfd"]);
+        evidence.check_liveness().unwrap();
+    }
+}
+
+#[test]
+fn both_ways_of_a_unix_socket_find_the_same_process() {
+    let (client, server) = UnixStream::pair().unwrap();
+    let evidence = PeerEvidence::of_unix_stream(server.as_fd()).unwrap();
+    assert_eq!(evidence.process().unwrap().pid(), std::process::id());
+    assert_eq!(evidence.words(), ["pidfd"]);
+
+    let weaker = PeerEvidence::of_unix_stream_by_credentials(server.as_fd()).unwrap();
+    assert_eq!(weaker.process().unwrap().pid(), std::process::id());
+    assert_eq!(weaker.words(), ["pidfd", "weaker:peercred"]);
+
+    // Nobody holds the other end any more: there is nothing to prove the number by.
+    drop(client);
+    let gone = PeerEvidence::of_unix_stream_by_credentials(server.as_fd()).unwrap_err();
+    assert_eq!(gone.code(), "caller_gone");
+}
+
+#[test]
+fn a_closed_connection_has_no_caller() {
+    let (client, _accepted, local, peer) = connection("127.0.0.1", None);
+    drop(client);
+    let gone = PeerEvidence::of_loopback_tcp(local, peer).unwrap_err();
+    assert_eq!(gone.code(), "caller_gone");
+}

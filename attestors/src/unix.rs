@@ -1,0 +1,260 @@
+//! The `unix` attestor: what the kernel says of the calling process. Its page is `docs/unix.md`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+
+use async_trait::async_trait;
+
+use crate::attestor::{Attestation, Attestor, AttributeDeclaration, Evidence, EvidenceKind};
+use crate::attribute::{AttributeSelection, AttributeType, AttributeValue, Attributes};
+use crate::cgroup;
+use crate::platform::Process;
+use crate::workload::FailureKind;
+
+/// States the groups `unix` and `container`.
+#[derive(Debug)]
+pub struct UnixAttestor {
+    needed: AttributeSelection,
+}
+
+impl UnixAttestor {
+    /// An attestor that collects the attributes in `needed`, and of the others those that cost
+    /// nothing (uid, gid, pid, container).
+    pub fn new(needed: AttributeSelection) -> Self {
+        Self { needed }
+    }
+
+    fn describe(&self, process: &Process) -> Result<BTreeMap<String, Attributes>, Failure> {
+        let needs = |name: &str| self.needed.contains("unix", name);
+        let mut unix = Attributes::new();
+        let mut state = |name: &str, value: AttributeValue| {
+            unix.insert(name.to_owned(), value);
+        };
+
+        state("uid", AttributeValue::Long(process.uid().into()));
+        state("gid", AttributeValue::Long(process.gid().into()));
+        state("pid", AttributeValue::Long(process.pid().into()));
+        if needs("user")
+            && let Some(user) = user_name(process.uid())?
+        {
+            state("user", AttributeValue::String(user));
+        }
+        if needs("groups") {
+            state("groups", AttributeValue::StringSet(group_names(process)?));
+        }
+        if needs("executable")
+            && let Some(path) = unless_forbidden(process.executable())?.flatten()
+            && let Some(path) = path.to_str()
+        {
+            state("executable", AttributeValue::String(path.to_owned()));
+        }
+        if needs("executable_sha256")
+            && let Some(hash) = unless_forbidden(process.executable_sha256())?.flatten()
+        {
+            state(
+                "executable_sha256",
+                AttributeValue::String(hexadecimal(&hash)),
+            );
+        }
+        if needs("command_line_sha256") {
+            let digest =
+                aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &process.command_line()?);
+            state(
+                "command_line_sha256",
+                AttributeValue::String(hexadecimal(digest.as_ref())),
+            );
+        }
+        if needs("network_namespace")
+            && let Some(namespace) = unless_forbidden(process.network_namespace())?
+            && let Ok(namespace) = i64::try_from(namespace)
+        {
+            state("network_namespace", AttributeValue::Long(namespace));
+        }
+
+        let cgroups = process.cgroup_file()?;
+        let memberships = cgroup::memberships(&cgroups);
+        if let Some(path) = cgroup::path(&memberships) {
+            state("cgroup", AttributeValue::String(path.to_owned()));
+        }
+        let mut groups = BTreeMap::from([("unix".to_owned(), unix)]);
+        let container = cgroup::container(&memberships)
+            .map_err(|contradiction| Failure::Invalid(contradiction.to_string()))?;
+        if let Some(container) = container {
+            let mut attributes =
+                Attributes::from([("id".to_owned(), AttributeValue::String(container.id))]);
+            if let Some(runtime) = container.runtime {
+                attributes.insert(
+                    "runtime".to_owned(),
+                    AttributeValue::String(runtime.to_string()),
+                );
+            }
+            groups.insert("container".to_owned(), attributes);
+        }
+        Ok(groups)
+    }
+}
+
+#[async_trait]
+impl Attestor for UnixAttestor {
+    fn name(&self) -> &str {
+        "unix"
+    }
+
+    fn evidence_kind(&self) -> EvidenceKind {
+        EvidenceKind::Kernel
+    }
+
+    fn declarations(&self) -> Vec<AttributeDeclaration> {
+        use AttributeType::{Long, String, StringSet};
+        let unix = [
+            ("uid", Long, true, "the effective user id of the process"),
+            ("gid", Long, true, "the effective group id of the process"),
+            (
+                "pid",
+                Long,
+                true,
+                "the process number, for records: it names nothing for long",
+            ),
+            (
+                "user",
+                String,
+                false,
+                "the user's name, where the host has one for the uid",
+            ),
+            (
+                "groups",
+                StringSet,
+                false,
+                "the names of the effective and supplementary groups; a number where a group has no name",
+            ),
+            (
+                "executable",
+                String,
+                false,
+                "the path by which the host knows the file that runs; absent outside the host's mount namespace",
+            ),
+            (
+                "executable_sha256",
+                String,
+                false,
+                "the SHA-256 of the file that runs, in hexadecimal; absent on FUSE and network file systems",
+            ),
+            (
+                "command_line_sha256",
+                String,
+                false,
+                "the SHA-256 of `/proc/PID/cmdline`, which the process can rewrite",
+            ),
+            ("cgroup", String, false, "the path in the cgroup hierarchy"),
+            (
+                "network_namespace",
+                Long,
+                false,
+                "the inode number of the network namespace",
+            ),
+        ];
+        let container = [
+            (
+                "id",
+                String,
+                true,
+                "the container's full id, as its runtime numbers it",
+            ),
+            (
+                "runtime",
+                String,
+                false,
+                "docker, containerd, cri-o or podman, where the cgroup path tells",
+            ),
+        ];
+        let declare = |group: &'static str| {
+            move |(name, attribute_type, required, description): (&str, _, _, &str)| {
+                AttributeDeclaration {
+                    group: group.to_owned(),
+                    name: name.to_owned(),
+                    attribute_type,
+                    required,
+                    description: description.to_owned(),
+                }
+            }
+        };
+        unix.into_iter()
+            .map(declare("unix"))
+            .chain(container.into_iter().map(declare("container")))
+            .collect()
+    }
+
+    async fn attest(&self, evidence: Evidence<'_>) -> Attestation {
+        let Evidence::Kernel(peer) = evidence else {
+            return Attestation::NotApplicable;
+        };
+        let Some(process) = peer.process() else {
+            return Attestation::NotApplicable;
+        };
+        match self.describe(process) {
+            Ok(groups) => Attestation::Attested {
+                groups,
+                valid_until: None,
+            },
+            Err(Failure::Unreadable(error)) => Attestation::Failed {
+                kind: FailureKind::CouldNotRun,
+                detail: format!("the process could not be read: {error}"),
+            },
+            Err(Failure::Invalid(detail)) => Attestation::Failed {
+                kind: FailureKind::InvalidEvidence,
+                detail,
+            },
+        }
+    }
+}
+
+enum Failure {
+    Unreadable(io::Error),
+    Invalid(String),
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Unreadable(error)
+    }
+}
+
+/// What an agent without privileges may not see of another user's process is absent, not a failure.
+fn unless_forbidden<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(unix)]
+fn user_name(uid: u32) -> io::Result<Option<String>> {
+    let user = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid))?;
+    Ok(user.map(|user| user.name))
+}
+
+#[cfg(unix)]
+fn group_names(process: &Process) -> io::Result<BTreeSet<String>> {
+    std::iter::once(process.gid())
+        .chain(process.groups().iter().copied())
+        .map(|gid| {
+            let group = nix::unistd::Group::from_gid(nix::unistd::Gid::from_raw(gid))?;
+            Ok(group.map_or_else(|| gid.to_string(), |group| group.name))
+        })
+        .collect()
+}
+
+#[cfg(not(unix))]
+fn user_name(_uid: u32) -> io::Result<Option<String>> {
+    Ok(None)
+}
+
+#[cfg(not(unix))]
+fn group_names(process: &Process) -> io::Result<BTreeSet<String>> {
+    Ok(process.groups().iter().map(u32::to_string).collect())
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
