@@ -1,9 +1,12 @@
 //! Countersign: a per-node agent that attests local workloads, decides by policy, and injects
 //! short-lived tokens into their requests.
 
+pub mod address;
 pub mod clock;
 pub mod config;
 pub mod diagnostics;
+pub mod fetch;
+pub mod jwt;
 pub mod refusal;
 pub mod request;
 pub mod routing;

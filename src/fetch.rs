@@ -1,0 +1,618 @@
+//! The client for everything the agent asks for itself: token endpoints, metadata, key sets.
+//!
+//! One [`FetchClient`] for each way of reaching a server (certificate authority, `connect_to`, outbound
+//! proxy, allowed addresses). It bounds the whole request in time and the answer in size, follows no
+//! redirect, says what went wrong by class, and connects only to servers that the operator named or
+//! that pass the [address guard](crate::address).
+
+use std::collections::BTreeSet;
+use std::error::Error;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use countersign_attestors::{Fetch, FetchError};
+use http::{HeaderMap, Method, Request, StatusCode, Uri};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::{Connected, Connection};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use ipnet::IpNet;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use url::Url;
+use zeroize::Zeroizing;
+
+use crate::address::AddressGuard;
+
+/// The largest answer that is read.
+pub const ANSWER_LIMIT_BYTES: usize = 64 * 1024;
+
+/// The time allowed for documents (metadata, key sets) where no credential says another.
+const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How servers are reached.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+pub struct FetchSettings {
+    /// URLs written in the configuration: their scheme and host are trusted by name.
+    pub configured: BTreeSet<Url>,
+    /// Roots that replace the system's.
+    pub ca_file: Option<PathBuf>,
+    /// Where the configured hosts really are.
+    pub connect_to: Option<SocketAddr>,
+    /// An HTTP proxy to every server (`http://HOST:PORT`).
+    pub outbound_proxy: Option<Url>,
+    /// Ranges exempt from the address guard.
+    pub allow_addresses: Vec<IpNet>,
+}
+
+/// A client. Cheap to clone; may be called from any runtime, the work is done on the one given to
+/// [`FetchClient::new`].
+#[derive(Clone)]
+pub struct FetchClient {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    settings: FetchSettings,
+    runtime: tokio::runtime::Handle,
+    guard: AddressGuard,
+    /// Built at the first request: reading the system's roots takes longer than all the rest of start.
+    client: OnceLock<Result<Client<Connector, Full<Bytes>>, FetchFailure>>,
+}
+
+/// A whole answer.
+#[derive(Debug)]
+pub struct Answer {
+    /// The status.
+    pub status: StatusCode,
+    /// The headers.
+    pub headers: HeaderMap,
+    /// The body, at most [`ANSWER_LIMIT_BYTES`]; it may hold a token.
+    pub body: Zeroizing<Vec<u8>>,
+}
+
+/// Why there is no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{detail}")]
+pub struct FetchFailure {
+    /// The class.
+    pub kind: FetchFailureKind,
+    /// What happened, without secrets.
+    pub detail: String,
+}
+
+/// The class of a [`FetchFailure`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FetchFailureKind {
+    /// The name does not resolve.
+    Dns,
+    /// Nothing listens there, or no route leads there.
+    Refused,
+    /// The connection broke before the answer's head was whole.
+    Reset,
+    /// The certificate does not verify, or TLS failed otherwise.
+    Tls,
+    /// The time ran out.
+    Timeout,
+    /// The connection broke within the answer's body.
+    Truncated,
+    /// The answer is larger than [`ANSWER_LIMIT_BYTES`].
+    TooLarge,
+    /// The answer is not HTTP.
+    Protocol,
+    /// The URL or its address may not be connected to.
+    NotAllowed,
+    /// The certificate authority's file cannot be used.
+    CertificateAuthority,
+}
+
+impl FetchFailure {
+    fn new(kind: FetchFailureKind, detail: impl Into<String>) -> Self {
+        Self {
+            kind,
+            detail: detail.into(),
+        }
+    }
+}
+
+impl FetchClient {
+    /// A client whose connections live on `runtime`.
+    pub fn new(
+        settings: FetchSettings,
+        own_listeners: Arc<[SocketAddr]>,
+        runtime: tokio::runtime::Handle,
+    ) -> Self {
+        let guard = AddressGuard::new(&settings.allow_addresses, own_listeners);
+        Self {
+            shared: Arc::new(Shared {
+                settings,
+                runtime,
+                guard,
+                client: OnceLock::new(),
+            }),
+        }
+    }
+
+    /// Sends one request and reads the whole answer, in at most `timeout`, name resolution and
+    /// connection included.
+    pub async fn send(
+        &self,
+        request: Request<Bytes>,
+        timeout: Duration,
+    ) -> Result<Answer, FetchFailure> {
+        let shared = Arc::clone(&self.shared);
+        let task = self.shared.runtime.spawn(async move {
+            match tokio::time::timeout(timeout, shared.exchange(request)).await {
+                Ok(outcome) => outcome,
+                Err(_) => Err(FetchFailure::new(
+                    FetchFailureKind::Timeout,
+                    format!("no whole answer within {timeout:?}"),
+                )),
+            }
+        });
+        match task.await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(FetchFailure::new(
+                FetchFailureKind::Reset,
+                "the agent is shutting down",
+            )),
+        }
+    }
+
+    /// `GET url`, with [`Self::send`]'s bounds.
+    pub async fn get(&self, url: &Url, timeout: Duration) -> Result<Answer, FetchFailure> {
+        let request = Request::builder()
+            .method(Method::GET)
+            .uri(url.as_str())
+            .header(http::header::ACCEPT, "application/json")
+            .header(http::header::USER_AGENT, USER_AGENT)
+            .body(Bytes::new())
+            .map_err(|error| FetchFailure::new(FetchFailureKind::NotAllowed, error.to_string()))?;
+        self.send(request, timeout).await
+    }
+}
+
+/// What the agent calls itself.
+pub const USER_AGENT: &str = concat!("countersign/", env!("CARGO_PKG_VERSION"));
+
+impl std::fmt::Debug for FetchClient {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("FetchClient")
+            .field("settings", &self.shared.settings)
+            .finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl Fetch for FetchClient {
+    async fn get(&self, url: &Url) -> Result<Vec<u8>, FetchError> {
+        let answer = FetchClient::get(self, url, DOCUMENT_TIMEOUT)
+            .await
+            .map_err(|failure| match failure.kind {
+                FetchFailureKind::NotAllowed => FetchError::NotAllowed {
+                    url: url.to_string(),
+                    detail: failure.detail,
+                },
+                FetchFailureKind::TooLarge => FetchError::Refused {
+                    url: url.to_string(),
+                    detail: failure.detail,
+                },
+                _ => FetchError::Unreachable {
+                    url: url.to_string(),
+                    detail: failure.detail,
+                },
+            })?;
+        match answer.status {
+            StatusCode::OK => Ok(answer.body.to_vec()),
+            status => Err(FetchError::Refused {
+                url: url.to_string(),
+                detail: format!("status {}", status.as_u16()),
+            }),
+        }
+    }
+}
+
+impl Shared {
+    async fn exchange(self: Arc<Self>, request: Request<Bytes>) -> Result<Answer, FetchFailure> {
+        let client = self
+            .client
+            .get_or_init(|| build_client(&self.settings, &self.guard))
+            .as_ref()
+            .map_err(Clone::clone)?;
+        self.check_uri(request.uri())?;
+        let response = client
+            .request(request.map(Full::new))
+            .await
+            .map_err(|error| classify_request(&error))?;
+        let (head, body) = response.into_parts();
+        let body = Limited::new(body, ANSWER_LIMIT_BYTES)
+            .collect()
+            .await
+            .map_err(|error| classify_body(error.as_ref()))?;
+        Ok(Answer {
+            status: head.status,
+            headers: head.headers,
+            body: Zeroizing::new(body.to_bytes().to_vec()),
+        })
+    }
+
+    /// A URL that was learnt must be https; its address is judged when connecting.
+    fn check_uri(&self, uri: &Uri) -> Result<(), FetchFailure> {
+        match uri.scheme_str() == Some("https") || is_configured(&self.settings, uri) {
+            true => Ok(()),
+            false => Err(FetchFailure::new(
+                FetchFailureKind::NotAllowed,
+                format!("`{uri}` is not https"),
+            )),
+        }
+    }
+}
+
+fn is_configured(settings: &FetchSettings, uri: &Uri) -> bool {
+    settings.configured.iter().any(|url| {
+        Some(url.scheme()) == uri.scheme_str()
+            && url.host_str().is_some_and(|host| {
+                uri.host()
+                    .is_some_and(|asked| asked.eq_ignore_ascii_case(host))
+            })
+    })
+}
+
+fn build_client(
+    settings: &FetchSettings,
+    guard: &AddressGuard,
+) -> Result<Client<Connector, Full<Bytes>>, FetchFailure> {
+    let roots = match &settings.ca_file {
+        Some(path) => Arc::new(roots_from_file(path)?),
+        None => system_roots(),
+    };
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut tls = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| FetchFailure::new(FetchFailureKind::Tls, error.to_string()))?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    let connector = Connector {
+        settings: Arc::new(settings.clone()),
+        guard: guard.clone(),
+        tls: TlsConnector::from(Arc::new(tls)),
+    };
+    Ok(Client::builder(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .pool_timer(TokioTimer::new())
+        // Shorter than the keep-alive of the servers in use (5 s with Node), so that a request is
+        // seldom sent into a connection that the server is closing.
+        .pool_idle_timeout(Duration::from_secs(4))
+        .pool_max_idle_per_host(8)
+        // Only a request of which nothing was sent is tried on another connection.
+        .retry_canceled_requests(true)
+        .build(connector))
+}
+
+fn roots_from_file(path: &Path) -> Result<RootCertStore, FetchFailure> {
+    let unusable = |reason: String| {
+        FetchFailure::new(
+            FetchFailureKind::CertificateAuthority,
+            format!("certificate authority file `{}` {reason}", path.display()),
+        )
+    };
+    let mut roots = RootCertStore::empty();
+    let certificates = CertificateDer::pem_file_iter(path)
+        .map_err(|error| unusable(format!("cannot be read: {error}")))?;
+    for certificate in certificates {
+        let certificate = certificate.map_err(|error| unusable(format!("is not PEM: {error}")))?;
+        roots
+            .add(certificate)
+            .map_err(|error| unusable(format!("holds an unusable certificate: {error}")))?;
+    }
+    match roots.is_empty() {
+        true => Err(unusable("holds no certificate".to_owned())),
+        false => Ok(roots),
+    }
+}
+
+/// The system's roots, read once.
+pub fn system_roots() -> Arc<RootCertStore> {
+    static ROOTS: OnceLock<Arc<RootCertStore>> = OnceLock::new();
+    Arc::clone(ROOTS.get_or_init(|| {
+        let loaded = rustls_native_certs::load_native_certs();
+        for error in &loaded.errors {
+            tracing::warn!(%error, "a system certificate could not be read");
+        }
+        let mut roots = RootCertStore::empty();
+        roots.add_parsable_certificates(loaded.certs);
+        Arc::new(roots)
+    }))
+}
+
+/// Resolves, guards, connects, and speaks TLS.
+#[derive(Clone)]
+struct Connector {
+    settings: Arc<FetchSettings>,
+    guard: AddressGuard,
+    tls: TlsConnector,
+}
+
+impl tower_service::Service<Uri> for Connector {
+    type Response = TokioIo<FetchStream>;
+    type Error = FetchFailure;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let connector = self.clone();
+        Box::pin(async move { connector.connect(uri).await.map(TokioIo::new) })
+    }
+}
+
+impl Connector {
+    async fn connect(self, uri: Uri) -> Result<FetchStream, FetchFailure> {
+        let not_allowed = |detail: String| FetchFailure::new(FetchFailureKind::NotAllowed, detail);
+        let host = uri
+            .host()
+            .ok_or_else(|| not_allowed(format!("`{uri}` has no host")))?
+            .trim_start_matches('[')
+            .trim_end_matches(']');
+        let is_https = uri.scheme_str() == Some("https");
+        let port = uri.port_u16().unwrap_or(if is_https { 443 } else { 80 });
+        let configured = is_configured(&self.settings, &uri);
+        let stream = match (&self.settings.outbound_proxy, self.settings.connect_to) {
+            (Some(proxy), _) => connect_through(proxy, &uri, host, port).await?,
+            (None, Some(address)) if configured => connect_first(&[address]).await?,
+            (None, _) => {
+                let addresses = self.resolve(host, port, configured).await?;
+                connect_first(&addresses).await?
+            }
+        };
+        if !is_https {
+            return Ok(FetchStream::Plain(stream));
+        }
+        let name = ServerName::try_from(host.to_owned())
+            .map_err(|_| not_allowed(format!("`{host}` is not a host name")))?;
+        let stream = self
+            .tls
+            .connect(name, stream)
+            .await
+            .map_err(|error| classify_handshake(&error))?;
+        Ok(FetchStream::Tls(Box::new(stream)))
+    }
+
+    async fn resolve(
+        &self,
+        host: &str,
+        port: u16,
+        configured: bool,
+    ) -> Result<Vec<SocketAddr>, FetchFailure> {
+        let found = tokio::net::lookup_host((host, port))
+            .await
+            .map_err(|error| {
+                FetchFailure::new(
+                    FetchFailureKind::Dns,
+                    format!("`{host}` does not resolve: {error}"),
+                )
+            })?;
+        let mut allowed = Vec::new();
+        let mut refused = None;
+        for address in found {
+            match configured {
+                true => allowed.push(address),
+                false => match self.guard.check(address.ip(), address.port()) {
+                    Ok(()) => allowed.push(address),
+                    Err(error) => refused = Some(error),
+                },
+            }
+        }
+        match (allowed.is_empty(), refused) {
+            (false, _) => Ok(allowed),
+            (true, Some(error)) => Err(FetchFailure::new(
+                FetchFailureKind::NotAllowed,
+                format!("`{host}`: {error}"),
+            )),
+            (true, None) => Err(FetchFailure::new(
+                FetchFailureKind::Dns,
+                format!("`{host}` has no address"),
+            )),
+        }
+    }
+}
+
+async fn connect_first(addresses: &[SocketAddr]) -> Result<TcpStream, FetchFailure> {
+    let mut last = None;
+    for address in addresses {
+        match TcpStream::connect(address).await {
+            Ok(stream) => {
+                // Without this a small request waits for the delayed acknowledgement of the last.
+                let _ = stream.set_nodelay(true);
+                return Ok(stream);
+            }
+            Err(error) => last = Some((address, error)),
+        }
+    }
+    let detail = match last {
+        Some((address, error)) => format!("`{address}` cannot be connected to: {error}"),
+        None => "no address to connect to".to_owned(),
+    };
+    Err(FetchFailure::new(FetchFailureKind::Refused, detail))
+}
+
+/// A tunnel by CONNECT (RFC 9110 section 9.3.6) through an HTTP proxy, which resolves the name.
+async fn connect_through(
+    proxy: &Url,
+    uri: &Uri,
+    host: &str,
+    port: u16,
+) -> Result<TcpStream, FetchFailure> {
+    let refused = |detail: String| FetchFailure::new(FetchFailureKind::Refused, detail);
+    let broken = |error: io::Error| {
+        FetchFailure::new(
+            FetchFailureKind::Reset,
+            format!("the outbound proxy `{proxy}` broke off: {error}"),
+        )
+    };
+    let proxy_host = proxy
+        .host_str()
+        .ok_or_else(|| refused(format!("outbound proxy `{proxy}` has no host")))?;
+    let proxy_port = proxy.port_or_known_default().unwrap_or(80);
+    let addresses: Vec<_> = tokio::net::lookup_host((proxy_host, proxy_port))
+        .await
+        .map_err(|error| {
+            FetchFailure::new(
+                FetchFailureKind::Dns,
+                format!("the outbound proxy `{proxy}` does not resolve: {error}"),
+            )
+        })?
+        .collect();
+    let mut stream = connect_first(&addresses).await?;
+    let authority = match uri.host().is_some_and(|host| host.starts_with('[')) {
+        true => format!("[{host}]:{port}"),
+        false => format!("{host}:{port}"),
+    };
+    let head = format!("CONNECT {authority} HTTP/1.1\r\nhost: {authority}\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.map_err(broken)?;
+    let mut answer = Vec::with_capacity(256);
+    // Byte by byte, so that nothing of the tunnelled stream is taken.
+    while !answer.ends_with(b"\r\n\r\n") {
+        if answer.len() >= 8 * 1024 {
+            return Err(refused(format!(
+                "the outbound proxy `{proxy}` answered with too long a head"
+            )));
+        }
+        answer.push(stream.read_u8().await.map_err(broken)?);
+    }
+    let status = std::str::from_utf8(&answer)
+        .ok()
+        .and_then(|text| text.split_whitespace().nth(1))
+        .unwrap_or("nothing");
+    match status.starts_with('2') {
+        true => Ok(stream),
+        false => Err(refused(format!(
+            "the outbound proxy `{proxy}` answered {status} for `{authority}`"
+        ))),
+    }
+}
+
+/// A connection, with or without TLS.
+enum FetchStream {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl Connection for FetchStream {
+    fn connected(&self) -> Connected {
+        match self {
+            Self::Tls(stream) if stream.get_ref().1.alpn_protocol() == Some(b"h2") => {
+                Connected::new().negotiated_h2()
+            }
+            _ => Connected::new(),
+        }
+    }
+}
+
+impl AsyncRead for FetchStream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_read(context, buffer),
+            Self::Tls(stream) => Pin::new(stream).poll_read(context, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for FetchStream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_write(context, bytes),
+            Self::Tls(stream) => Pin::new(stream).poll_write(context, bytes),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_flush(context),
+            Self::Tls(stream) => Pin::new(stream).poll_flush(context),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_shutdown(context),
+            Self::Tls(stream) => Pin::new(stream).poll_shutdown(context),
+        }
+    }
+}
+
+fn classify_handshake(error: &io::Error) -> FetchFailure {
+    let tls = error
+        .get_ref()
+        .and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    match tls {
+        Some(error) => FetchFailure::new(FetchFailureKind::Tls, error.to_string()),
+        None => FetchFailure::new(
+            FetchFailureKind::Reset,
+            format!("the connection broke during the TLS handshake: {error}"),
+        ),
+    }
+}
+
+/// The client boxes what the connector and the connection said; it is found again in the chain.
+fn classify_request(error: &hyper_util::client::legacy::Error) -> FetchFailure {
+    let mut source = error.source();
+    while let Some(inner) = source {
+        if let Some(failure) = inner.downcast_ref::<FetchFailure>() {
+            return failure.clone();
+        }
+        if let Some(hyper) = inner.downcast_ref::<hyper::Error>()
+            && (hyper.is_parse() || hyper.is_parse_too_large())
+        {
+            return FetchFailure::new(
+                FetchFailureKind::Protocol,
+                format!("the answer is not HTTP: {hyper}"),
+            );
+        }
+        source = inner.source();
+    }
+    FetchFailure::new(
+        FetchFailureKind::Reset,
+        format!("the connection broke before an answer: {error}"),
+    )
+}
+
+fn classify_body(error: &(dyn Error + Send + Sync + 'static)) -> FetchFailure {
+    match error.is::<LengthLimitError>() {
+        true => FetchFailure::new(
+            FetchFailureKind::TooLarge,
+            format!(
+                "the answer is larger than {} KiB",
+                ANSWER_LIMIT_BYTES / 1024
+            ),
+        ),
+        false => FetchFailure::new(
+            FetchFailureKind::Truncated,
+            format!("the answer was cut short: {error}"),
+        ),
+    }
+}
