@@ -2,6 +2,7 @@
 //! short-lived tokens into their requests.
 
 pub mod address;
+pub mod audit;
 pub mod clock;
 pub mod config;
 pub mod diagnostics;
@@ -9,4 +10,6 @@ pub mod fetch;
 pub mod jwt;
 pub mod refusal;
 pub mod request;
+pub mod request_id;
 pub mod routing;
+pub mod telemetry;

@@ -1,0 +1,1 @@
+//! Logs: text or JSON lines on standard error, without secrets at any level.
