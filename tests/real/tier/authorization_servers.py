@@ -96,7 +96,14 @@ class Keycloak:
 
     def issued(self) -> dict[str, str]:
         """The `jti` of each token that the server's log names, and the client it was issued to."""
-        return {event["token_id"]: event["clientId"] for event in self.events() if event.get("type") == "CLIENT_LOGIN"}
+        return {event["token_id"]: event["clientId"] for event in self.logins()}
+
+    def subjects(self) -> dict[str, str]:
+        """The `jti` of each token, and the `sub` of the assertion that it was issued for."""
+        return {event["token_id"]: event.get("client_assertion_sub", "") for event in self.logins()}
+
+    def logins(self) -> list[dict[str, str]]:
+        return [event for event in self.events() if event.get("type") == "CLIENT_LOGIN"]
 
     def refusals(self) -> list[str]:
         return [event.get("error", "") for event in self.events() if event.get("type") == "CLIENT_LOGIN_ERROR"]

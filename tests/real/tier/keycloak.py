@@ -120,6 +120,7 @@ class KeycloakTest(Cases, KeycloakServer):
         issued = self.authorization_server.issued()
         self.assertIn(jti, issued, "the token's `jti` is not in the server's log")
         self.assertEqual(issued[jti], WORKLOAD_CLIENT)
+        self.assertEqual(self.authorization_server.subjects()[jti], SUBJECT)
 
     def test_exec_carries_a_job_past_the_life_of_its_tokens(self) -> None:
         with self.token_file() as token_file:
