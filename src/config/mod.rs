@@ -1,7 +1,18 @@
-//! Configuration: one YAML file, read strictly, into the types below.
+//! Configuration: YAML files, read strictly, into the types below.
 //!
-//! [`load`](Config::load) parses every file with spans, refuses unknown keys, converts each section
-//! to its typed form and reports *all* problems at once, each with file, line, column and a suggestion.
+//! [`load`](Config::load) goes through four stages, each a file here:
+//! [`tree`] parses text into values that know their place, [`reader`] fits them into the [`raw`] serde
+//! types, [`convert`] makes the typed form of each section, and [`load`](mod@load) joins the files.
+//! *All* problems are reported at once, each with file, line, column and a suggestion.
+
+mod convert;
+mod load;
+mod raw;
+mod reader;
+#[cfg(test)]
+mod tests;
+mod text;
+mod tree;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -12,7 +23,11 @@ use std::time::Duration;
 use countersign_attestors::AttributeType;
 use http::HeaderName;
 use ipnet::IpNet;
+use schemars::JsonSchema;
+use serde::Deserialize;
 use url::Url;
+
+pub use load::{Checked, check, schema};
 
 /// A whole, valid configuration. Immutable; a reload makes another.
 #[derive(Debug, Clone, PartialEq)]
@@ -261,11 +276,14 @@ pub enum ClientAuthentication {
 }
 
 /// Signature algorithms of client assertions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize, JsonSchema)]
+#[serde(rename_all = "UPPERCASE")]
+#[schemars(inline)]
 pub enum SigningAlgorithm {
     /// ECDSA with P-256 and SHA-256.
     Es256,
     /// Ed25519.
+    #[serde(rename = "EdDSA")]
     EdDsa,
     /// RSASSA-PSS with SHA-256.
     Ps256,
@@ -339,7 +357,9 @@ impl PartialEq for PathPatterns {
 }
 
 /// A URL scheme of a destination.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[schemars(inline)]
 pub enum Scheme {
     /// Plain HTTP.
     Http,
@@ -386,7 +406,9 @@ pub struct Injection {
 }
 
 /// The form of an injected header.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[schemars(inline)]
 pub enum InjectionFormat {
     /// `Bearer TOKEN` (RFC 6750 section 2.1).
     Bearer,
@@ -395,7 +417,9 @@ pub enum InjectionFormat {
 }
 
 /// Whether policy is enforced at a destination.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[schemars(inline)]
 pub enum Mode {
     /// A denial refuses the request.
     Enforce,
@@ -415,7 +439,9 @@ pub struct Timeouts {
 }
 
 /// What happens to traffic that matches no destination.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[schemars(inline)]
 pub enum Unmatched {
     /// It is refused.
     Refuse,
@@ -472,7 +498,9 @@ pub struct AuditConfig {
 }
 
 /// What happens when audit records cannot be written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[schemars(inline)]
 pub enum OnAuditFailure {
     /// New requests are refused.
     Block,
@@ -506,7 +534,9 @@ pub struct LogConfig {
 }
 
 /// The form of a log line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[schemars(inline)]
 pub enum LogFormat {
     /// For people.
     Text,
