@@ -8,6 +8,7 @@ pub mod config;
 pub mod diagnostics;
 pub mod fetch;
 pub mod jwt;
+pub mod policy;
 pub mod refusal;
 pub mod request;
 pub mod request_id;

@@ -1,0 +1,893 @@
+//! A loaded set of policies: immutable, sliced by resource and action, and asked questions.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use cedar_policy::{
+    ActionConstraint, Authorizer, Context, Entities, Entity, EntityUid, Policy, PolicyId,
+    PolicySet, Request, ResourceConstraint, RestrictedExpression,
+};
+use countersign_attestors::{AttributeDeclaration, FailureKind, WorkloadFacts};
+use jiff::tz::TimeZone;
+
+use super::decision::{Decision, Denial, DenialKind, Permission};
+use super::principal::{PARENT_ATTRIBUTES, Principal, REPOSITORY_ATTRIBUTE, uid, workload_uid};
+use super::question::{Action, Question, Resource, ResourceType, UNMATCHED};
+use super::reads::Reads;
+use super::source::{self, ParsedPolicy, PolicyFile};
+use super::{conditions, load, schema};
+use crate::config::{Config, EnvironmentRule, TemplatePart, TokenSource};
+use crate::diagnostics::{Diagnostics, position};
+
+/// `environment` of a resource whose configuration does not say.
+const UNKNOWN_RESOURCE_ENVIRONMENT: &str = "unknown";
+
+/// A loaded set of policies. Immutable; a reload makes another.
+#[derive(Debug)]
+pub struct PolicyEngine {
+    version: Arc<str>,
+    policies: Vec<Arc<LoadedPolicy>>,
+    by_id: HashMap<PolicyId, Arc<LoadedPolicy>>,
+    credentials: HashMap<String, LoadedResource>,
+    destinations: HashMap<String, LoadedResource>,
+    environments: Vec<EnvironmentRule>,
+    repository_hosts: BTreeMap<String, String>,
+    issuer_groups: BTreeSet<String>,
+    attributes_read: BTreeSet<(String, String)>,
+    declared: BTreeMap<String, BTreeSet<String>>,
+    time_zone: TimeZone,
+    schema_text: String,
+    authorizer: Authorizer,
+}
+
+/// A policy that passed every check.
+#[derive(Debug)]
+pub(super) struct LoadedPolicy {
+    pub(super) id: Arc<str>,
+    /// `FILE:LINE:COLUMN` of its effect.
+    pub(super) location: String,
+    pub(super) is_permit: bool,
+    pub(super) policy: Policy,
+    pub(super) json: serde_json::Value,
+    pub(super) reads: Reads,
+    pub(super) max_lifetime: Option<Duration>,
+    pub(super) scopes: Option<BTreeSet<String>>,
+    pub(super) expires: Option<SystemTime>,
+    /// Made when first explained.
+    pub(super) conditions: std::sync::OnceLock<Vec<conditions::Conjunct>>,
+}
+
+#[derive(Debug)]
+struct LoadedResource {
+    entity: Entity,
+    slices: BTreeMap<Action, Arc<Slice>>,
+}
+
+/// The policies that can apply to one resource and action.
+#[derive(Debug)]
+pub(super) struct Slice {
+    pub(super) policies: Vec<Arc<LoadedPolicy>>,
+    pub(super) reads: Reads,
+    set: PolicySet,
+    /// `@expires` of its policies, in order.
+    expiries: Vec<SystemTime>,
+}
+
+impl Slice {
+    fn new(policies: Vec<Arc<LoadedPolicy>>) -> Self {
+        let mut reads = Reads::default();
+        for policy in &policies {
+            reads.add(&policy.reads);
+        }
+        let mut expiries: Vec<SystemTime> = policies
+            .iter()
+            .filter_map(|policy| policy.expires)
+            .collect();
+        expiries.sort();
+        Self {
+            set: set_of(policies.iter()),
+            reads,
+            expiries,
+            policies,
+        }
+    }
+
+    /// How many of its policies have expired at `now`.
+    pub(super) fn expired(&self, now: SystemTime) -> usize {
+        self.expiries.partition_point(|expires| *expires <= now)
+    }
+
+    /// Those of its policies that have not expired.
+    pub(super) fn in_force(&self, now: SystemTime) -> impl Iterator<Item = &Arc<LoadedPolicy>> {
+        self.policies
+            .iter()
+            .filter(move |policy| policy.expires.is_none_or(|expires| now < expires))
+    }
+}
+
+fn set_of<'a>(policies: impl Iterator<Item = &'a Arc<LoadedPolicy>>) -> PolicySet {
+    // INVARIANT (unique ids): `load` refuses a set in which two policies have one id.
+    PolicySet::from_policies(policies.map(|policy| policy.policy.clone())).unwrap_or_default()
+}
+
+/// A question in Cedar's form.
+pub(super) struct Prepared {
+    pub(super) request: Request,
+    pub(super) entities: Entities,
+}
+
+impl PolicyEngine {
+    /// Reads `*.cedar` of the configuration's policy directory. `declarations` are what the configured
+    /// attestors may state. Returns warnings beside the engine, or every problem found.
+    pub fn load(
+        config: &Config,
+        declarations: &[AttributeDeclaration],
+    ) -> Result<(Self, Diagnostics), Diagnostics> {
+        let files = source::read_directory(&config.policy_directory, &config.path)?;
+        Self::from_files(config, declarations, &files)
+    }
+
+    /// As [`load`](Self::load), with the policy files already read.
+    pub fn from_files(
+        config: &Config,
+        declarations: &[AttributeDeclaration],
+        files: &[PolicyFile],
+    ) -> Result<(Self, Diagnostics), Diagnostics> {
+        let (parsed, diagnostics) = load::check(config, declarations, files);
+        if diagnostics.has_errors() {
+            return Err(diagnostics);
+        }
+        let engine = Self::build(config, declarations, files, parsed);
+        Ok((engine, diagnostics))
+    }
+
+    fn build(
+        config: &Config,
+        declarations: &[AttributeDeclaration],
+        files: &[PolicyFile],
+        parsed: Vec<ParsedPolicy>,
+    ) -> Self {
+        let policies: Vec<Arc<LoadedPolicy>> = parsed
+            .into_iter()
+            .map(|parsed| Arc::new(LoadedPolicy::new(parsed, files)))
+            .collect();
+        let declared: BTreeMap<String, BTreeSet<String>> = schema::by_group(declarations)
+            .into_iter()
+            .map(|(group, attributes)| {
+                (
+                    group.to_owned(),
+                    attributes.into_keys().map(str::to_owned).collect(),
+                )
+            })
+            .collect();
+        let mut engine = Self {
+            version: version_of(files),
+            by_id: policies
+                .iter()
+                .map(|policy| (policy.policy.id().clone(), Arc::clone(policy)))
+                .collect(),
+            credentials: HashMap::new(),
+            destinations: HashMap::new(),
+            environments: config.environments.clone(),
+            repository_hosts: config
+                .attestors
+                .oidc_issuers
+                .iter()
+                .filter(|issuer| issuer.claims.contains_key(REPOSITORY_ATTRIBUTE))
+                .filter_map(|issuer| {
+                    let host = issuer.issuer.url().host_str()?;
+                    Some((issuer.name.clone(), host.to_owned()))
+                })
+                .collect(),
+            issuer_groups: config
+                .attestors
+                .oidc_issuers
+                .iter()
+                .map(|issuer| issuer.name.clone())
+                .collect(),
+            attributes_read: BTreeSet::new(),
+            declared,
+            time_zone: TimeZone::system(),
+            schema_text: schema::text(declarations),
+            authorizer: Authorizer::new(),
+            policies,
+        };
+        (engine.credentials, engine.destinations) = engine.slices(config);
+        engine.attributes_read = engine.all_attributes_read(config);
+        engine
+    }
+
+    /// Every resource of the configuration with its slices; resources with the same policies share one.
+    fn slices(
+        &self,
+        config: &Config,
+    ) -> (
+        HashMap<String, LoadedResource>,
+        HashMap<String, LoadedResource>,
+    ) {
+        let mut shared: HashMap<Vec<usize>, Arc<Slice>> = HashMap::new();
+        let mut credentials = HashMap::new();
+        let mut destinations = HashMap::new();
+        let mut add = |resource_type: ResourceType,
+                       name: &str,
+                       environment: Option<&str>,
+                       groups: &[String],
+                       actions: &[Action]| {
+            let ancestors: HashSet<EntityUid> = groups
+                .iter()
+                .map(|group| uid("CredentialGroup", group))
+                .collect();
+            let resource_uid = uid(resource_type.as_str(), name);
+            let slices = actions
+                .iter()
+                .map(|action| {
+                    let applicable: Vec<usize> = self
+                        .policies
+                        .iter()
+                        .enumerate()
+                        .filter(|(_, policy)| {
+                            covers_action(&policy.policy.action_constraint(), *action)
+                                && covers_resource(
+                                    &policy.policy.resource_constraint(),
+                                    resource_type,
+                                    &resource_uid,
+                                    &ancestors,
+                                )
+                        })
+                        .map(|(index, _)| index)
+                        .collect();
+                    let slice = shared.entry(applicable).or_insert_with_key(|applicable| {
+                        Arc::new(Slice::new(
+                            applicable
+                                .iter()
+                                .filter_map(|index| self.policies.get(*index).map(Arc::clone))
+                                .collect(),
+                        ))
+                    });
+                    (*action, Arc::clone(slice))
+                })
+                .collect();
+            let resource = LoadedResource {
+                entity: resource_entity(resource_uid, name, environment, ancestors),
+                slices,
+            };
+            match resource_type {
+                ResourceType::Credential => credentials.insert(name.to_owned(), resource),
+                ResourceType::Destination => destinations.insert(name.to_owned(), resource),
+            };
+        };
+        for credential in &config.credentials {
+            add(
+                ResourceType::Credential,
+                &credential.name,
+                credential.environment.as_deref(),
+                &credential.groups,
+                &[Action::Inject, Action::Issue],
+            );
+        }
+        for destination in &config.destinations {
+            add(
+                ResourceType::Destination,
+                &destination.name,
+                destination.environment.as_deref(),
+                &[],
+                &[Action::Connect],
+            );
+        }
+        add(
+            ResourceType::Destination,
+            UNMATCHED,
+            None,
+            &[],
+            &[Action::Connect],
+        );
+        (credentials, destinations)
+    }
+
+    fn all_attributes_read(&self, config: &Config) -> BTreeSet<(String, String)> {
+        let mut read = BTreeSet::new();
+        for policy in &self.policies {
+            read.extend(self.expanded(&policy.reads));
+        }
+        let whole_name = |attribute: &String| {
+            attribute
+                .split_once('.')
+                .map(|(group, name)| (group.to_owned(), name.to_owned()))
+        };
+        for rule in &self.environments {
+            read.extend(rule.when.keys().filter_map(whole_name));
+        }
+        for credential in &config.credentials {
+            let TokenSource::OauthClientCredentials(settings) = &credential.source;
+            let templates =
+                std::iter::once(&settings.client_id).chain(settings.assertion_claims.values());
+            for part in templates.flat_map(|template| &template.parts) {
+                if let TemplatePart::Attribute { group, name } = part {
+                    read.insert((group.clone(), name.clone()));
+                }
+            }
+        }
+        read
+    }
+
+    /// The first 16 hexadecimal digits of the SHA-256 of the policy files.
+    pub fn version(&self) -> &Arc<str> {
+        &self.version
+    }
+
+    /// `(group, attribute)` that a policy, an environment rule or a credential's template reads: what attestors must collect.
+    pub fn attributes_read(&self) -> &BTreeSet<(String, String)> {
+        &self.attributes_read
+    }
+
+    /// The schema that the policies were checked against, as Cedar text.
+    pub fn schema_text(&self) -> &str {
+        &self.schema_text
+    }
+
+    /// Every policy's id and place, in the order of the files.
+    pub fn policies(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.policies
+            .iter()
+            .map(|policy| (&*policy.id, policy.location.as_str()))
+    }
+
+    pub(super) fn loaded_policies(&self) -> &[Arc<LoadedPolicy>] {
+        &self.policies
+    }
+
+    pub(super) fn environments(&self) -> &[EnvironmentRule] {
+        &self.environments
+    }
+
+    pub(super) fn repository_hosts(&self) -> &BTreeMap<String, String> {
+        &self.repository_hosts
+    }
+
+    /// Decides. Pure: the same facts and question have the same answer; revocations and liveness are
+    /// [`PolicySnapshot::decide`](super::PolicySnapshot::decide)'s.
+    pub fn evaluate(&self, facts: &WorkloadFacts, question: &Question<'_>) -> Decision {
+        self.evaluate_for(facts, &Principal::new(facts, self), question)
+    }
+
+    /// The policies that can apply; `None` for a resource that is not in this configuration.
+    pub(super) fn slice(&self, question: &Question<'_>) -> Option<&Slice> {
+        self.resource(question)?
+            .slices
+            .get(&question.action)
+            .map(AsRef::as_ref)
+    }
+
+    fn resource(&self, question: &Question<'_>) -> Option<&LoadedResource> {
+        match question.resource.identity() {
+            (ResourceType::Credential, name) => self.credentials.get(name),
+            (ResourceType::Destination, name) => self.destinations.get(name),
+        }
+    }
+
+    pub(super) fn evaluate_for(
+        &self,
+        facts: &WorkloadFacts,
+        principal: &Principal,
+        question: &Question<'_>,
+    ) -> Decision {
+        let deny = |kind: DenialKind, policies: Vec<Arc<str>>| {
+            let attributes_read = self.values_read(facts, &policies);
+            Decision::Deny(Arc::new(Denial {
+                kind,
+                policies,
+                policy_version: Arc::clone(&self.version),
+                nearest: None,
+                environment: Arc::clone(&principal.environment),
+                attributes_read,
+            }))
+        };
+        let Some(slice) = self.slice(question) else {
+            return deny(DenialKind::NoPermit, Vec::new());
+        };
+        if slice.reads.path
+            && question
+                .request
+                .is_some_and(|request| request.path.is_ambiguous())
+        {
+            return deny(DenialKind::AmbiguousPath, Vec::new());
+        }
+        let unavailable = self.unavailable(facts, &slice.reads);
+        if !unavailable.is_empty() {
+            let kind = DenialKind::AttestationUnavailable {
+                attestors: unavailable,
+            };
+            return deny(kind, Vec::new());
+        }
+        let prepared = match self.prepare(facts, principal, question, &slice.reads) {
+            Ok(prepared) => prepared,
+            Err(detail) => return deny(DenialKind::EvaluationError { detail }, Vec::new()),
+        };
+        let unexpired;
+        let set = match slice.expired(question.wall) {
+            0 => &slice.set,
+            _ => {
+                unexpired = set_of(slice.in_force(question.wall));
+                &unexpired
+            }
+        };
+        let response = self
+            .authorizer
+            .is_authorized(&prepared.request, set, &prepared.entities);
+
+        // Cedar skips a policy that fails; a skipped `forbid` would fail open.
+        let mut failed = Vec::new();
+        let mut detail = String::new();
+        for error in response.diagnostics().errors() {
+            let cedar_policy::AuthorizationError::PolicyEvaluationError(error) = error;
+            failed.push(self.name_of(error.policy_id()));
+            if !detail.is_empty() {
+                detail.push_str("; ");
+            }
+            detail.push_str(&source::sentence(&error.to_string()));
+        }
+        if !failed.is_empty() {
+            failed.sort();
+            return deny(DenialKind::EvaluationError { detail }, failed);
+        }
+
+        let mut deciding: Vec<&Arc<LoadedPolicy>> = response
+            .diagnostics()
+            .reason()
+            .filter_map(|id| self.by_id.get(id))
+            .collect();
+        deciding.sort_by(|one, other| one.id.cmp(&other.id));
+        let names: Vec<Arc<str>> = deciding
+            .iter()
+            .map(|policy| Arc::clone(&policy.id))
+            .collect();
+        match response.decision() {
+            cedar_policy::Decision::Allow => match permission(&deciding, question, principal) {
+                Some(mut permission) => {
+                    permission.attributes_read = self.values_read(facts, &names);
+                    Decision::Allow(Arc::new(permission))
+                }
+                None => deny(DenialKind::NoPermit, Vec::new()),
+            },
+            cedar_policy::Decision::Deny => {
+                match self.missing_evidence(facts, slice, &deciding, question.wall) {
+                    Some(kind) => deny(kind, names),
+                    None if !names.is_empty() => deny(DenialKind::Forbidden, names),
+                    None => {
+                        let nearest = conditions::nearest_miss(
+                            self, facts, principal, slice, &prepared, question,
+                        );
+                        Decision::Deny(Arc::new(Denial {
+                            kind: DenialKind::NoPermit,
+                            policies: Vec::new(),
+                            policy_version: Arc::clone(&self.version),
+                            attributes_read: nearest
+                                .as_ref()
+                                .map(|miss| {
+                                    self.values_read(facts, std::slice::from_ref(&miss.policy))
+                                })
+                                .unwrap_or_default(),
+                            nearest,
+                            environment: Arc::clone(&principal.environment),
+                        }))
+                    }
+                }
+            }
+        }
+    }
+
+    /// The question in Cedar's form.
+    pub(super) fn prepare(
+        &self,
+        facts: &WorkloadFacts,
+        principal: &Principal,
+        question: &Question<'_>,
+        reads: &Reads,
+    ) -> Result<Prepared, String> {
+        let resource = self.resource(question).ok_or_else(|| {
+            let (_, name) = question.resource.identity();
+            format!("`{name}` is not in the configuration")
+        })?;
+        let destination = question.destination.and_then(|destination| {
+            self.destinations
+                .get(&destination.name)
+                .filter(|found| found.entity.uid() != resource.entity.uid())
+        });
+        let workload = principal.entity.clone()?;
+        let entities = Entities::from_entities(
+            [workload, resource.entity.clone()]
+                .into_iter()
+                .chain(destination.map(|destination| destination.entity.clone())),
+            None,
+        )
+        .map_err(|error| error.to_string())?;
+        let request = Request::new(
+            workload_uid(),
+            uid("Action", question.action.as_str()),
+            resource.entity.uid(),
+            self.context(facts, question, reads)?,
+            None,
+        )
+        .map_err(|error| error.to_string())?;
+        Ok(Prepared { request, entities })
+    }
+
+    fn context(
+        &self,
+        facts: &WorkloadFacts,
+        question: &Question<'_>,
+        reads: &Reads,
+    ) -> Result<Context, String> {
+        let text = |text: &str| RestrictedExpression::new_string(text.to_owned());
+        let texts = |texts: &[String]| {
+            RestrictedExpression::new_set(
+                texts
+                    .iter()
+                    .map(|text| RestrictedExpression::new_string(text.clone())),
+            )
+        };
+        let (scopes, audience) = match question.resource {
+            Resource::Credential {
+                scopes, audience, ..
+            } => (scopes, audience.unwrap_or_default()),
+            Resource::Destination(_) | Resource::Unmatched => (&[] as &[String], ""),
+        };
+        let mut pairs = vec![
+            ("scopes".to_owned(), texts(scopes)),
+            ("audience".to_owned(), text(audience)),
+            ("evidence".to_owned(), texts(&facts.evidence)),
+        ];
+        if let Some(destination) = question.destination {
+            pairs.push((
+                "destination".to_owned(),
+                RestrictedExpression::new_entity_uid(uid("Destination", &destination.name)),
+            ));
+        }
+        if let Some(request) = question.request {
+            let record = RestrictedExpression::new_record([
+                ("method".to_owned(), text(request.method.as_str())),
+                ("path".to_owned(), text(request.path.as_str())),
+                (
+                    "safe".to_owned(),
+                    RestrictedExpression::new_bool(request.is_safe()),
+                ),
+            ])
+            .map_err(|error| error.to_string())?;
+            pairs.push(("request".to_owned(), record));
+        }
+        if reads.time {
+            let instant =
+                jiff::Timestamp::try_from(question.wall).map_err(|error| error.to_string())?;
+            pairs.push((
+                "time".to_owned(),
+                RestrictedExpression::new_datetime(
+                    instant.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+                ),
+            ));
+        }
+        if reads.local {
+            let (weekday, hour) = self.local_time(question.wall);
+            let record = RestrictedExpression::new_record([
+                ("weekday".to_owned(), text(weekday_name(weekday))),
+                (
+                    "hour".to_owned(),
+                    RestrictedExpression::new_long(i64::from(hour)),
+                ),
+            ])
+            .map_err(|error| error.to_string())?;
+            pairs.push(("local".to_owned(), record));
+        }
+        Context::from_pairs(pairs).map_err(|error| error.to_string())
+    }
+
+    /// Weekday (Monday is 1) and hour on the node's clock.
+    pub(super) fn local_time(&self, wall: SystemTime) -> (i8, i8) {
+        match jiff::Timestamp::try_from(wall) {
+            Ok(instant) => {
+                let local = instant.to_zoned(self.time_zone.clone());
+                (local.weekday().to_monday_one_offset(), local.hour())
+            }
+            Err(_) => (0, 0),
+        }
+    }
+
+    /// The attestors that could not run and whose attributes are read.
+    fn unavailable(&self, facts: &WorkloadFacts, reads: &Reads) -> Vec<String> {
+        let failed = facts
+            .failed_attestors
+            .iter()
+            .filter(|failed| failed.kind == FailureKind::CouldNotRun);
+        failed
+            .filter(|failed| {
+                groups_of_attestor(&failed.name).any(|group| {
+                    facts
+                        .groups
+                        .get(group)
+                        .is_none_or(|established| established.is_empty())
+                        && self.reads_group(reads, group)
+                })
+            })
+            .map(|failed| failed.name.clone())
+            .collect()
+    }
+
+    /// Whether a group is read, also by way of the environment or of a parent.
+    fn reads_group(&self, reads: &Reads, group: &str) -> bool {
+        reads.reads_group(group)
+            || (reads.labels && group == super::principal::LABELS)
+            || (reads.environment
+                && self.environments.iter().any(|rule| {
+                    rule.when.keys().any(|attribute| {
+                        attribute
+                            .split_once('.')
+                            .is_some_and(|(known, _)| known == group)
+                    })
+                }))
+            || (reads.parents
+                && (PARENT_ATTRIBUTES
+                    .iter()
+                    .any(|(_, known, _)| *known == group)
+                    || self.repository_hosts.contains_key(group)))
+    }
+
+    /// `(group, attribute)` that are read, also by way of the environment, a parent, or a group as a whole.
+    fn expanded(&self, reads: &Reads) -> BTreeSet<(String, String)> {
+        let mut attributes = reads.attributes.clone();
+        for group in &reads.groups {
+            // `principal has unix && principal.unix.uid == 0` needs the uid only.
+            if !reads.attributes.iter().any(|(known, _)| known == group) {
+                let names = self.declared.get(group).into_iter().flatten();
+                attributes.extend(names.map(|name| (group.clone(), name.clone())));
+            }
+        }
+        if reads.environment {
+            attributes.extend(
+                self.environments
+                    .iter()
+                    .flat_map(|rule| rule.when.keys())
+                    .filter_map(|attribute| attribute.split_once('.'))
+                    .map(|(group, name)| (group.to_owned(), name.to_owned())),
+            );
+        }
+        if reads.parents {
+            for (_, group, names) in PARENT_ATTRIBUTES {
+                let declared = self.declared.get(group);
+                attributes.extend(
+                    names
+                        .iter()
+                        .filter(|name| declared.is_some_and(|declared| declared.contains(**name)))
+                        .map(|name| (group.to_owned(), (*name).to_owned())),
+                );
+            }
+            attributes.extend(
+                self.repository_hosts
+                    .keys()
+                    .map(|group| (group.clone(), REPOSITORY_ATTRIBUTE.to_owned())),
+            );
+        }
+        attributes
+    }
+
+    /// The established values of what these policies read.
+    fn values_read(&self, facts: &WorkloadFacts, policies: &[Arc<str>]) -> Vec<(String, String)> {
+        let mut attributes = BTreeSet::new();
+        for policy in policies {
+            if let Some(policy) = self.by_id.get(&PolicyId::new(&**policy)) {
+                attributes.extend(self.expanded(&policy.reads));
+            }
+        }
+        attributes
+            .into_iter()
+            .filter_map(|(group, name)| {
+                let value = facts.attribute(&group, &name)?.to_string();
+                Some((format!("{group}.{name}"), value))
+            })
+            .collect()
+    }
+
+    /// Whether a token that was not presented could change a no: a permit of the slice reads an issuer's
+    /// group that is missing, and every forbid that is satisfied does so as well.
+    fn missing_evidence(
+        &self,
+        facts: &WorkloadFacts,
+        slice: &Slice,
+        forbids: &[&Arc<LoadedPolicy>],
+        wall: SystemTime,
+    ) -> Option<DenialKind> {
+        let missing = |policy: &LoadedPolicy| {
+            self.issuer_groups
+                .iter()
+                .filter(|group| {
+                    !facts.groups.contains_key(*group) && self.reads_group(&policy.reads, group)
+                })
+                .cloned()
+                .collect::<BTreeSet<String>>()
+        };
+        let mut issuers = BTreeSet::new();
+        for forbid in forbids {
+            let missing = missing(forbid);
+            if missing.is_empty() {
+                return None;
+            }
+            issuers.extend(missing);
+        }
+        for policy in slice.in_force(wall).filter(|policy| policy.is_permit) {
+            issuers.extend(missing(policy));
+        }
+        if issuers.is_empty() {
+            return None;
+        }
+        let invalid = facts
+            .failed_attestors
+            .iter()
+            .find(|failed| {
+                failed.kind == FailureKind::InvalidEvidence && issuers.contains(&failed.name)
+            })
+            .map(|failed| failed.detail.clone());
+        Some(DenialKind::PresentedEvidenceRequired {
+            issuers: issuers.into_iter().collect(),
+            invalid,
+        })
+    }
+
+    fn name_of(&self, id: &PolicyId) -> Arc<str> {
+        match self.by_id.get(id) {
+            Some(policy) => Arc::clone(&policy.id),
+            None => Arc::from(AsRef::<str>::as_ref(id)),
+        }
+    }
+}
+
+impl LoadedPolicy {
+    fn new(parsed: ParsedPolicy, files: &[PolicyFile]) -> Self {
+        let text = files
+            .iter()
+            .find(|file| file.path == parsed.path)
+            .map_or("", |file| file.text.as_str());
+        let place = position(text, parsed.effect_place().start);
+        Self {
+            id: Arc::from(parsed.id()),
+            location: format!("{}:{}:{}", parsed.path.display(), place.line, place.column),
+            is_permit: parsed.is_permit(),
+            reads: Reads::of_policy(&parsed.json),
+            policy: parsed.policy,
+            json: parsed.json,
+            max_lifetime: parsed.max_lifetime,
+            scopes: parsed.scopes,
+            expires: parsed.expires,
+            conditions: std::sync::OnceLock::new(),
+        }
+    }
+}
+
+/// What the satisfied permits allow together; `None` if `@scopes` leaves nothing of what was asked.
+fn permission(
+    permits: &[&Arc<LoadedPolicy>],
+    question: &Question<'_>,
+    principal: &Principal,
+) -> Option<Permission> {
+    let (asked, audience) = match question.resource {
+        Resource::Credential {
+            scopes, audience, ..
+        } => (scopes, audience),
+        Resource::Destination(_) | Resource::Unmatched => (&[] as &[String], None),
+    };
+    let is_capped = permits.iter().all(|permit| permit.scopes.is_some());
+    let allowed: BTreeSet<&String> = permits
+        .iter()
+        .filter_map(|permit| permit.scopes.as_ref())
+        .flatten()
+        .collect();
+    let scopes: Vec<String> = match (is_capped, asked.is_empty()) {
+        (false, _) => asked.to_vec(),
+        // A server's default may be more than the cap: the cap is asked for by name.
+        (true, true) => allowed.into_iter().cloned().collect(),
+        (true, false) => asked
+            .iter()
+            .filter(|scope| allowed.contains(scope))
+            .cloned()
+            .collect(),
+    };
+    if scopes.is_empty() && !asked.is_empty() {
+        return None;
+    }
+    let expiries: Option<Vec<SystemTime>> = permits.iter().map(|permit| permit.expires).collect();
+    Some(Permission {
+        policies: permits
+            .iter()
+            .map(|permit| Arc::clone(&permit.id))
+            .collect(),
+        max_lifetime: permits
+            .iter()
+            .filter_map(|permit| permit.max_lifetime)
+            .min(),
+        scopes,
+        audience: audience.map(str::to_owned),
+        environment: Arc::clone(&principal.environment),
+        attributes_read: Vec::new(),
+        valid_until: expiries.and_then(|expiries| expiries.into_iter().max()),
+    })
+}
+
+/// The groups that an attestor states. The attestor of processes states the container's as well.
+fn groups_of_attestor(name: &str) -> impl Iterator<Item = &str> {
+    let also = (name == "unix").then_some("container");
+    std::iter::once(name).chain(also)
+}
+
+fn covers_action(constraint: &ActionConstraint, action: Action) -> bool {
+    match constraint {
+        ActionConstraint::Any => true,
+        ActionConstraint::Eq(only) => *only == uid("Action", action.as_str()),
+        ActionConstraint::In(several) => several.contains(&uid("Action", action.as_str())),
+    }
+}
+
+fn covers_resource(
+    constraint: &ResourceConstraint,
+    resource_type: ResourceType,
+    resource: &EntityUid,
+    ancestors: &HashSet<EntityUid>,
+) -> bool {
+    let is_in = |group: &EntityUid| group == resource || ancestors.contains(group);
+    let is_of = |type_name: &cedar_policy::EntityTypeName| {
+        type_name.namespace().is_empty() && type_name.basename() == resource_type.as_str()
+    };
+    match constraint {
+        ResourceConstraint::Any => true,
+        ResourceConstraint::Eq(only) => only == resource,
+        ResourceConstraint::In(group) => is_in(group),
+        ResourceConstraint::Is(type_name) => is_of(type_name),
+        ResourceConstraint::IsIn(type_name, group) => is_of(type_name) && is_in(group),
+    }
+}
+
+fn resource_entity(
+    uid: EntityUid,
+    name: &str,
+    environment: Option<&str>,
+    parents: HashSet<EntityUid>,
+) -> Entity {
+    let text = |text: &str| RestrictedExpression::new_string(text.to_owned());
+    let attributes = HashMap::from([
+        ("name".to_owned(), text(name)),
+        (
+            "environment".to_owned(),
+            text(environment.unwrap_or(UNKNOWN_RESOURCE_ENVIRONMENT)),
+        ),
+    ]);
+    match Entity::new(uid, attributes, parents) {
+        Ok(entity) => entity,
+        Err(_) => unreachable!("strings are valid attributes"),
+    }
+}
+
+fn weekday_name(monday_is_one: i8) -> &'static str {
+    match monday_is_one {
+        1 => "monday",
+        2 => "tuesday",
+        3 => "wednesday",
+        4 => "thursday",
+        5 => "friday",
+        6 => "saturday",
+        _ => "sunday",
+    }
+}
+
+fn version_of(files: &[PolicyFile]) -> Arc<str> {
+    let mut context = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
+    for file in files {
+        let name = file.path.file_name().unwrap_or_default();
+        for part in [name.as_encoded_bytes(), file.text.as_bytes()] {
+            context.update(&(part.len() as u64).to_be_bytes());
+            context.update(part);
+        }
+    }
+    let digest = context.finish();
+    let mut version = String::new();
+    for byte in digest.as_ref().iter().take(8) {
+        version.push_str(&format!("{byte:02x}"));
+    }
+    Arc::from(version)
+}

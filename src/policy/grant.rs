@@ -1,0 +1,167 @@
+//! The right to obtain one credential for one destination, and how long it holds.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use countersign_attestors::{AttestationEnded, AttestedWorkload};
+
+use super::decision::Permission;
+use super::question::{Action, Question, Resource};
+use super::snapshot::PolicySnapshot;
+use crate::config::{CredentialConfig, Destination};
+
+/// A positive decision. Only [`PolicySnapshot::decide`] and [`DecisionCache`](super::DecisionCache)
+/// make one, each stands for one walk through the policies, and it is consumed by what it permits:
+///
+/// ```compile_fail,E0451
+/// // Fields are private: no grant without a decision.
+/// let grant = countersign::policy::Grant { permission: todo!() };
+/// ```
+/// ```compile_fail,E0599
+/// fn twice(grant: countersign::policy::Grant) -> (countersign::policy::Grant, countersign::policy::Grant) {
+///     (grant.clone(), grant)
+/// }
+/// ```
+#[derive(Debug)]
+pub struct Grant {
+    permission: Arc<Permission>,
+    action: Action,
+    credential: Option<Arc<CredentialConfig>>,
+    destination: Option<Arc<Destination>>,
+    lease: Lease,
+}
+
+impl Grant {
+    pub(super) fn new(
+        permission: Arc<Permission>,
+        question: &Question<'_>,
+        snapshot: &Arc<PolicySnapshot>,
+        workload: &Arc<AttestedWorkload>,
+    ) -> Self {
+        let lease = Lease {
+            snapshot: Arc::clone(snapshot),
+            workload: Arc::clone(workload),
+            valid_until: permission.valid_until,
+        };
+        Self {
+            permission,
+            action: question.action,
+            credential: match question.resource {
+                Resource::Credential { credential, .. } => Some(Arc::clone(credential)),
+                Resource::Destination(_) | Resource::Unmatched => None,
+            },
+            destination: match question.resource {
+                Resource::Destination(destination) => Some(Arc::clone(destination)),
+                Resource::Credential { .. } | Resource::Unmatched => {
+                    question.destination.map(Arc::clone)
+                }
+            },
+            lease,
+        }
+    }
+
+    /// What was permitted.
+    pub fn action(&self) -> Action {
+        self.action
+    }
+
+    /// The satisfied permits, by id.
+    pub fn deciding_policies(&self) -> &[Arc<str>] {
+        &self.permission.policies
+    }
+
+    /// The version of the policies that decided.
+    pub fn policy_version(&self) -> &Arc<str> {
+        self.lease.snapshot.engine().version()
+    }
+
+    /// The credential; `None` for `connect`.
+    pub fn credential(&self) -> Option<&Arc<CredentialConfig>> {
+        self.credential.as_ref()
+    }
+
+    /// The destination; `None` for `issue` and for traffic to no configured destination.
+    pub fn destination(&self) -> Option<&Arc<Destination>> {
+        self.destination.as_ref()
+    }
+
+    /// The scopes asked for, after `@scopes`.
+    pub fn scopes(&self) -> &[String] {
+        &self.permission.scopes
+    }
+
+    /// The audience asked for.
+    pub fn audience(&self) -> Option<&str> {
+        self.permission.audience.as_deref()
+    }
+
+    /// How long a token may be used after it was minted, by `@max_lifetime`.
+    pub fn max_lifetime(&self) -> Option<Duration> {
+        self.permission.max_lifetime
+    }
+
+    /// How long this grant holds.
+    pub fn lease(&self) -> &Lease {
+        &self.lease
+    }
+
+    /// The workload that it was given to.
+    pub fn workload(&self) -> &Arc<AttestedWorkload> {
+        &self.lease.workload
+    }
+
+    /// `GROUP.NAME` and value of the attributes that the deciding policies read, for the audit.
+    pub fn attributes_read(&self) -> &[(String, String)] {
+        &self.permission.attributes_read
+    }
+
+    /// `principal.environment`.
+    pub fn environment(&self) -> &str {
+        &self.permission.environment
+    }
+}
+
+/// How long a decision holds: while the snapshot is the same and the workload's attestation stands.
+#[derive(Debug, Clone)]
+pub struct Lease {
+    snapshot: Arc<PolicySnapshot>,
+    workload: Arc<AttestedWorkload>,
+    valid_until: Option<SystemTime>,
+}
+
+impl Lease {
+    /// Checks the lease against the snapshot in force and the wall-clock time `now`.
+    pub fn check(&self, current: &Arc<PolicySnapshot>, now: SystemTime) -> Result<(), LeaseEnded> {
+        if !Arc::ptr_eq(&self.snapshot, current) {
+            return Err(LeaseEnded::SnapshotReplaced);
+        }
+        if self
+            .valid_until
+            .is_some_and(|valid_until| now >= valid_until)
+        {
+            return Err(LeaseEnded::PolicyExpired);
+        }
+        self.workload
+            .check_liveness(now)
+            .map_err(LeaseEnded::Attestation)
+    }
+
+    /// The workload that it was given to.
+    pub fn workload(&self) -> &Arc<AttestedWorkload> {
+        &self.workload
+    }
+}
+
+/// Why a lease no longer holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum LeaseEnded {
+    /// Policies were reloaded, or something was revoked: decide again.
+    #[error("the policies were replaced since the decision")]
+    SnapshotReplaced,
+    /// The permits that allowed it expired: decide again.
+    #[error("the policies that allowed this have expired")]
+    PolicyExpired,
+    /// The workload is no longer what was attested.
+    #[error(transparent)]
+    Attestation(AttestationEnded),
+}

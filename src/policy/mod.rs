@@ -1,0 +1,31 @@
+//! Decisions, by Cedar policy.
+//!
+//! Read in this order: [`question`](Question) (what is asked), [`PolicyEngine`] (a loaded set of policies,
+//! immutable), [`PolicySnapshot`] (policies and revocations in force at one time), [`Grant`] and its
+//! [`Lease`] (what a yes is worth, and how long), [`DecisionCache`] (yes and no remembered), and the tools:
+//! `explain`, `cases`, `schema`.
+
+mod cache;
+mod conditions;
+mod decision;
+mod engine;
+mod grant;
+mod lint;
+mod load;
+mod principal;
+mod question;
+mod reads;
+mod revocations;
+pub mod schema;
+mod snapshot;
+mod source;
+
+pub use cache::{CAPACITY, DecisionCache};
+pub use decision::{Condition, Decision, Denial, DenialKind, NearestMiss, Permission};
+pub use engine::PolicyEngine;
+pub use grant::{Grant, Lease, LeaseEnded};
+pub use principal::UNKNOWN_ENVIRONMENT;
+pub use question::{Action, OwnedQuestion, OwnedResource, Question, Resource, UNMATCHED};
+pub use revocations::{Revocation, Revocations, Revoked, Selector, SelectorError};
+pub use snapshot::PolicySnapshot;
+pub use source::PolicyFile;

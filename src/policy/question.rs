@@ -1,0 +1,234 @@
+//! What a decision is asked: an action on a resource, and everything read beside the workload.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use serde::{Serialize, Serializer};
+
+use crate::config::{CredentialConfig, Destination};
+use crate::request::EgressRequest;
+
+/// What the workload wants to be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Action {
+    /// Put a credential on a request.
+    Inject,
+    /// Hand a token out to the workload.
+    Issue,
+    /// Send traffic that carries no credential of ours.
+    Connect,
+}
+
+impl Action {
+    /// Every action.
+    pub const ALL: [Self; 3] = [Self::Inject, Self::Issue, Self::Connect];
+
+    /// The name in policies: `Action::"inject"`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Inject => "inject",
+            Self::Issue => "issue",
+            Self::Connect => "connect",
+        }
+    }
+}
+
+/// What the action is on.
+#[derive(Debug, Clone, Copy)]
+pub enum Resource<'a> {
+    /// A credential, and what is asked of it.
+    Credential {
+        /// The credential.
+        credential: &'a Arc<CredentialConfig>,
+        /// Scopes asked for; none lets the authorization server choose.
+        scopes: &'a [String],
+        /// The audience asked for.
+        audience: Option<&'a str>,
+    },
+    /// A configured destination.
+    Destination(&'a Arc<Destination>),
+    /// Traffic that matches no destination: `Destination::"unmatched"`.
+    Unmatched,
+}
+
+/// The name of the resource that stands for traffic to no configured destination.
+pub const UNMATCHED: &str = "unmatched";
+
+impl<'a> Resource<'a> {
+    /// `(entity type, name)`.
+    pub(crate) fn identity(&self) -> (ResourceType, &'a str) {
+        match self {
+            Self::Credential { credential, .. } => (ResourceType::Credential, &credential.name),
+            Self::Destination(destination) => (ResourceType::Destination, &destination.name),
+            Self::Unmatched => (ResourceType::Destination, UNMATCHED),
+        }
+    }
+}
+
+/// The entity type of a resource.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum ResourceType {
+    /// `Credential`.
+    Credential,
+    /// `Destination`.
+    Destination,
+}
+
+impl ResourceType {
+    /// The name in policies.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Credential => "Credential",
+            Self::Destination => "Destination",
+        }
+    }
+}
+
+/// Everything that a decision reads beside the workload.
+#[derive(Debug, Clone, Copy)]
+pub struct Question<'a> {
+    /// The action.
+    pub action: Action,
+    /// What it is on.
+    pub resource: Resource<'a>,
+    /// Where the traffic goes: `context.destination`; `None` for traffic to no configured destination and for `issue`.
+    pub destination: Option<&'a Arc<Destination>>,
+    /// The request: `context.request`; `None` for `issue` and for a tunnel whose requests are not seen.
+    pub request: Option<&'a EgressRequest>,
+    /// Now: `context.time`, `context.local`.
+    pub wall: SystemTime,
+}
+
+impl Question<'_> {
+    /// A copy that outlives the request. The presented token is left behind.
+    pub fn to_owned(&self) -> OwnedQuestion {
+        OwnedQuestion {
+            action: self.action,
+            resource: match self.resource {
+                Resource::Credential {
+                    credential,
+                    scopes,
+                    audience,
+                } => OwnedResource::Credential {
+                    credential: Arc::clone(credential),
+                    scopes: scopes.to_vec(),
+                    audience: audience.map(str::to_owned),
+                },
+                Resource::Destination(destination) => {
+                    OwnedResource::Destination(Arc::clone(destination))
+                }
+                Resource::Unmatched => OwnedResource::Unmatched,
+            },
+            destination: self.destination.map(Arc::clone),
+            request: self.request.map(|request| EgressRequest {
+                presented: None,
+                ..request.clone()
+            }),
+            wall: self.wall,
+        }
+    }
+}
+
+impl fmt::Display for Question<'_> {
+    /// "use credential `x` for `GET /path`", as in "no policy permits this workload to ...".
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.action, self.resource) {
+            (Action::Issue, Resource::Credential { credential, .. }) => {
+                write!(
+                    formatter,
+                    "be issued a token of credential `{}`",
+                    credential.name
+                )?;
+            }
+            (_, Resource::Credential { credential, .. }) => {
+                write!(formatter, "use credential `{}`", credential.name)?;
+            }
+            (_, Resource::Destination(destination)) => {
+                write!(formatter, "connect to destination `{}`", destination.name)?;
+            }
+            (_, Resource::Unmatched) => {
+                formatter.write_str("connect to a host that no destination covers")?;
+            }
+        }
+        if let Some(request) = self.request {
+            write!(
+                formatter,
+                " for `{} {}`",
+                request.method,
+                crate::request::printable(request.path.as_str())
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// A [`Question`] that owns what it reads; kept for `policy explain`.
+#[derive(Debug, Clone)]
+pub struct OwnedQuestion {
+    /// As in [`Question`].
+    pub action: Action,
+    /// As in [`Question`].
+    pub resource: OwnedResource,
+    /// As in [`Question`].
+    pub destination: Option<Arc<Destination>>,
+    /// As in [`Question`], without the presented token.
+    pub request: Option<EgressRequest>,
+    /// As in [`Question`].
+    pub wall: SystemTime,
+}
+
+/// A [`Resource`] that owns what it names.
+#[derive(Debug, Clone)]
+pub enum OwnedResource {
+    /// A credential, and what is asked of it.
+    Credential {
+        /// The credential.
+        credential: Arc<CredentialConfig>,
+        /// Scopes asked for.
+        scopes: Vec<String>,
+        /// The audience asked for.
+        audience: Option<String>,
+    },
+    /// A configured destination.
+    Destination(Arc<Destination>),
+    /// Traffic that matches no destination.
+    Unmatched,
+}
+
+impl OwnedQuestion {
+    /// The question, to be asked again.
+    pub fn as_question(&self) -> Question<'_> {
+        Question {
+            action: self.action,
+            resource: match &self.resource {
+                OwnedResource::Credential {
+                    credential,
+                    scopes,
+                    audience,
+                } => Resource::Credential {
+                    credential,
+                    scopes,
+                    audience: audience.as_deref(),
+                },
+                OwnedResource::Destination(destination) => Resource::Destination(destination),
+                OwnedResource::Unmatched => Resource::Unmatched,
+            },
+            destination: self.destination.as_ref(),
+            request: self.request.as_ref(),
+            wall: self.wall,
+        }
+    }
+}
+
+/// Serialises a wall-clock time as RFC 3339 text.
+pub(crate) fn serialize_time<S: Serializer>(
+    time: &SystemTime,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    match jiff::Timestamp::try_from(*time) {
+        Ok(timestamp) => serializer.collect_str(&timestamp),
+        Err(_) => serializer.serialize_none(),
+    }
+}

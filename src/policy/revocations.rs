@@ -1,0 +1,180 @@
+//! What an operator revoked: held in memory, survives a reload, not a restart.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use countersign_attestors::{AttributeValue, WorkloadFacts};
+use serde::{Deserialize, Serialize};
+
+use super::question::{Question, Resource};
+
+/// An immutable set of revocations; a change makes another set, and with it another
+/// [`PolicySnapshot`](super::PolicySnapshot).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Revocations {
+    entries: Vec<Arc<Revocation>>,
+}
+
+/// One revocation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Revocation {
+    /// Its id, by which it is lifted.
+    pub id: String,
+    /// What is revoked.
+    pub what: Revoked,
+    /// When it ends, by [`Clock::monotonic`](crate::clock::Clock::monotonic); `None` until lifted.
+    pub until: Option<Duration>,
+}
+
+/// What a revocation covers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Revoked {
+    /// Every workload with this attribute.
+    Workload(Selector),
+    /// Every use of a credential, by name.
+    Credential(String),
+    /// One issued token, by the SHA-256 of its bytes in lower-case hexadecimal.
+    TokenSha256(String),
+}
+
+/// `GROUP.NAME=VALUE`: an attribute that a workload must have. A set matches if it contains the value.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Selector {
+    /// The group.
+    pub group: String,
+    /// The attribute.
+    pub name: String,
+    /// Its value, as text.
+    pub value: String,
+}
+
+impl Selector {
+    /// Whether a workload with these facts is meant.
+    pub fn matches(&self, facts: &WorkloadFacts) -> bool {
+        facts
+            .attribute(&self.group, &self.name)
+            .is_some_and(|actual| value_is(actual, &self.value))
+    }
+}
+
+/// Whether an attribute's value is `text`, or a set that contains it.
+pub(crate) fn value_is(actual: &AttributeValue, text: &str) -> bool {
+    match actual {
+        AttributeValue::String(actual) => actual == text,
+        AttributeValue::StringSet(actual) => actual.contains(text),
+        AttributeValue::Long(actual) => text.parse() == Ok(*actual),
+        AttributeValue::Boolean(actual) => text.parse() == Ok(*actual),
+    }
+}
+
+impl FromStr for Selector {
+    type Err = SelectorError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let malformed = || SelectorError(crate::request::printable(text));
+        let (attribute, value) = text.split_once('=').ok_or_else(malformed)?;
+        let (group, name) = attribute.split_once('.').ok_or_else(malformed)?;
+        if group.is_empty() || name.is_empty() || value.is_empty() {
+            return Err(malformed());
+        }
+        Ok(Self {
+            group: group.to_owned(),
+            name: name.to_owned(),
+            value: value.to_owned(),
+        })
+    }
+}
+
+impl fmt::Display for Selector {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}.{}={}", self.group, self.name, self.value)
+    }
+}
+
+impl TryFrom<String> for Selector {
+    type Error = SelectorError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl From<Selector> for String {
+    fn from(selector: Selector) -> Self {
+        selector.to_string()
+    }
+}
+
+/// A selector that is not `GROUP.NAME=VALUE`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is not `GROUP.NAME=VALUE`, as in `unix.uid=1000`")]
+pub struct SelectorError(String);
+
+impl Revocations {
+    /// None.
+    pub fn none() -> Arc<Self> {
+        Arc::new(Self::default())
+    }
+
+    /// All of them, oldest first.
+    pub fn iter(&self) -> impl Iterator<Item = &Revocation> {
+        self.entries.iter().map(AsRef::as_ref)
+    }
+
+    /// The set with one more.
+    #[must_use]
+    pub fn with(&self, revocation: Revocation) -> Self {
+        let mut entries = self.entries.clone();
+        entries.push(Arc::new(revocation));
+        Self { entries }
+    }
+
+    /// The set without the one of this id; `None` if there is none.
+    pub fn without(&self, id: &str) -> Option<Self> {
+        let entries: Vec<_> = self
+            .entries
+            .iter()
+            .filter(|entry| entry.id != id)
+            .cloned()
+            .collect();
+        (entries.len() < self.entries.len()).then_some(Self { entries })
+    }
+
+    /// The set without those that ended before the monotonic time `now`; `None` if nothing ended.
+    pub fn prune(&self, now: Duration) -> Option<Self> {
+        let entries: Vec<_> = self
+            .entries
+            .iter()
+            .filter(|entry| entry.until.is_none_or(|until| now < until))
+            .cloned()
+            .collect();
+        (entries.len() < self.entries.len()).then_some(Self { entries })
+    }
+
+    /// The revocation that covers this token; asked by whoever is about to use one.
+    pub fn token_is_revoked(&self, sha256: &str) -> Option<&Revocation> {
+        self.iter().find(
+            |entry| matches!(&entry.what, Revoked::TokenSha256(revoked) if revoked.eq_ignore_ascii_case(sha256)),
+        )
+    }
+
+    /// The revocation that covers this workload or the credential that it asks for.
+    pub(super) fn covering(
+        &self,
+        facts: &WorkloadFacts,
+        question: &Question<'_>,
+    ) -> Option<&Revocation> {
+        self.iter().find(|entry| match &entry.what {
+            Revoked::Workload(selector) => selector.matches(facts),
+            Revoked::Credential(name) => matches!(
+                question.resource,
+                Resource::Credential { credential, .. } if credential.name == *name
+            ),
+            Revoked::TokenSha256(_) => false,
+        })
+    }
+}
