@@ -3,12 +3,10 @@
 use std::sync::Arc;
 
 use cedar_policy::{Authorizer, Decision, Expression, Policy, PolicySet, eval_expression};
-use countersign_attestors::WorkloadFacts;
 use serde_json::{Value, json};
 
 use super::decision::{Condition, NearestMiss};
-use super::engine::{LoadedPolicy, PolicyEngine, Prepared, Slice};
-use super::principal::Principal;
+use super::engine::{LoadedPolicy, Prepared, Slice};
 use super::question::Question;
 use super::reads::{PathRead, conditions, paths};
 
@@ -263,9 +261,6 @@ fn actual(conjunct: &Conjunct, prepared: &Prepared, question: &Question<'_>) -> 
 
 /// The permit of the slice that has the fewest conditions that fail, and of those the most that hold.
 pub(super) fn nearest_miss(
-    _engine: &PolicyEngine,
-    _facts: &WorkloadFacts,
-    _principal: &Principal,
     slice: &Slice,
     prepared: &Prepared,
     question: &Question<'_>,

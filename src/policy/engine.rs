@@ -23,6 +23,9 @@ use crate::diagnostics::{Diagnostics, position};
 /// `environment` of a resource whose configuration does not say.
 const UNKNOWN_RESOURCE_ENVIRONMENT: &str = "unknown";
 
+/// The name under which a token that is of no configured issuer is recorded as failed.
+const NO_ISSUER: &str = "oidc";
+
 /// A loaded set of policies. Immutable; a reload makes another.
 #[derive(Debug)]
 pub struct PolicyEngine {
@@ -333,8 +336,18 @@ impl PolicyEngine {
             .map(|policy| (&*policy.id, policy.location.as_str()))
     }
 
-    pub(super) fn loaded_policies(&self) -> &[Arc<LoadedPolicy>] {
-        &self.policies
+    /// `(group, attribute)` that the policies for this question read.
+    pub(super) fn attributes_read_for(
+        &self,
+        question: &Question<'_>,
+    ) -> BTreeSet<(String, String)> {
+        self.slice(question)
+            .map(|slice| self.expanded(&slice.reads))
+            .unwrap_or_default()
+    }
+
+    pub(super) fn issuer_groups(&self) -> &BTreeSet<String> {
+        &self.issuer_groups
     }
 
     pub(super) fn environments(&self) -> &[EnvironmentRule] {
@@ -455,9 +468,7 @@ impl PolicyEngine {
                     Some(kind) => deny(kind, names),
                     None if !names.is_empty() => deny(DenialKind::Forbidden, names),
                     None => {
-                        let nearest = conditions::nearest_miss(
-                            self, facts, principal, slice, &prepared, question,
-                        );
+                        let nearest = conditions::nearest_miss(slice, &prepared, question);
                         Decision::Deny(Arc::new(Denial {
                             kind: DenialKind::NoPermit,
                             policies: Vec::new(),
@@ -722,7 +733,8 @@ impl PolicyEngine {
             .failed_attestors
             .iter()
             .find(|failed| {
-                failed.kind == FailureKind::InvalidEvidence && issuers.contains(&failed.name)
+                failed.kind == FailureKind::InvalidEvidence
+                    && (issuers.contains(&failed.name) || failed.name == NO_ISSUER)
             })
             .map(|failed| failed.detail.clone());
         Some(DenialKind::PresentedEvidenceRequired {

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
 use crate::config::{CredentialConfig, Destination};
 use crate::request::EgressRequest;
@@ -219,16 +219,5 @@ impl OwnedQuestion {
             request: self.request.as_ref(),
             wall: self.wall,
         }
-    }
-}
-
-/// Serialises a wall-clock time as RFC 3339 text.
-pub(crate) fn serialize_time<S: Serializer>(
-    time: &SystemTime,
-    serializer: S,
-) -> Result<S::Ok, S::Error> {
-    match jiff::Timestamp::try_from(*time) {
-        Ok(timestamp) => serializer.collect_str(&timestamp),
-        Err(_) => serializer.serialize_none(),
     }
 }

@@ -46,13 +46,6 @@ impl Reads {
         reads
     }
 
-    /// What an expression reads.
-    pub(super) fn of_expression(expression: &Value) -> Self {
-        let mut reads = Self::default();
-        reads.visit(expression);
-        reads
-    }
-
     /// Adds what another reads.
     pub(super) fn add(&mut self, other: &Self) {
         self.attributes.extend(other.attributes.iter().cloned());
@@ -252,7 +245,7 @@ fn names_of(attribute: Option<&Value>) -> Option<Vec<String>> {
 }
 
 /// `principal.unix.uid` as `(principal, [unix, uid])`; `None` for anything else.
-fn chain(expression: &Value) -> Option<(String, Vec<String>)> {
+pub(super) fn chain(expression: &Value) -> Option<(String, Vec<String>)> {
     let object = expression.as_object()?;
     if let Some(variable) = object.get("Var") {
         return Some((variable.as_str()?.to_owned(), Vec::new()));
