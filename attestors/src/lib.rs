@@ -30,6 +30,7 @@ pub use catalog::{Catalog, ConnectionAttestation};
 pub use clock::{Clock, SystemClock};
 pub use evidence::{EvidenceError, PeerEvidence, PresentedToken};
 pub use fetch::{Fetch, FetchError};
+pub use oidc::{InvalidIssuerSettings, KeySetStatus, OidcAttestor, OidcIssuerSettings};
 pub use platform::Process;
 pub use systemd::SystemdAttestor;
 pub use unix::UnixAttestor;
