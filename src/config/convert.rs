@@ -124,6 +124,17 @@ impl Converter<'_> {
     }
 
     fn parse<T>(&mut self, written: &Text, parser: fn(&str) -> Result<T, Flaw>) -> Option<T> {
+        if text::has_user(&written.value) {
+            let path = self.path(written.place);
+            self.diagnostics.mask(&path, written.place.span());
+            self.error(
+                "inline_secret",
+                written.place,
+                "the URL holds a user or password",
+                "remove it: a secret is never written inline",
+            );
+            return None;
+        }
         match parser(&written.value) {
             Ok(value) => Some(value),
             Err(Flaw {
@@ -210,6 +221,11 @@ impl Converter<'_> {
         }
         seen.insert(name.clone(), written.place);
         Some(name)
+    }
+
+    /// Whether a reference leads nowhere. Where no name at all could be read, the reason is reported already.
+    fn is_unknown(&self, name: &String, names: &[String]) -> bool {
+        !names.contains(name) && (self.misfits.is_empty() || !names.is_empty())
     }
 
     /// `FILE:LINE:COLUMN`.
@@ -689,17 +705,28 @@ impl Converter<'_> {
             "audience",
             "assertion",
         ];
-        for (key, _) in written
+        for (key, value) in written
             .map(|written| &written.value.0)
             .into_iter()
             .flatten()
         {
-            if OURS.contains(&key.value.as_str()) {
+            let is_secret = ["secret", "password"]
+                .iter()
+                .any(|word| key.value.to_ascii_lowercase().contains(word));
+            if is_secret {
+                let path = self.path(value.place);
+                self.diagnostics.mask(&path, value.place.span());
+                self.error(
+                    "inline_secret",
+                    key.place,
+                    format!("`{}` is written inline", key.value),
+                    "name the file that holds it by `secret_file`",
+                );
+            } else if OURS.contains(&key.value.as_str()) {
                 let next = match key.value.as_str() {
                     "scope" => "write `scopes`",
                     "resource" => "write `resources`",
                     "audience" => "write `audience` beside `parameters`",
-                    "client_secret" => "name the file that holds it by `client_authentication`",
                     _ => "remove it",
                 };
                 self.error(
@@ -1017,7 +1044,7 @@ impl Converter<'_> {
                 .map(|scopes| self.parse_all(Some(scopes), text::scope));
             let inject = self.injection(written.inject);
             let Some(credential) = credentials.get(&written.name.value) else {
-                if !self.credential_names.contains(&written.name.value) {
+                if self.is_unknown(&written.name.value, &self.credential_names) {
                     let next = suggestion(
                         &written.name.value,
                         self.credential_names.iter().map(String::as_str),
@@ -1222,7 +1249,7 @@ impl Converter<'_> {
                 let found = destinations
                     .iter()
                     .find(|destination| destination.name == name.value);
-                if found.is_none() && !self.destination_names.contains(&name.value) {
+                if found.is_none() && self.is_unknown(&name.value, &self.destination_names) {
                     let next = suggestion(
                         &name.value,
                         self.destination_names.iter().map(String::as_str),

@@ -74,7 +74,12 @@ fn remove_null(schema: &mut serde_json::Value) {
             if let Some(serde_json::Value::Array(mut choices)) = object.remove("anyOf") {
                 choices.retain(|choice| choice != &serde_json::json!({"type": "null"}));
                 match choices.as_mut_slice() {
-                    [serde_json::Value::Object(only)] => object.append(only),
+                    // What a key's own description says counts more than its type's.
+                    [serde_json::Value::Object(only)] => {
+                        for (key, value) in std::mem::take(only) {
+                            object.entry(key).or_insert(value);
+                        }
+                    }
                     _ => {
                         object.insert("anyOf".to_owned(), choices.into());
                     }
@@ -151,7 +156,7 @@ fn child<'a>(node: &'a Node, key: &str) -> Option<&'a Node> {
 /// Reads a configuration and all that it includes, and reports everything that is wrong with it.
 pub fn check(path: &Path) -> Checked {
     let mut loader = Loader::default();
-    loader.read(path);
+    loader.read(path, None);
     loader.include();
     let document = loader.join();
     let Loader {
@@ -178,19 +183,21 @@ struct Loader {
 }
 
 impl Loader {
-    fn read(&mut self, path: &Path) {
+    /// Reads one file; `named_at` says where another names it.
+    fn read(&mut self, path: &Path, named_at: Option<(&Path, Place)>) {
         self.watched.push(path.to_owned());
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) => {
-                self.diagnostics.push(
-                    Diagnostic::error(
-                        "unreadable_file",
-                        path,
-                        format!("`{}` cannot be read: {}", path.display(), reason(&error)),
-                    )
-                    .next("name a file that this user may read"),
-                );
+                let message = format!("`{}` cannot be read: {}", path.display(), reason(&error));
+                let mut diagnostic = Diagnostic::error(
+                    "unreadable_file",
+                    named_at.map_or(path, |(file, _)| file),
+                    message,
+                )
+                .next("name a file that this user may read");
+                diagnostic.span = named_at.map(|(_, place)| place.span());
+                self.diagnostics.push(diagnostic);
                 return;
             }
         };
@@ -207,6 +214,18 @@ impl Loader {
                     self.misfits.push(place);
                 }
                 self.diagnostics.push(diagnostic);
+                for range in inline_secrets(&text) {
+                    self.diagnostics.mask(path, range);
+                }
+            }
+            Ok(root) if root.value == Value::Null => {
+                if named_at.is_none() {
+                    self.diagnostics.push(
+                        Diagnostic::error("empty_file", path, "the file is empty")
+                            .at(0..0)
+                            .next("begin with `version: 1`"),
+                    );
+                }
             }
             Ok(root) => {
                 let (read, problems) = reader::read::<Document>(&root, &REQUIRED);
@@ -257,7 +276,7 @@ impl Loader {
                 Ok(paths) => {
                     for path in paths {
                         if !included.contains(&path) {
-                            self.read(&path);
+                            self.read(&path, Some((&main_path, pattern.place)));
                             included.push(path);
                         }
                     }
@@ -380,6 +399,28 @@ impl Loader {
     }
 }
 
+/// What looks like the value of a secret, in a text that is no YAML: from the key to the line's end.
+fn inline_secrets(text: &str) -> Vec<std::ops::Range<usize>> {
+    text.match_indices(':')
+        .filter(|(colon, _)| {
+            let before = text.get(..*colon).unwrap_or_default();
+            let key = before
+                .rsplit(|character: char| {
+                    !(character.is_ascii_alphanumeric() || "_-".contains(character))
+                })
+                .find(|part| !part.is_empty())
+                .unwrap_or_default()
+                .to_ascii_lowercase();
+            (key.contains("secret") || key.contains("password")) && !key.ends_with("_file")
+        })
+        .map(|(colon, _)| {
+            let rest = text.get(colon + 1..).unwrap_or_default();
+            let length = rest.find('\n').unwrap_or(rest.len());
+            colon + 1..colon + 1 + length
+        })
+        .collect()
+}
+
 fn append<T>(whole: &mut Option<Vec<T>>, part: Option<Vec<T>>) {
     if let Some(part) = part {
         whole.get_or_insert_default().extend(part);
@@ -420,7 +461,7 @@ pub(super) fn suggestion<'a>(
         all.sort();
         all.dedup();
         if all.is_empty() {
-            "there are none yet".to_owned()
+            "there are none".to_owned()
         } else {
             format!("there are {}", all.join(", "))
         }

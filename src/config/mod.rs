@@ -10,9 +10,12 @@ mod load;
 mod raw;
 mod reader;
 #[cfg(test)]
+mod reference;
+#[cfg(test)]
 mod tests;
 mod text;
 mod tree;
+pub mod watch;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

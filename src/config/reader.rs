@@ -164,9 +164,10 @@ impl<'a> Reader<'a> {
             Value::Mapping(_) => ("a mapping".to_owned(), None),
         };
         let next = next.or(match (&self.node.value, what) {
-            (Value::Boolean(_) | Value::Integer(_) | Value::Float(_), "text") => {
-                Some("write it in quotes".to_owned())
+            (Value::Integer(_), "text") => {
+                Some("write it in quotes; a duration or size needs its unit".to_owned())
             }
+            (Value::Boolean(_) | Value::Float(_), "text") => Some("write it in quotes".to_owned()),
             (Value::Null, "a mapping") => {
                 Some("write `{}` for one without keys, or remove the key".to_owned())
             }
@@ -322,29 +323,32 @@ impl<'a> Deserializer<'a> for Reader<'a> {
             .filter(|field| !entries.iter().any(|(key, _)| key.text == *field))
             .collect();
         for field in &missing {
-            let place = heading(self.node);
-            self.report
-                .add("missing_key", place, format!("missing key `{field}`"), None);
-        }
-        if missing.is_empty() {
-            let result = visitor.visit_map(Fields {
-                reader: self,
-                entries: known.into_iter(),
-                value: None,
+            // A slip of the same key is reported already.
+            let is_slip = entries.iter().any(|(key, _)| {
+                !fields.contains(&key.text.as_str()) && did_you_mean(&key.text, [*field]).is_some()
             });
-            // A required part is hidden: so is the whole, for the list around it to go on.
-            if result.is_err()
-                && entries
-                    .iter()
-                    .any(|(_, value)| self.report.is_hidden(value))
-            {
-                self.report.hide(self.node);
+            if !is_slip {
+                let message = format!("missing key `{field}`");
+                let next = Some(format!("add `{field}`"));
+                self.report
+                    .add("missing_key", heading(self.node), message, next);
             }
-            result
-        } else {
-            self.report.hide(self.node);
-            Err(Unfit)
         }
+        if !missing.is_empty() {
+            self.report.hide(self.node);
+            return Err(Unfit);
+        }
+        let hidden_before = self.report.hidden.borrow().len();
+        let result = visitor.visit_map(Fields {
+            reader: self,
+            entries: known.into_iter(),
+            value: None,
+        });
+        // Nothing new does not fit: a required part was hidden before, and so the whole is.
+        if result.is_err() && self.report.hidden.borrow().len() == hidden_before {
+            self.report.hide(self.node);
+        }
+        result
     }
 
     fn deserialize_enum<V: Visitor<'a>>(

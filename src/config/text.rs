@@ -231,7 +231,16 @@ pub(super) fn host(text: &str) -> Result<String, Flaw> {
     }
 }
 
-/// An `https` URL without user, query or fragment, as it stands.
+/// Whether a URL holds a user or password: `https://USER@HOST`.
+pub(super) fn has_user(text: &str) -> bool {
+    text.split_once("://").is_some_and(|(_, rest)| {
+        rest.split(['/', '?', '#'])
+            .next()
+            .is_some_and(|authority| authority.contains('@'))
+    })
+}
+
+/// An `https` URL without query or fragment, as it stands.
 pub(super) fn https_url(text: &str) -> Result<ExactUrl, Flaw> {
     const CODE: &str = "invalid_url";
     let Ok(parsed) = ExactUrl::parse(text) else {
@@ -254,13 +263,6 @@ pub(super) fn https_url(text: &str) -> Result<ExactUrl, Flaw> {
             CODE,
             format!("`{text}` is no https URL"),
             "write `https://HOST[:PORT][/PATH]`",
-        );
-    }
-    if !url.username().is_empty() || url.password().is_some() {
-        return flaw(
-            CODE,
-            "the URL holds a user or password",
-            "remove it: a secret is never written inline",
         );
     }
     if url.query().is_some() || url.fragment().is_some() {
@@ -291,8 +293,6 @@ pub(super) fn proxy_url(text: &str) -> Result<Url, Flaw> {
         Ok(url)
             if url.scheme() == "http"
                 && url.host_str().is_some_and(|host| !host.is_empty())
-                && url.username().is_empty()
-                && url.password().is_none()
                 && url.path() == "/"
                 && url.query().is_none()
                 && url.fragment().is_none() =>

@@ -87,13 +87,20 @@ pub(super) fn parse(text: &str, file: usize) -> Result<Node, SyntaxError> {
         Err(error) => {
             let place = error.location().map(|location| place(location, text, file));
             let rendered = error.to_string();
-            let message = match rendered.rfind(" at line ") {
-                Some(end) => rendered.get(..end).unwrap_or(&rendered).to_owned(),
-                None => rendered,
+            let message = if matches!(error, serde_saphyr::Error::MultipleDocuments { .. }) {
+                "the file holds more than one YAML document".to_owned()
+            } else {
+                cause(&rendered)
             };
             Err(SyntaxError { place, message })
         }
     }
+}
+
+/// The cause alone: the place is shown beside it.
+fn cause(rendered: &str) -> String {
+    let end = rendered.rfind(" at line ").unwrap_or(rendered.len());
+    rendered.get(..end).unwrap_or(rendered).to_owned()
 }
 
 enum Raw {
