@@ -1,12 +1,347 @@
 //! The audit: one record per request, per token issued and per event of the agent's own life, one
 //! JSON object per line, chained by SHA-256 (`docs/audit.md`).
 //!
-//! A data worker moves a [`Record`] into a bounded queue and goes on; [`writer`] turns records into
-//! lines, chains them and writes them in batches. [`verify`] and [`tail`] read what was written.
+//! A data worker moves a [`Record`] into a bounded queue and goes on; the writer's thread turns
+//! records into lines, chains them and writes them in batches. [`verify`] and [`tail`] read what was
+//! written.
 
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, SyncSender, TrySendError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+
+use crate::clock::Clock;
+use crate::config::{AuditConfig, AuditSink, OnAuditFailure};
+use crate::diagnostics::Diagnostic;
+use crate::telemetry::metrics::{AuditState, AuditStateSource, Metrics};
+
+mod line;
 pub mod record;
+mod sink;
+pub mod tail;
+pub mod verify;
+mod writer;
 
 pub use record::{
-    AttestedRecord, Decided, Latency, LifecycleEvent, Obtained, Record, RequestRecord,
-    TokenIssueRecord,
+    AskedAndGranted, AttestedRecord, Decided, DecisionReference, Latency, LifecycleEvent,
+    LifecycleRecord, Obtained, Record, RequestRecord, TokenIssueRecord, TokenReference,
+    workload_summary,
 };
+
+/// How many records may wait. At 64 connections a worker cannot have more than a few waiting; this
+/// many cover a burst of some 100 ms.
+const QUEUE_CAPACITY: usize = 16_384;
+
+/// With `on_failure: block`, requests are refused when a write has taken this long.
+const STALL_LIMIT: Duration = Duration::from_millis(100);
+
+/// The last record of the chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Head {
+    /// Its number; 0 before the first record.
+    pub(crate) sequence: u64,
+    /// Its hash; zero before the first record.
+    pub(crate) hash: Hash,
+}
+
+/// SHA-256 of a line's bytes, its line end included.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Hash(pub(crate) [u8; 32]);
+
+impl Hash {
+    pub(crate) fn of(line: &[u8]) -> Self {
+        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, line);
+        let mut bytes = [0; 32];
+        bytes.copy_from_slice(digest.as_ref());
+        Self(bytes)
+    }
+
+    /// Reads 64 lower-case hexadecimal digits.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let mut bytes = [0; 32];
+        if text.len() != 64 {
+            return None;
+        }
+        for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+            let [high, low] = pair else { return None };
+            *byte = hexadecimal_digit(*high)? << 4 | hexadecimal_digit(*low)?;
+        }
+        Some(Self(bytes))
+    }
+
+    /// The first 48 bits.
+    fn prefix(&self) -> u64 {
+        let [a, b, c, d, e, f, ..] = self.0;
+        u64::from_be_bytes([0, 0, a, b, c, d, e, f])
+    }
+}
+
+fn hexadecimal_digit(digit: u8) -> Option<u8> {
+    match digit {
+        b'0'..=b'9' => Some(digit - b'0'),
+        b'a'..=b'f' => Some(digit - b'a' + 10),
+        _ => None,
+    }
+}
+
+impl fmt::Display for Hash {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0
+            .iter()
+            .try_for_each(|byte| write!(formatter, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for Hash {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, formatter)
+    }
+}
+
+/// Audit records cannot be queued: the sinks do not take them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("audit records cannot be written")]
+pub struct AuditUnavailable;
+
+/// What travels to the writer.
+enum Message {
+    Record(Record),
+    Flush(oneshot::Sender<()>),
+    Stop,
+}
+
+/// What the writer and the handles share.
+#[derive(Debug)]
+struct Shared {
+    clock: Arc<dyn Clock>,
+    on_failure: OnAuditFailure,
+    head: Mutex<Head>,
+    queued: AtomicU64,
+    written: AtomicU64,
+    dropped: AtomicU64,
+    /// Monotonic milliseconds, plus one, at which the write under way began; 0 when there is none.
+    writing_since: AtomicU64,
+    writer_lives: AtomicBool,
+}
+
+impl Shared {
+    fn now(&self) -> u64 {
+        u64::try_from(self.clock.monotonic().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn is_accepting(&self) -> bool {
+        if self.on_failure == OnAuditFailure::Degrade {
+            return true;
+        }
+        let writing_since = self.writing_since.load(Ordering::Relaxed);
+        let stalled = writing_since != 0
+            && u128::from((self.now() + 1).saturating_sub(writing_since))
+                >= STALL_LIMIT.as_millis();
+        !stalled && self.writer_lives.load(Ordering::Relaxed)
+    }
+
+    fn head(&self) -> Head {
+        *self.head.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl AuditStateSource for Shared {
+    fn audit_state(&self) -> AuditState {
+        let head = self.head();
+        AuditState {
+            head_sequence: head.sequence,
+            head_hash_prefix: head.hash.prefix(),
+            queue_depth: self.queued.load(Ordering::Relaxed),
+            written: self.written.load(Ordering::Relaxed),
+            dropped: self.dropped.load(Ordering::Relaxed),
+            accepting: self.is_accepting(),
+        }
+    }
+}
+
+/// Takes records. Cheap to clone; every data worker has one.
+#[derive(Clone)]
+pub struct Audit {
+    queue: SyncSender<Message>,
+    shared: Arc<Shared>,
+}
+
+impl Audit {
+    /// Opens the sinks, repairs a torn tail, and starts the writer's thread. A file continues the
+    /// chain that it holds. Fails when a sink cannot be opened, when another process writes to it, or
+    /// when its last line is not an audit record.
+    pub fn start(
+        config: &AuditConfig,
+        clock: Arc<dyn Clock>,
+        metrics: &Metrics,
+    ) -> Result<(Self, AuditWriter), Diagnostic> {
+        let mut sinks = Vec::with_capacity(config.sinks.len());
+        let mut repairs: Vec<(PathBuf, u64)> = Vec::new();
+        for sink in &config.sinks {
+            sinks.push(match sink {
+                AuditSink::File {
+                    path,
+                    rotate_size,
+                    keep,
+                } => {
+                    let (sink, bytes_cut) = sink::Sink::file(path, *rotate_size, *keep)?;
+                    repairs.extend(bytes_cut.map(|bytes| (path.clone(), bytes)));
+                    sink
+                }
+                AuditSink::Stdout => sink::Sink::stdout()?,
+            });
+        }
+        Ok(Self::start_with(
+            sinks,
+            repairs,
+            config.on_failure,
+            clock,
+            metrics,
+        ))
+    }
+
+    fn start_with(
+        sinks: Vec<sink::Sink>,
+        repairs: Vec<(PathBuf, u64)>,
+        on_failure: OnAuditFailure,
+        clock: Arc<dyn Clock>,
+        metrics: &Metrics,
+    ) -> (Self, AuditWriter) {
+        let (queue, receiver) = mpsc::sync_channel(QUEUE_CAPACITY);
+        let (ended_sender, ended) = mpsc::sync_channel(1);
+        let shared = Arc::new(Shared {
+            clock,
+            on_failure,
+            head: Mutex::new(sinks.first().map(sink::Sink::head).unwrap_or_default()),
+            queued: AtomicU64::new(0),
+            written: AtomicU64::new(0),
+            dropped: AtomicU64::new(0),
+            writing_since: AtomicU64::new(0),
+            writer_lives: AtomicBool::new(true),
+        });
+        metrics.observe_audit(Arc::clone(&shared) as Arc<dyn AuditStateSource>);
+        let writer = writer::Writer::new(sinks, receiver, Arc::clone(&shared));
+        let audit = Self { queue, shared };
+        for (path, bytes_cut) in repairs {
+            tracing::warn!(path = %path.display(), bytes_cut, "cut a torn tail from the audit file");
+            let _ = audit.lifecycle(LifecycleEvent::AuditRepaired { path, bytes_cut });
+        }
+        // Without the thread `writer_lives` is reset, and every request is refused.
+        if let Err(error) = std::thread::Builder::new()
+            .name("audit".to_owned())
+            .spawn(move || {
+                writer.run();
+                let _ = ended_sender.send(());
+            })
+        {
+            tracing::error!(%error, "the audit writer's thread could not be started");
+        }
+        let writer = AuditWriter {
+            audit: audit.clone(),
+            ended,
+        };
+        (audit, writer)
+    }
+
+    /// Queues a record, without waiting. With `on_failure: degrade` a record that finds the queue full
+    /// is dropped and counted; otherwise that is an error, and the response must not be released.
+    pub fn record(&self, record: Record) -> Result<(), AuditUnavailable> {
+        // Counted before it is sent, so that the writer never counts below zero.
+        self.shared.queued.fetch_add(1, Ordering::Relaxed);
+        match self.queue.try_send(Message::Record(record)) {
+            Ok(()) => Ok(()),
+            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
+                self.shared.queued.fetch_sub(1, Ordering::Relaxed);
+                self.shared.dropped.fetch_add(1, Ordering::Relaxed);
+                match self.shared.on_failure {
+                    OnAuditFailure::Degrade => Ok(()),
+                    OnAuditFailure::Block => Err(AuditUnavailable),
+                }
+            }
+        }
+    }
+
+    /// Queues a record of the agent's own life.
+    pub fn lifecycle(&self, event: LifecycleEvent) -> Result<(), AuditUnavailable> {
+        self.record(Record::Lifecycle(Box::new(LifecycleRecord {
+            time: self.shared.clock.wall(),
+            event,
+        })))
+    }
+
+    /// Whether requests may be served: false when nothing could be written for 100 ms and
+    /// `on_failure` is `block`.
+    pub fn is_accepting(&self) -> bool {
+        self.shared.is_accepting()
+    }
+
+    /// Sequence number and hash (hexadecimal) of the last record written; of the first sink, where
+    /// there are several.
+    pub fn head(&self) -> (u64, String) {
+        let head = self.shared.head();
+        (head.sequence, head.hash.to_string())
+    }
+
+    /// The writer's state, for `status`.
+    pub fn state(&self) -> AuditState {
+        self.shared.audit_state()
+    }
+
+    /// Waits until everything queued before is written. Does not return while the sinks hang.
+    pub async fn flush(&self) {
+        let (sender, receiver) = oneshot::channel();
+        let mut message = Message::Flush(sender);
+        loop {
+            match self.queue.try_send(message) {
+                Ok(()) => break,
+                Err(TrySendError::Full(returned)) => {
+                    message = returned;
+                    tokio::time::sleep(writer::BATCH_INTERVAL).await;
+                }
+                Err(TrySendError::Disconnected(_)) => return,
+            }
+        }
+        let _ = receiver.await;
+    }
+}
+
+impl fmt::Debug for Audit {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Audit")
+            .field("head", &self.shared.head())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Ends the writer's thread in good order. Dropping it leaves the thread to the process's end.
+#[derive(Debug)]
+pub struct AuditWriter {
+    audit: Audit,
+    ended: mpsc::Receiver<()>,
+}
+
+impl AuditWriter {
+    /// Writes what is queued and ends the thread; waits for `limit` at most. Returns whether
+    /// everything was written.
+    pub fn stop(self, limit: Duration) -> bool {
+        let deadline = self.audit.shared.clock.monotonic() + limit;
+        let mut message = Message::Stop;
+        while let Err(TrySendError::Full(returned)) = self.audit.queue.try_send(message) {
+            if self.audit.shared.clock.monotonic() >= deadline {
+                return false;
+            }
+            message = returned;
+            std::thread::sleep(writer::BATCH_INTERVAL);
+        }
+        let left = deadline.saturating_sub(self.audit.shared.clock.monotonic());
+        self.ended.recv_timeout(left).is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -296,3 +296,28 @@ pub enum LifecycleEvent {
         count: u64,
     },
 }
+
+/// A workload in few words, for people: program and uid, or the issuers whose token it presented.
+pub fn workload_summary(facts: &WorkloadFacts) -> Arc<str> {
+    let text = |group: &str, name: &str| facts.attribute(group, name).map(ToString::to_string);
+    let mut words: Vec<String> = Vec::new();
+    let program = text("unix", "executable")
+        .map(|path| path.rsplit('/').next().unwrap_or(&path).to_owned())
+        .or_else(|| text("systemd", "system_unit"))
+        .or_else(|| text("systemd", "user_unit"))
+        .or_else(|| text("container", "id").map(|id| id.chars().take(12).collect()));
+    words.extend(program);
+    words.extend(text("unix", "uid").map(|uid| format!("uid {uid}")));
+    for (group, attributes) in &facts.groups {
+        if !matches!(group.as_str(), "unix" | "systemd" | "container") {
+            let subject = attributes
+                .get("sub")
+                .map_or_else(String::new, |subject| format!(" {subject}"));
+            words.push(format!("{group}{subject}"));
+        }
+    }
+    if words.is_empty() {
+        words.push("unknown".to_owned());
+    }
+    words.join(" ").into()
+}
