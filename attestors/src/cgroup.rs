@@ -6,6 +6,9 @@
 //! like a container or a unit. Reading stops at the first container, or at the first unit: what is
 //! below was named by whoever owns that, and belongs to it.
 
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 
 /// One line of `/proc/PID/cgroup` (cgroups(7)).
@@ -123,17 +126,18 @@ pub(crate) fn container(
     Ok(found)
 }
 
-/// The units of the process, by systemd's own hierarchy on version 1 and hybrid, else by the unified one.
+/// The units of the process: by systemd's own hierarchy on version 1, by the unified one where
+/// systemd has put the process into none there.
 pub(crate) fn units(memberships: &[Membership<'_>]) -> Units {
-    let systemd = memberships
-        .iter()
-        .find(|membership| membership.hierarchy == Hierarchy::Systemd)
-        .or_else(|| {
+    [Hierarchy::Systemd, Hierarchy::Unified]
+        .into_iter()
+        .filter_map(|hierarchy| {
             memberships
                 .iter()
-                .find(|membership| membership.hierarchy == Hierarchy::Unified)
-        });
-    systemd.map_or_else(Units::default, |membership| units_of_path(membership.path))
+                .find(|membership| membership.hierarchy == hierarchy)
+        })
+        .find(|membership| membership.path != "/")
+        .map_or_else(Units::default, |membership| units_of_path(membership.path))
 }
 
 fn container_of_path(path: &str) -> Option<Container> {

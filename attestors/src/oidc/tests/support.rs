@@ -115,13 +115,9 @@ pub(super) fn elliptic_curve_key(pair: &EcdsaKeyPair, curve: &str, id: &str) -> 
 }
 
 pub(super) fn rsa_key(id: &str) -> Value {
-    let key = KEYS.rsa.public_key();
-    let (n, e) = (key.modulus(), key.exponent());
-    json!({
-        "kty": "RSA", "kid": id,
-        "n": encode(n.big_endian_without_leading_zero()),
-        "e": encode(e.big_endian_without_leading_zero()),
-    })
+    // RSAPublicKey in DER (RFC 8017 appendix A.1.1): two headers, a zero byte, 256 bytes of modulus.
+    let modulus = &KEYS.rsa.public_key().as_ref()[9..265];
+    json!({"kty": "RSA", "kid": id, "n": encode(modulus), "e": "AQAB"})
 }
 
 pub(super) fn with(mut value: Value, fields: Value) -> Value {
