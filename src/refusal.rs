@@ -172,6 +172,9 @@ refusal_codes! {
     /// The authorization server's certificate does not verify.
     TokenServerTls = BAD_GATEWAY, "token_server_tls", "tls_certificate_error", Some(Cause::ClientMisconfiguration),
         "check the credential's `ca_file` against the authorization server's certificate";
+    /// The authorization server's metadata names a URL that the agent may not connect to.
+    TokenServerNotAllowed = BAD_GATEWAY, "token_server_not_allowed", "destination_ip_prohibited", Some(Cause::ClientMisconfiguration),
+        "check the server's metadata; add the range to the credential's `allow_addresses` if it is meant";
     /// The authorization server answered 5xx.
     TokenServerError = SERVICE_UNAVAILABLE, "token_server_error", "destination_unavailable", Some(Cause::Network),
         "try again after `Retry-After`; the authorization server is in trouble";
@@ -187,6 +190,9 @@ refusal_codes! {
     /// `invalid_client`: the server does not accept the client's authentication.
     InvalidClient = BAD_GATEWAY, "invalid_client", "http_request_denied", Some(Cause::ClientMisconfiguration),
         "check `client_id` and the key or secret registered at the authorization server";
+    /// This node's clock and the authorization server's differ by more than a minute.
+    ClockSkew = BAD_GATEWAY, "clock_skew", "http_request_denied", Some(Cause::ClientMisconfiguration),
+        "set this node's clock, or the authorization server's";
     /// The authorization server refused the request with another OAuth error.
     TokenRequestDenied = BAD_GATEWAY, "token_request_denied", "http_request_denied", Some(Cause::AuthorizationServerDenial),
         "check the credential's scopes, resources and grant at the authorization server";

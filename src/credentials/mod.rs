@@ -1,0 +1,816 @@
+//! The broker: from a grant to a token that may be sent now.
+//!
+//! One [slot](slot) for each key (credential, scopes, audience, and the identity where tokens are not
+//! shared). A slot has at most one request in flight; whoever comes meanwhile waits for the same
+//! outcome. A token in use is renewed ahead of its expiry; one that expired is never handed out, and
+//! a failure is remembered for as long as another attempt would be too early.
+
+mod backoff;
+mod slot;
+mod token;
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher, Hash, Hasher, RandomState};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use arc_swap::ArcSwap;
+use countersign_attestors::Clock;
+use serde::Serialize;
+
+use self::slot::{Ask, Failure, Landing, Purpose, Slot};
+use self::token::{Token, sha256_hexadecimal};
+use crate::config::{Config, CredentialConfig, OauthClientCredentials, TokenSource};
+use crate::fetch::{FetchClient, FetchSettings};
+use crate::policy::{Grant, Selector};
+use crate::providers::{
+    Deadline, MintFailure, MintedToken, Provider, Recovery, TokenRequest, provider,
+};
+use crate::refusal::{Refusal, RefusalCode};
+use crate::telemetry::metrics::{CredentialMetrics, Metrics};
+
+pub use self::token::{Credential, IssuedToken, Obtained};
+
+/// How often idle slots are looked for.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(30);
+
+/// A slot without a usable token is dropped when nobody asked for it for so long.
+const IDLE_WITHOUT_TOKEN: Duration = Duration::from_secs(60);
+
+/// A slot is dropped when nobody asked for it for so long, token or not.
+const IDLE_WITH_TOKEN: Duration = Duration::from_secs(600);
+
+/// After a 401 evicted a token, its successors are kept for so long whatever the API says.
+const REJECTION_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Shards of the cache, each replaced as a whole when a slot is added, so that readers take no lock.
+const SHARDS: usize = 64;
+
+/// The most slots in a shard: 65,536 in all.
+const SLOTS_PER_SHARD: usize = 1024;
+
+/// The broker: one per process.
+pub struct Credentials {
+    runtime: tokio::runtime::Handle,
+    clock: Arc<dyn Clock>,
+    metrics: Arc<Metrics>,
+    events: TokenEvents,
+    entries: ArcSwap<HashMap<String, Arc<Entry>>>,
+    hasher: RandomState,
+    shards: Vec<Shard>,
+}
+
+/// A configured credential and its provider.
+struct Entry {
+    config: Arc<CredentialConfig>,
+    /// The SHA-256 of the certificate authority's file: another content needs another client.
+    certificate_authority_sha256: Option<String>,
+    provider: Arc<dyn Provider>,
+    metrics: CredentialMetrics,
+}
+
+type Slots = HashMap<u64, Vec<Arc<Slot>>>;
+
+#[derive(Default)]
+struct Shard {
+    slots: ArcSwap<Slots>,
+    /// Held by the one who replaces `slots`.
+    writing: Mutex<()>,
+}
+
+/// Told of what happens to tokens, for the log and the audit. Called on the control runtime; must not
+/// block.
+pub type TokenEvents = Arc<dyn Fn(TokenEvent<'_>) + Send + Sync>;
+
+/// Something that happened to a token.
+#[derive(Debug, Clone, Copy)]
+pub enum TokenEvent<'a> {
+    /// A token was minted.
+    Minted {
+        /// The credential.
+        credential: &'a str,
+        /// For whom: attributes, or `shared`.
+        identity: &'a str,
+        /// Its SHA-256 in hexadecimal.
+        token_sha256: &'a str,
+        /// When it expires.
+        expires_at: SystemTime,
+        /// How long the authorization server took.
+        upstream: Duration,
+    },
+    /// A token could not be minted.
+    Failed {
+        /// The credential.
+        credential: &'a str,
+        /// For whom: attributes, or `shared`.
+        identity: &'a str,
+        /// The code.
+        code: RefusalCode,
+        /// What happened.
+        detail: &'a str,
+        /// What only the log says.
+        internal: Option<&'a str>,
+    },
+    /// An API refused a token with 401, and it was evicted.
+    Rejected {
+        /// The credential.
+        credential: &'a str,
+        /// Its SHA-256 in hexadecimal.
+        token_sha256: &'a str,
+    },
+}
+
+/// One key of the cache, as `credentials list` shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct CredentialStatus {
+    /// For whom: attributes and the presented token's digest, or `shared`.
+    pub identity: String,
+    /// The credential.
+    pub credential: String,
+    /// The scopes asked for.
+    pub scopes: Vec<String>,
+    /// The audience asked for.
+    pub audience: Option<String>,
+    /// When the cached token expires.
+    pub expires_at: Option<SystemTime>,
+    /// When it was last asked for.
+    pub last_used: SystemTime,
+    /// The cached token's SHA-256 in hexadecimal.
+    pub token_sha256: Option<String>,
+    /// The code of the failure that forbids an attempt now.
+    pub failure: Option<&'static str>,
+}
+
+/// Which tokens to revoke.
+#[derive(Debug, Clone)]
+pub enum RevokedTokens {
+    /// Those of a credential.
+    Credential(String),
+    /// The one with this SHA-256 in hexadecimal.
+    TokenSha256(String),
+    /// Those minted for this workload alone; tokens that workloads share are left.
+    Workload(Selector),
+}
+
+/// What became of one token that was revoked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RevokedToken {
+    /// The credential.
+    pub credential: String,
+    /// Its SHA-256 in hexadecimal.
+    pub token_sha256: String,
+    /// Whether the authorization server revoked it too (RFC 7009), does not serve that, or failed.
+    pub upstream: UpstreamRevocation,
+}
+
+/// What the authorization server did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UpstreamRevocation {
+    /// It revoked the token.
+    Revoked,
+    /// It serves no revocation: the token lives to its expiry wherever it was copied to.
+    NotServed,
+    /// It failed: the token must be taken to be live.
+    Failed(String),
+}
+
+impl Credentials {
+    /// A broker without credentials, until [`Self::configure`]. All network work is done on `runtime`.
+    pub fn new(
+        runtime: tokio::runtime::Handle,
+        clock: Arc<dyn Clock>,
+        metrics: Arc<Metrics>,
+        events: TokenEvents,
+    ) -> Arc<Self> {
+        let credentials = Arc::new(Self {
+            runtime,
+            clock,
+            metrics,
+            events,
+            entries: ArcSwap::default(),
+            hasher: RandomState::new(),
+            shards: (0..SHARDS).map(|_| Shard::default()).collect(),
+        });
+        let sweeper = Arc::downgrade(&credentials);
+        credentials.runtime.spawn(async move {
+            loop {
+                tokio::time::sleep(SWEEP_INTERVAL).await;
+                match sweeper.upgrade() {
+                    Some(credentials) => credentials.sweep(),
+                    None => return,
+                }
+            }
+        });
+        credentials
+    }
+
+    /// Takes a configuration in. Tokens of credentials that did not change are kept; what failed may be
+    /// tried again. `own_listeners` are the agent's own addresses, which no server may have.
+    pub fn configure(&self, config: &Config, own_listeners: &Arc<[SocketAddr]>) {
+        let known = self.entries.load_full();
+        let mut entries = HashMap::new();
+        let mut kept = Vec::new();
+        for credential in &config.credentials {
+            let certificate_authority_sha256 = certificate_authority_sha256(credential);
+            let before = known.get(&credential.name);
+            if before.is_some_and(|entry| entry.config == *credential) {
+                kept.push(credential.name.as_str());
+            }
+            let entry = match before {
+                Some(entry)
+                    if entry.config == *credential
+                        && entry.certificate_authority_sha256 == certificate_authority_sha256 =>
+                {
+                    Arc::clone(entry)
+                }
+                _ => Arc::new(Entry {
+                    config: Arc::clone(credential),
+                    certificate_authority_sha256,
+                    provider: provider(credential, Arc::clone(&self.clock), |settings| {
+                        self.client(settings, own_listeners)
+                    }),
+                    metrics: self.metrics.credential(&credential.name),
+                }),
+            };
+            entries.insert(credential.name.clone(), entry);
+        }
+        self.entries.store(Arc::new(entries));
+        self.retain(|slot| {
+            let is_kept = kept.contains(&&*slot.credential);
+            if is_kept {
+                slot.forget_failures();
+            }
+            is_kept
+        });
+    }
+
+    fn client(&self, settings: FetchSettings, own_listeners: &Arc<[SocketAddr]>) -> FetchClient {
+        FetchClient::new(settings, Arc::clone(own_listeners), self.runtime.clone())
+    }
+
+    /// A token for the grant's credential, from the cache where it can be. Never returns a token past
+    /// its expiry or past what policy allows.
+    pub async fn obtain(self: &Arc<Self>, grant: Grant) -> Result<Credential, Refusal> {
+        let (token, obtained) = self.obtain_token(&ask(&grant, Purpose::Inject)?).await?;
+        Ok(Credential::new(token, grant, obtained))
+    }
+
+    async fn obtain_token(
+        self: &Arc<Self>,
+        ask: &Ask<'_>,
+    ) -> Result<(Arc<Token>, Obtained), Refusal> {
+        let entries = self.entries.load();
+        let entry = entries
+            .get(ask.credential)
+            .ok_or_else(|| no_longer_configured(ask.credential))?;
+        let now = self.clock.monotonic();
+        let slot = self.slot(ask, entry, now)?;
+        slot.touch(now);
+        if let Some(token) = slot.usable_token(now) {
+            entry.metrics.cache_hit();
+            if token.is_due(now) {
+                self.refresh(&slot);
+            }
+            return Ok((token, Obtained::CacheHit));
+        }
+        entry.metrics.cache_miss();
+        let (mut landing, is_ours) = match self.join_or_start(&slot, entry, now) {
+            Ok(joined) => joined,
+            Err(Standing::Token(token)) => return Ok((token, Obtained::CacheHit)),
+            Err(Standing::Failure(failure)) => {
+                return Err(failure.refusal_while_blocked(
+                    ask.credential,
+                    slot.token().is_some(),
+                    now,
+                ));
+            }
+        };
+        drop(entries);
+        let started = Instant::now();
+        let outcome = match landing.wait_for(Option::is_some).await {
+            Ok(outcome) => outcome.clone(),
+            Err(_) => None,
+        };
+        let now = self.clock.monotonic();
+        match outcome {
+            Some(Ok(token)) if token.is_usable(now) => {
+                let obtained = match is_ours {
+                    true => Obtained::Minted {
+                        upstream: started.elapsed(),
+                    },
+                    false => Obtained::Joined,
+                };
+                Ok((token, obtained))
+            }
+            Some(Ok(_)) => Err(Refusal::new(
+                RefusalCode::CredentialExpired,
+                format!(
+                    "the token for credential `{}` had expired when it arrived",
+                    ask.credential
+                ),
+            )
+            .with_retry_after(Duration::from_secs(1))),
+            Some(Err(failure)) => Err(failure.refusal(ask.credential, now)),
+            None => Err(
+                Refusal::new(RefusalCode::ShuttingDown, "the token request was abandoned")
+                    .with_retry_after(Duration::from_secs(1)),
+            ),
+        }
+    }
+
+    /// A token to be handed out: minted for this call, one call after another for each key.
+    pub async fn issue(self: &Arc<Self>, grant: Grant) -> Result<IssuedToken, Refusal> {
+        let started = Instant::now();
+        let minted = self.issue_token(&ask(&grant, Purpose::Issue)?).await?;
+        let lifetime = grant
+            .max_lifetime()
+            .map_or(minted.expires_in, |most| most.min(minted.expires_in));
+        Ok(IssuedToken {
+            token_sha256: token_sha256(&minted).into(),
+            expires_at: minted.sent_at_wall + lifetime,
+            scope: minted.scope,
+            access_token: minted.access_token,
+            upstream: started.elapsed(),
+            grant,
+        })
+    }
+
+    async fn issue_token(self: &Arc<Self>, ask: &Ask<'_>) -> Result<MintedToken, Refusal> {
+        let entry = self
+            .entries
+            .load()
+            .get(ask.credential)
+            .map(Arc::clone)
+            .ok_or_else(|| no_longer_configured(ask.credential))?;
+        let slot = self.slot(ask, &entry, self.clock.monotonic())?;
+        let _turn = slot.turn.lock().await;
+        let now = self.clock.monotonic();
+        slot.touch(now);
+        let blocking = slot.state().blocking(now).map(Arc::clone);
+        if let Some(failure) = blocking {
+            return Err(failure.refusal_while_blocked(ask.credential, false, now));
+        }
+        let (credentials, flight_slot) = (Arc::clone(self), Arc::clone(&slot));
+        let task = self.runtime.spawn(async move {
+            let outcome = credentials.mint(&flight_slot, &entry).await;
+            outcome.map_err(|failure| flight_slot.fail(failure, credentials.clock.monotonic()))
+        });
+        match task.await {
+            Ok(Ok(minted)) => {
+                slot.forget_failures();
+                Ok(minted)
+            }
+            Ok(Err(failure)) => Err(failure.refusal(ask.credential, self.clock.monotonic())),
+            Err(_) => Err(Refusal::new(
+                RefusalCode::ShuttingDown,
+                "the token request was abandoned",
+            )),
+        }
+    }
+
+    /// An API answered 401 `invalid_token`: evicts this token, once per key in 30 s, and says whether
+    /// asking again is worth it.
+    pub fn reject(&self, credential: &Credential) -> bool {
+        let Ok(ask) = ask(credential.grant(), Purpose::Inject) else {
+            return false;
+        };
+        self.reject_token(&ask, credential.token())
+    }
+
+    fn reject_token(&self, ask: &Ask<'_>, token: &Arc<Token>) -> bool {
+        let now = self.clock.monotonic();
+        let entries = self.entries.load();
+        let Some(slot) = entries
+            .get(ask.credential)
+            .and_then(|entry| self.find(ask, entry))
+        else {
+            return false;
+        };
+        let mut state = slot.state();
+        let is_current = slot
+            .token()
+            .is_some_and(|current| Arc::ptr_eq(&current, token));
+        if !is_current {
+            // Another caller's rejection has already replaced it.
+            return true;
+        }
+        let was_just_replaced = state
+            .last_rejected
+            .is_some_and(|last| now < last + REJECTION_INTERVAL);
+        if was_just_replaced || state.blocking(now).is_some() {
+            return false;
+        }
+        state.last_rejected = Some(now);
+        slot.drop_token();
+        drop(state);
+        (self.events)(TokenEvent::Rejected {
+            credential: ask.credential,
+            token_sha256: token.sha256(),
+        });
+        true
+    }
+
+    /// Every key that was asked for lately, by credential and identity.
+    pub fn list(&self) -> Vec<CredentialStatus> {
+        let (now, wall) = (self.clock.monotonic(), self.clock.wall());
+        let mut list: Vec<_> = self
+            .all_slots()
+            .into_iter()
+            .filter(|slot| slot.purpose == Purpose::Inject)
+            .map(|slot| {
+                let token = slot.usable_token(now);
+                let unused_for = now.saturating_sub(slot.last_used());
+                CredentialStatus {
+                    identity: slot.request.subject.describe(),
+                    credential: slot.credential.to_string(),
+                    scopes: slot.request.scopes.clone(),
+                    audience: slot.request.audience.clone(),
+                    expires_at: token.as_ref().map(|token| token.expires_at()),
+                    last_used: wall.checked_sub(unused_for).unwrap_or(wall),
+                    token_sha256: token.map(|token| token.sha256().to_string()),
+                    failure: slot
+                        .state()
+                        .blocking(now)
+                        .map(|failure| failure.mint.code.as_str()),
+                }
+            })
+            .collect();
+        list.sort_by(|left, right| {
+            (&left.credential, &left.identity, &left.scopes).cmp(&(
+                &right.credential,
+                &right.identity,
+                &right.scopes,
+            ))
+        });
+        list
+    }
+
+    /// Evicts tokens at once, and asks their authorization servers to revoke them.
+    pub async fn revoke_upstream(self: &Arc<Self>, revoked: &RevokedTokens) -> Vec<RevokedToken> {
+        let mut outcomes = Vec::new();
+        for slot in self.all_slots() {
+            let Some(token) = slot.token() else { continue };
+            let is_meant = match revoked {
+                RevokedTokens::Credential(name) => *slot.credential == **name,
+                RevokedTokens::TokenSha256(sha256) => token.sha256().eq_ignore_ascii_case(sha256),
+                RevokedTokens::Workload(selector) => {
+                    let is_shared = slot.request.subject.attributes.is_empty()
+                        && slot.request.subject.presented.is_none();
+                    !is_shared && selector.matches(&slot.facts)
+                }
+            };
+            if !is_meant {
+                continue;
+            }
+            slot.drop_token();
+            outcomes.push((slot, token));
+        }
+        let mut revocations = Vec::new();
+        for (slot, token) in outcomes {
+            let entry = self.entries.load().get(&*slot.credential).map(Arc::clone);
+            let upstream = match entry {
+                Some(entry) => self.revoke_one(entry, &slot, &token).await,
+                None => UpstreamRevocation::NotServed,
+            };
+            revocations.push(RevokedToken {
+                credential: slot.credential.to_string(),
+                token_sha256: token.sha256().to_string(),
+                upstream,
+            });
+        }
+        revocations
+    }
+
+    async fn revoke_one(
+        &self,
+        entry: Arc<Entry>,
+        slot: &Arc<Slot>,
+        token: &Arc<Token>,
+    ) -> UpstreamRevocation {
+        let (slot, secret) = (Arc::clone(slot), token.secret());
+        let task = self.runtime.spawn(async move {
+            let deadline = Deadline::after(entry.provider.timeout());
+            entry
+                .provider
+                .revoke(&secret, &slot.request.subject, deadline)
+                .await
+        });
+        match task.await {
+            Ok(Ok(true)) => UpstreamRevocation::Revoked,
+            Ok(Ok(false)) => UpstreamRevocation::NotServed,
+            Ok(Err(failure)) => UpstreamRevocation::Failed(failure.detail),
+            Err(_) => UpstreamRevocation::Failed("the agent is shutting down".to_owned()),
+        }
+    }
+
+    /// The slot of `ask`, made where there is none.
+    fn slot(&self, ask: &Ask<'_>, entry: &Entry, now: Duration) -> Result<Arc<Slot>, Refusal> {
+        if let Some(slot) = self.find(ask, entry) {
+            return Ok(slot);
+        }
+        let parts = entry.provider.subject_parts();
+        let request = TokenRequest {
+            scopes: ask.scopes.to_vec(),
+            audience: ask.audience.map(str::to_owned),
+            subject: parts.of(ask.facts, ask.presented, ask.presented_until)?,
+        };
+        let hash = self.hash(ask, entry);
+        let Some(shard) = self.shard(hash) else {
+            return Err(no_longer_configured(ask.credential));
+        };
+        let _writing = shard.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        // Another caller may have made it meanwhile.
+        if let Some(slot) = self.find(ask, entry) {
+            return Ok(slot);
+        }
+        let slot = Arc::new(Slot::new(ask, request, now));
+        let mut slots = Slots::clone(&shard.slots.load());
+        if slots.values().map(Vec::len).sum::<usize>() >= SLOTS_PER_SHARD {
+            drop_least_recently_used(&mut slots);
+        }
+        slots.entry(hash).or_default().push(Arc::clone(&slot));
+        shard.slots.store(Arc::new(slots));
+        Ok(slot)
+    }
+
+    fn find(&self, ask: &Ask<'_>, entry: &Entry) -> Option<Arc<Slot>> {
+        let hash = self.hash(ask, entry);
+        let slots = self.shard(hash)?.slots.load();
+        let parts = entry.provider.subject_parts();
+        slots
+            .get(&hash)?
+            .iter()
+            .find(|slot| slot.answers(ask, parts))
+            .map(Arc::clone)
+    }
+
+    fn hash(&self, ask: &Ask<'_>, entry: &Entry) -> u64 {
+        let mut hasher = self.hasher.build_hasher();
+        (
+            ask.purpose,
+            ask.credential,
+            ask.scopes,
+            ask.audience,
+            ask.max_lifetime,
+        )
+            .hash(&mut hasher);
+        let parts = entry.provider.subject_parts();
+        for (group, name) in &parts.attributes {
+            ask.facts.attribute(group, name).hash(&mut hasher);
+        }
+        if let Some(token) = parts.presented_in(ask.facts, ask.presented) {
+            token.sha256().hash(&mut hasher);
+        }
+        hasher.finish()
+    }
+
+    fn shard(&self, hash: u64) -> Option<&Shard> {
+        self.shards
+            .get(usize::try_from(hash).unwrap_or_default() % SHARDS)
+    }
+
+    fn all_slots(&self) -> Vec<Arc<Slot>> {
+        self.shards
+            .iter()
+            .flat_map(|shard| {
+                let slots = shard.slots.load();
+                slots.values().flatten().map(Arc::clone).collect::<Vec<_>>()
+            })
+            .collect()
+    }
+
+    fn retain(&self, keep: impl Fn(&Slot) -> bool) {
+        for shard in &self.shards {
+            let _writing = shard.writing.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut slots = Slots::clone(&shard.slots.load());
+            slots.retain(|_, same_hash| {
+                same_hash.retain(|slot| keep(slot));
+                !same_hash.is_empty()
+            });
+            shard.slots.store(Arc::new(slots));
+        }
+    }
+
+    /// Wipes what has expired and drops whom nobody asked for.
+    fn sweep(&self) {
+        let now = self.clock.monotonic();
+        self.retain(|slot| {
+            let idle = now.saturating_sub(slot.last_used());
+            let state = slot.state();
+            let is_held = state.flight_in_the_air().is_some() || state.blocking(now).is_some();
+            let is_usable = slot.usable_token(now).is_some();
+            if !is_usable && idle >= IDLE_WITHOUT_TOKEN {
+                slot.drop_token();
+            }
+            let is_idle = match is_usable || is_held {
+                true => idle >= IDLE_WITH_TOKEN,
+                false => idle >= IDLE_WITHOUT_TOKEN,
+            };
+            !is_idle
+        });
+    }
+
+    /// Waits for the flight of a slot without a usable token, or starts one; says whether it did.
+    fn join_or_start(
+        self: &Arc<Self>,
+        slot: &Arc<Slot>,
+        entry: &Arc<Entry>,
+        now: Duration,
+    ) -> Result<(Landing, bool), Standing> {
+        let mut state = slot.state();
+        // A flight may have landed since the caller looked.
+        if let Some(token) = slot.usable_token(now) {
+            return Err(Standing::Token(token));
+        }
+        if let Some(landing) = state.flight_in_the_air() {
+            return Ok((landing, false));
+        }
+        if let Some(failure) = state.blocking(now) {
+            return Err(Standing::Failure(Arc::clone(failure)));
+        }
+        let landing = self.take_off(slot, entry);
+        state.flight = Some(landing.clone());
+        Ok((landing, true))
+    }
+
+    /// Renews a token ahead of its expiry, if it was used in the last half of its life.
+    fn refresh(self: &Arc<Self>, slot: &Arc<Slot>) {
+        let now = self.clock.monotonic();
+        let Some(token) = slot.usable_token(now).filter(|token| token.is_due(now)) else {
+            return;
+        };
+        let unused_for = now.saturating_sub(slot.last_used());
+        let subject_has_expired = slot
+            .request
+            .subject
+            .presented_until
+            .is_some_and(|until| self.clock.wall() >= until);
+        if unused_for >= token.lifetime() / 2 || subject_has_expired {
+            return;
+        }
+        let Some(entry) = self.entries.load().get(&*slot.credential).map(Arc::clone) else {
+            return;
+        };
+        let mut state = slot.state();
+        if state.flight_in_the_air().is_some() || state.blocking(now).is_some() {
+            return;
+        }
+        state.flight = Some(self.take_off(slot, &entry));
+    }
+
+    /// Looks at a slot again at the monotonic time `at`.
+    fn refresh_later(self: &Arc<Self>, slot: &Arc<Slot>, at: Duration) {
+        let wait = at.saturating_sub(self.clock.monotonic());
+        let (credentials, slot) = (Arc::downgrade(self), Arc::downgrade(slot));
+        self.runtime.spawn(async move {
+            tokio::time::sleep(wait).await;
+            if let (Some(credentials), Some(slot)) = (credentials.upgrade(), slot.upgrade()) {
+                credentials.refresh(&slot);
+            }
+        });
+    }
+
+    /// Starts a flight. The caller holds the slot's state and notes the flight in it.
+    fn take_off(self: &Arc<Self>, slot: &Arc<Slot>, entry: &Arc<Entry>) -> Landing {
+        let (arrivals, landing) = tokio::sync::watch::channel(None);
+        let (credentials, entry) = (Arc::clone(self), Arc::clone(entry));
+        let slot = Arc::clone(slot);
+        self.runtime.spawn(async move {
+            let minted = credentials.mint(&slot, &entry).await;
+            let outcome = credentials.land(&slot, minted);
+            let _ = arrivals.send(Some(outcome));
+        });
+        landing
+    }
+
+    async fn mint(&self, slot: &Slot, entry: &Entry) -> Result<MintedToken, MintFailure> {
+        let deadline = Deadline::after(entry.provider.timeout());
+        let started = Instant::now();
+        let minted = entry.provider.mint(&slot.request, deadline).await;
+        let upstream = started.elapsed();
+        let failure = minted.as_ref().err().map(|failure| failure.code);
+        self.metrics
+            .token_request(&slot.credential, failure, upstream);
+        let identity = slot.request.subject.describe();
+        match &minted {
+            Ok(token) => (self.events)(TokenEvent::Minted {
+                credential: &slot.credential,
+                identity: &identity,
+                token_sha256: &token_sha256(token),
+                expires_at: token.sent_at_wall + token.expires_in,
+                upstream,
+            }),
+            Err(failure) => (self.events)(TokenEvent::Failed {
+                credential: &slot.credential,
+                identity: &identity,
+                code: failure.code,
+                detail: &failure.detail,
+                internal: failure.internal.as_deref(),
+            }),
+        }
+        minted
+    }
+
+    fn land(
+        self: &Arc<Self>,
+        slot: &Arc<Slot>,
+        minted: Result<MintedToken, MintFailure>,
+    ) -> Result<Arc<Token>, Arc<Failure>> {
+        let token = minted.and_then(|minted| {
+            Token::new(&minted, slot.max_lifetime).ok_or_else(|| {
+                MintFailure::new(
+                    RefusalCode::TokenResponseInvalid,
+                    "the token cannot stand in a header",
+                    Recovery::Backoff { retry_after: None },
+                )
+            })
+        });
+        match token {
+            Ok(token) => {
+                let token = Arc::new(token);
+                slot.succeed(&token);
+                self.refresh_later(slot, token.refresh_at());
+                Ok(token)
+            }
+            Err(failure) => {
+                let now = self.clock.monotonic();
+                let failure = slot.fail(failure, now);
+                if let Some(until) = failure.until
+                    && slot.usable_token(now).is_some()
+                {
+                    self.refresh_later(slot, until);
+                }
+                Err(failure)
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Credentials {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("Credentials")
+            .finish_non_exhaustive()
+    }
+}
+
+/// What stands in the way of a flight.
+enum Standing {
+    Token(Arc<Token>),
+    Failure(Arc<Failure>),
+}
+
+fn ask(grant: &Grant, purpose: Purpose) -> Result<Ask<'_>, Refusal> {
+    let credential = grant.credential().ok_or_else(|| {
+        Refusal::new(
+            RefusalCode::PolicyDenied,
+            "the decision is about no credential",
+        )
+    })?;
+    let workload = grant.workload();
+    Ok(Ask {
+        purpose,
+        credential: &credential.name,
+        scopes: grant.scopes(),
+        audience: grant.audience(),
+        max_lifetime: grant.max_lifetime(),
+        facts: workload.facts(),
+        presented: workload.presented(),
+        presented_until: workload.valid_until(),
+    })
+}
+
+fn no_longer_configured(credential: &str) -> Refusal {
+    Refusal::new(
+        RefusalCode::PolicyDenied,
+        format!("credential `{credential}` is no longer configured"),
+    )
+}
+
+fn token_sha256(minted: &MintedToken) -> String {
+    use secrecy::ExposeSecret;
+    sha256_hexadecimal(minted.access_token.expose_secret().as_bytes())
+}
+
+fn certificate_authority_sha256(credential: &CredentialConfig) -> Option<String> {
+    let TokenSource::OauthClientCredentials(settings) = &credential.source;
+    let OauthClientCredentials { ca_file, .. } = &**settings;
+    let content = std::fs::read(ca_file.as_ref()?).ok()?;
+    Some(sha256_hexadecimal(&content))
+}
+
+fn drop_least_recently_used(slots: &mut Slots) {
+    let oldest = slots
+        .values()
+        .flatten()
+        .min_by_key(|slot| slot.last_used())
+        .map(Arc::clone);
+    if let Some(oldest) = oldest {
+        slots.retain(|_, same_hash| {
+            same_hash.retain(|slot| !Arc::ptr_eq(slot, &oldest));
+            !same_hash.is_empty()
+        });
+    }
+}

@@ -1,0 +1,201 @@
+//! How the agent proves at a token endpoint who the client is.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use http::HeaderValue;
+use serde_json::{Value, json};
+use url::form_urlencoded;
+use zeroize::Zeroizing;
+
+use super::{MintFailure, Recovery, Subject};
+use crate::config::SigningAlgorithm;
+use crate::jwt::{SigningKey, numeric_date, unique_id};
+use crate::refusal::RefusalCode;
+
+/// RFC 7523 section 2.2.
+pub(super) const ASSERTION_TYPE: &str = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer";
+
+/// RFC 10070: tells a client assertion from other tokens that the same key may sign.
+const ASSERTION_TYP: &str = "client-authentication+jwt";
+
+/// How long an assertion may be used. It is sent at once, and only once.
+const ASSERTION_LIFETIME: Duration = Duration::from_secs(60);
+
+/// Files above this size are no keys.
+const KEY_FILE_LIMIT_BYTES: u64 = 64 * 1024;
+
+/// A private key in a file, read anew for every assertion and parsed when its content has changed.
+pub(super) struct KeyFile {
+    path: PathBuf,
+    algorithm: SigningAlgorithm,
+    key_id: Option<String>,
+    typ: String,
+    parsed: Mutex<Option<Parsed>>,
+}
+
+struct Parsed {
+    content_sha256: [u8; 32],
+    key: Arc<SigningKey>,
+}
+
+impl std::fmt::Debug for KeyFile {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("KeyFile")
+            .field("path", &self.path)
+            .field("algorithm", &self.algorithm)
+            .finish_non_exhaustive()
+    }
+}
+
+impl KeyFile {
+    pub(super) fn new(
+        path: &Path,
+        algorithm: SigningAlgorithm,
+        key_id: Option<&str>,
+        typ: Option<&str>,
+    ) -> Self {
+        Self {
+            path: path.to_owned(),
+            algorithm,
+            key_id: key_id.map(str::to_owned),
+            typ: typ.unwrap_or(ASSERTION_TYP).to_owned(),
+            parsed: Mutex::new(None),
+        }
+    }
+
+    /// A new client assertion (RFC 7523 section 3): one issuer as its audience, written as plain text
+    /// because strict servers refuse an array of one; a `jti` of its own for each attempt.
+    pub(super) async fn assertion(
+        &self,
+        client_id: &str,
+        audience: &str,
+        extra_claims: &[(String, Value)],
+        now: SystemTime,
+    ) -> Result<Zeroizing<String>, MintFailure> {
+        let key = self.key().await?;
+        let issued_at = numeric_date(now);
+        let mut claims = json!({
+            "iss": client_id,
+            "sub": client_id,
+            "aud": audience,
+            "jti": unique_id(),
+            "iat": issued_at,
+            "exp": issued_at.saturating_add(ASSERTION_LIFETIME.as_secs()),
+        });
+        if let Value::Object(members) = &mut claims {
+            for (name, value) in extra_claims {
+                members.entry(name).or_insert_with(|| value.clone());
+            }
+        }
+        key.sign(&self.typ, &claims)
+            .map(Zeroizing::new)
+            .map_err(|error| key_unavailable(&self.path, &error.to_string()))
+    }
+
+    async fn key(&self) -> Result<Arc<SigningKey>, MintFailure> {
+        let content = read_secret(&self.path).await?;
+        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &content);
+        let mut parsed = self.parsed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = &*parsed
+            && known.content_sha256 == digest.as_ref()
+        {
+            return Ok(Arc::clone(&known.key));
+        }
+        let key = SigningKey::parse(&content, self.algorithm)
+            .map_err(|error| key_unavailable(&self.path, &error.to_string()))?;
+        let key = Arc::new(match &self.key_id {
+            Some(key_id) => key.with_key_id(key_id),
+            None => key,
+        });
+        let mut content_sha256 = [0; 32];
+        content_sha256.copy_from_slice(digest.as_ref());
+        if parsed.is_some() {
+            tracing::info!(file = %self.path.display(), key_id = key.key_id(), "the client key was replaced");
+        }
+        *parsed = Some(Parsed {
+            content_sha256,
+            key: Arc::clone(&key),
+        });
+        Ok(key)
+    }
+}
+
+/// The `Authorization` header of `client_secret_basic` (RFC 6749 section 2.3.1): both halves are
+/// form-encoded before they are joined.
+pub(super) async fn basic_header(
+    client_id: &str,
+    secret_file: &Path,
+) -> Result<HeaderValue, MintFailure> {
+    let content = read_secret(secret_file).await?;
+    let content = content.strip_suffix(b"\n").unwrap_or(&content);
+    let secret = content.strip_suffix(b"\r").unwrap_or(content);
+    if secret.is_empty() {
+        return Err(key_unavailable(secret_file, "it is empty"));
+    }
+    let mut joined = Zeroizing::new(String::new());
+    joined.extend(form_urlencoded::byte_serialize(client_id.as_bytes()));
+    joined.push(':');
+    joined.extend(form_urlencoded::byte_serialize(secret));
+    let text = Zeroizing::new(format!("Basic {}", STANDARD.encode(joined.as_bytes())));
+    let mut header = HeaderValue::from_str(&text)
+        .map_err(|_| key_unavailable(secret_file, "it cannot stand in a header"))?;
+    header.set_sensitive(true);
+    Ok(header)
+}
+
+async fn read_secret(path: &Path) -> Result<Zeroizing<Vec<u8>>, MintFailure> {
+    let path = path.to_owned();
+    let read = tokio::task::spawn_blocking(move || {
+        let size = std::fs::metadata(&path)
+            .map_err(|error| key_unavailable(&path, &error.to_string()))?
+            .len();
+        if size > KEY_FILE_LIMIT_BYTES {
+            return Err(key_unavailable(&path, "it is larger than 64 KiB"));
+        }
+        std::fs::read(&path)
+            .map(Zeroizing::new)
+            .map_err(|error| key_unavailable(&path, &error.to_string()))
+    });
+    match read.await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(MintFailure::new(
+            RefusalCode::ShuttingDown,
+            "the agent is shutting down",
+            Recovery::Backoff { retry_after: None },
+        )),
+    }
+}
+
+fn key_unavailable(path: &Path, reason: &str) -> MintFailure {
+    MintFailure::new(
+        RefusalCode::ClientKeyUnavailable,
+        "the client's key or secret cannot be used",
+        Recovery::Backoff { retry_after: None },
+    )
+    .with_internal(format!("`{}`: {reason}", path.display()))
+}
+
+/// A claim of the assertion: an attribute alone keeps its type, other templates are text.
+pub(super) fn claim_value(
+    subject: &Subject,
+    template: &crate::config::Template,
+) -> Result<Value, MintFailure> {
+    use crate::config::TemplatePart;
+    use countersign_attestors::AttributeValue;
+    if let [TemplatePart::Attribute { group, name }] = template.parts.as_slice()
+        && let Some(value) = subject.attribute(group, name)
+    {
+        return Ok(match value {
+            AttributeValue::Boolean(value) => json!(value),
+            AttributeValue::Long(value) => json!(value),
+            AttributeValue::String(value) => json!(value),
+            AttributeValue::StringSet(values) => json!(values),
+        });
+    }
+    subject.render(template).map(Value::String)
+}

@@ -1,0 +1,190 @@
+//! Authorization-server metadata (RFC 8414) and OpenID configuration (OpenID Connect Discovery 1.0).
+
+use http::StatusCode;
+use serde::Deserialize;
+use url::Url;
+
+use super::token_response::parse_retry_after;
+use super::{Deadline, MintFailure, Recovery};
+use crate::config::ExactUrl;
+use crate::fetch::FetchClient;
+use crate::refusal::RefusalCode;
+
+/// What the agent reads of the metadata.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Metadata {
+    pub(super) token_endpoint: Url,
+    pub(super) revocation_endpoint: Option<Url>,
+    pub(super) signing_algorithms: Option<Vec<String>>,
+}
+
+#[derive(Deserialize)]
+struct Document {
+    issuer: String,
+    token_endpoint: Option<Url>,
+    revocation_endpoint: Option<Url>,
+    token_endpoint_auth_signing_alg_values_supported: Option<Vec<String>>,
+}
+
+/// The URLs at which an issuer's metadata may be, in the order in which they are tried: RFC 8414
+/// section 3.1, then its section 5 for OpenID, then the suffix form of OpenID Connect Discovery.
+pub(super) fn well_known_urls(issuer: &Url) -> Vec<Url> {
+    let path = issuer.path().trim_end_matches('/');
+    let at = |path: String| {
+        let mut url = issuer.clone();
+        url.set_path(&path);
+        url.set_query(None);
+        url.set_fragment(None);
+        url
+    };
+    let mut urls = vec![
+        at(format!("/.well-known/oauth-authorization-server{path}")),
+        at(format!("/.well-known/openid-configuration{path}")),
+    ];
+    if !path.is_empty() {
+        urls.push(at(format!("{path}/.well-known/openid-configuration")));
+    }
+    urls
+}
+
+/// Finds an issuer's metadata. A document that names another issuer is never used.
+pub(super) async fn discover(
+    client: &FetchClient,
+    issuer: &ExactUrl,
+    deadline: Deadline,
+    now: std::time::SystemTime,
+) -> Result<Metadata, MintFailure> {
+    let mut last_answer = String::new();
+    for url in well_known_urls(issuer.url()) {
+        let answer = client
+            .get(&url, deadline.remaining())
+            .await
+            .map_err(|failure| MintFailure::of_fetch("the authorization server", &failure))?;
+        let status = answer.status;
+        if status == StatusCode::OK {
+            match serde_json::from_slice::<Document>(&answer.body) {
+                Ok(document) => return accept(document, issuer),
+                // A server may answer every path with a page of its own.
+                Err(_) => last_answer = format!("`{url}` answered no metadata"),
+            }
+            continue;
+        }
+        let retry_after = parse_retry_after(&answer.headers, now);
+        if status.is_redirection() {
+            return Err(MintFailure::new(
+                RefusalCode::TokenServerRedirected,
+                format!("the metadata's URL redirects (status {})", status.as_u16()),
+                Recovery::Backoff { retry_after: None },
+            )
+            .with_internal(format!("`{url}`")));
+        }
+        if status == StatusCode::TOO_MANY_REQUESTS {
+            return Err(MintFailure::new(
+                RefusalCode::TokenServerThrottled,
+                "the authorization server asks for fewer requests (status 429)",
+                Recovery::Backoff { retry_after },
+            ));
+        }
+        if status.is_server_error() {
+            return Err(MintFailure::new(
+                RefusalCode::TokenServerError,
+                format!(
+                    "the authorization server answered status {} for its metadata",
+                    status.as_u16()
+                ),
+                Recovery::Backoff { retry_after },
+            ));
+        }
+        last_answer = format!("`{url}` answered status {}", status.as_u16());
+    }
+    Err(MintFailure::new(
+        RefusalCode::MetadataInvalid,
+        "the authorization server serves no metadata",
+        Recovery::Backoff { retry_after: None },
+    )
+    .with_internal(last_answer))
+}
+
+fn accept(document: Document, issuer: &ExactUrl) -> Result<Metadata, MintFailure> {
+    let invalid = |detail: &str| {
+        MintFailure::new(
+            RefusalCode::MetadataInvalid,
+            detail,
+            Recovery::Backoff { retry_after: None },
+        )
+    };
+    // RFC 8414 section 3.3, and RFC 10070: an assertion's audience is this issuer.
+    if document.issuer != issuer.as_str() {
+        return Err(
+            invalid("the metadata names another issuer than the one configured").with_internal(
+                format!(
+                    "the metadata says `{}`, the configuration `{issuer}`",
+                    crate::request::printable(&document.issuer)
+                ),
+            ),
+        );
+    }
+    Ok(Metadata {
+        token_endpoint: document
+            .token_endpoint
+            .ok_or_else(|| invalid("the metadata has no `token_endpoint`"))?,
+        revocation_endpoint: document.revocation_endpoint,
+        signing_algorithms: document.token_endpoint_auth_signing_alg_values_supported,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed step is a failed test")]
+
+    use super::*;
+
+    #[test]
+    fn well_known_forms() {
+        let texts = |issuer: &str| -> Vec<String> {
+            well_known_urls(&Url::parse(issuer).unwrap())
+                .iter()
+                .map(Url::to_string)
+                .collect()
+        };
+        assert_eq!(
+            texts("https://a.test"),
+            [
+                "https://a.test/.well-known/oauth-authorization-server",
+                "https://a.test/.well-known/openid-configuration",
+            ]
+        );
+        assert_eq!(texts("https://a.test/"), texts("https://a.test"));
+        assert_eq!(
+            texts("https://a.test:8443/realms/r1"),
+            [
+                "https://a.test:8443/.well-known/oauth-authorization-server/realms/r1",
+                "https://a.test:8443/.well-known/openid-configuration/realms/r1",
+                "https://a.test:8443/realms/r1/.well-known/openid-configuration",
+            ]
+        );
+    }
+
+    #[test]
+    fn only_the_exact_issuer_is_accepted() {
+        let configured = ExactUrl::parse("https://a.test").unwrap();
+        let document = |issuer: &str| Document {
+            issuer: issuer.to_owned(),
+            token_endpoint: Some(Url::parse("https://a.test/token").unwrap()),
+            revocation_endpoint: None,
+            token_endpoint_auth_signing_alg_values_supported: None,
+        };
+        assert!(accept(document("https://a.test"), &configured).is_ok());
+        for other in [
+            "https://a.test/",
+            "https://A.test",
+            "http://a.test",
+            "https://a.test:443",
+            "https://b.test",
+            "",
+        ] {
+            let failure = accept(document(other), &configured).unwrap_err();
+            assert_eq!(failure.code, RefusalCode::MetadataInvalid, "{other}");
+        }
+    }
+}

@@ -1,0 +1,535 @@
+//! The client credentials grant (RFC 6749 section 4.4) with `private_key_jwt`, the workload's own
+//! token as client assertion, or `client_secret_basic`.
+
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use countersign_attestors::Clock;
+use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, DATE, HeaderMap, USER_AGENT};
+use http::{Method, Request, StatusCode};
+use secrecy::{ExposeSecret, SecretString};
+use serde_json::Value;
+use url::{Url, form_urlencoded};
+use zeroize::Zeroizing;
+
+use super::client_authentication::{ASSERTION_TYPE, KeyFile, basic_header, claim_value};
+use super::metadata::{Metadata, discover};
+use super::token_response::{TokenResponse, parse_token_response};
+use super::{
+    Deadline, MintFailure, MintedToken, PresentedFrom, Provider, Recovery, Subject, SubjectParts,
+    TokenRequest, attributes_of,
+};
+use crate::config::{
+    AuthorizationServer, ClientAuthentication, ExactUrl, OauthClientCredentials, SigningAlgorithm,
+};
+use crate::fetch::{Answer, FetchClient, FetchSettings};
+use crate::refusal::RefusalCode;
+
+/// How long metadata is used before it is fetched again.
+const METADATA_LIFETIME: Duration = Duration::from_secs(3600);
+
+/// Clocks that differ by no more are taken to agree; a `Date` header is exact to the second only.
+const SKEW_NOTICED_SECONDS: u64 = 3;
+
+/// Clocks that differ by more are an error, not something to make up for.
+const SKEW_LIMIT_SECONDS: u64 = 60;
+
+/// The provider of `oauth_client_credentials`.
+#[derive(Debug)]
+pub struct OauthClientCredentialsProvider {
+    settings: OauthClientCredentials,
+    subject_parts: SubjectParts,
+    authentication: Authentication,
+    client: FetchClient,
+    clock: Arc<dyn Clock>,
+    metadata: Mutex<Option<CachedMetadata>>,
+    /// The server's wall clock less ours, in seconds, as its last answer told.
+    server_ahead_seconds: AtomicI64,
+}
+
+#[derive(Debug)]
+enum Authentication {
+    PrivateKeyJwt(KeyFile),
+    WorkloadAssertion,
+    ClientSecretBasic,
+}
+
+#[derive(Debug, Clone)]
+struct CachedMetadata {
+    metadata: Arc<Metadata>,
+    fetched_at: Duration,
+}
+
+/// Where requests go, and whom assertions are for.
+struct Endpoint {
+    url: Url,
+    audience: String,
+    metadata: Option<Arc<Metadata>>,
+}
+
+/// What proves who the client is, in one request only.
+struct Proof {
+    form: Vec<(&'static str, Zeroizing<String>)>,
+    header: Option<http::HeaderValue>,
+}
+
+/// An `application/x-www-form-urlencoded` body, wiped when dropped.
+#[derive(Default)]
+struct Form(Zeroizing<Vec<u8>>);
+
+impl Form {
+    fn append(&mut self, name: &str, value: &str) {
+        if !self.0.is_empty() {
+            self.0.push(b'&');
+        }
+        for part in form_urlencoded::byte_serialize(name.as_bytes()) {
+            self.0.extend_from_slice(part.as_bytes());
+        }
+        self.0.push(b'=');
+        for part in form_urlencoded::byte_serialize(value.as_bytes()) {
+            self.0.extend_from_slice(part.as_bytes());
+        }
+    }
+}
+
+impl OauthClientCredentialsProvider {
+    /// A provider that reaches its server by a client made for its settings.
+    pub fn new(
+        settings: &OauthClientCredentials,
+        clock: Arc<dyn Clock>,
+        client: impl FnOnce(FetchSettings) -> FetchClient,
+    ) -> Self {
+        let configured = match &settings.server {
+            AuthorizationServer::Issuer(issuer) => issuer.url().clone(),
+            AuthorizationServer::TokenEndpoint { token_endpoint, .. } => token_endpoint.clone(),
+        };
+        let client = client(FetchSettings {
+            configured: [configured].into(),
+            ca_file: settings.ca_file.clone(),
+            connect_to: settings.connect_to,
+            outbound_proxy: settings.outbound_proxy.clone(),
+            allow_addresses: settings.allow_addresses.clone(),
+        });
+        let mut attributes: Vec<_> = attributes_of(&settings.client_id)
+            .chain(settings.assertion_claims.values().flat_map(attributes_of))
+            .collect();
+        attributes.sort();
+        attributes.dedup();
+        let (authentication, presented) = match &settings.client_authentication {
+            ClientAuthentication::PrivateKeyJwt {
+                key_file,
+                algorithm,
+                key_id,
+                assertion_type_header,
+            } => (
+                Authentication::PrivateKeyJwt(KeyFile::new(
+                    key_file,
+                    *algorithm,
+                    key_id.as_deref(),
+                    assertion_type_header.as_deref(),
+                )),
+                None,
+            ),
+            ClientAuthentication::WorkloadAssertion { issuer } => (
+                Authentication::WorkloadAssertion,
+                Some(match issuer {
+                    Some(name) => PresentedFrom::Issuer(name.clone()),
+                    None => PresentedFrom::AnyIssuer,
+                }),
+            ),
+            ClientAuthentication::ClientSecretBasic { .. } => {
+                (Authentication::ClientSecretBasic, None)
+            }
+        };
+        Self {
+            settings: settings.clone(),
+            subject_parts: SubjectParts {
+                attributes,
+                presented,
+            },
+            authentication,
+            client,
+            clock,
+            metadata: Mutex::new(None),
+            server_ahead_seconds: AtomicI64::new(0),
+        }
+    }
+
+    async fn endpoint(&self, deadline: Deadline) -> Result<Endpoint, MintFailure> {
+        match &self.settings.server {
+            AuthorizationServer::Issuer(issuer) => {
+                let metadata = self.metadata(issuer, deadline).await?;
+                self.check_algorithm(&metadata)?;
+                Ok(Endpoint {
+                    url: metadata.token_endpoint.clone(),
+                    audience: issuer.as_str().to_owned(),
+                    metadata: Some(metadata),
+                })
+            }
+            AuthorizationServer::TokenEndpoint {
+                token_endpoint,
+                issuer,
+            } => Ok(Endpoint {
+                url: token_endpoint.clone(),
+                audience: match issuer {
+                    Some(issuer) => issuer.clone(),
+                    None => token_endpoint.to_string(),
+                },
+                metadata: None,
+            }),
+        }
+    }
+
+    async fn metadata(
+        &self,
+        issuer: &ExactUrl,
+        deadline: Deadline,
+    ) -> Result<Arc<Metadata>, MintFailure> {
+        let cached = self.cached_metadata();
+        let now = self.clock.monotonic();
+        if let Some(cached) = &cached
+            && now < cached.fetched_at + METADATA_LIFETIME
+        {
+            return Ok(Arc::clone(&cached.metadata));
+        }
+        match (
+            discover(&self.client, issuer, deadline, self.clock.wall()).await,
+            cached,
+        ) {
+            (Ok(metadata), _) => {
+                let metadata = Arc::new(metadata);
+                *self.metadata.lock().unwrap_or_else(PoisonError::into_inner) =
+                    Some(CachedMetadata {
+                        metadata: Arc::clone(&metadata),
+                        fetched_at: now,
+                    });
+                Ok(metadata)
+            }
+            // Metadata that names another issuer takes the place of none.
+            (Err(failure), _) if failure.code == RefusalCode::MetadataInvalid => Err(failure),
+            (Err(failure), Some(cached)) => {
+                tracing::warn!(%issuer, detail = failure.detail, "metadata could not be renewed; the last is used");
+                Ok(cached.metadata)
+            }
+            (Err(failure), None) => Err(failure),
+        }
+    }
+
+    fn cached_metadata(&self) -> Option<CachedMetadata> {
+        self.metadata
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// After an answer that hints at an endpoint that moved, the next attempt asks for metadata again.
+    fn forget_metadata(&self) {
+        *self.metadata.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// A server that lists its algorithms and not ours would refuse the assertion (RFC 8414 section 2).
+    fn check_algorithm(&self, metadata: &Metadata) -> Result<(), MintFailure> {
+        let (ClientAuthentication::PrivateKeyJwt { algorithm, .. }, Some(listed)) = (
+            &self.settings.client_authentication,
+            &metadata.signing_algorithms,
+        ) else {
+            return Ok(());
+        };
+        // RFC 9864 names EdDSA on this curve `Ed25519`.
+        let is_listed = listed.iter().any(|name| {
+            name == algorithm.as_str()
+                || (*algorithm == SigningAlgorithm::EdDsa && name == "Ed25519")
+        });
+        match is_listed {
+            true => Ok(()),
+            false => Err(MintFailure::new(
+                RefusalCode::InvalidClient,
+                format!(
+                    "the authorization server accepts no assertion signed with `{}`",
+                    algorithm.as_str()
+                ),
+                Recovery::Hold,
+            )
+            .with_internal(format!("the metadata lists {listed:?}"))),
+        }
+    }
+
+    async fn proof(
+        &self,
+        client_id: &str,
+        audience: &str,
+        subject: &Subject,
+    ) -> Result<Proof, MintFailure> {
+        let assertion = |assertion: Zeroizing<String>| Proof {
+            form: vec![
+                (
+                    "client_assertion_type",
+                    Zeroizing::new(ASSERTION_TYPE.to_owned()),
+                ),
+                ("client_assertion", assertion),
+            ],
+            header: None,
+        };
+        let mut proof = match (&self.authentication, &self.settings.client_authentication) {
+            (Authentication::PrivateKeyJwt(key_file), _) => {
+                let claims: Vec<(String, Value)> = self
+                    .settings
+                    .assertion_claims
+                    .iter()
+                    .map(|(name, template)| Ok((name.clone(), claim_value(subject, template)?)))
+                    .collect::<Result<_, MintFailure>>()?;
+                assertion(
+                    key_file
+                        .assertion(client_id, audience, &claims, self.server_time())
+                        .await?,
+                )
+            }
+            (Authentication::WorkloadAssertion, _) => {
+                let presented = subject.presented.as_ref().ok_or_else(|| {
+                    MintFailure::new(
+                        RefusalCode::AttributeMissing,
+                        "the workload presented no token",
+                        Recovery::Permanent,
+                    )
+                })?;
+                // Byte-identical: the server verifies the issuer's own signature.
+                assertion(Zeroizing::new(presented.expose().to_owned()))
+            }
+            (
+                Authentication::ClientSecretBasic,
+                ClientAuthentication::ClientSecretBasic { secret_file },
+            ) => Proof {
+                form: Vec::new(),
+                header: Some(basic_header(client_id, secret_file).await?),
+            },
+            (Authentication::ClientSecretBasic, _) => {
+                return Err(MintFailure::new(
+                    RefusalCode::ClientKeyUnavailable,
+                    "the credential names no secret",
+                    Recovery::Permanent,
+                ));
+            }
+        };
+        if proof.header.is_none() && self.settings.send_client_id {
+            proof
+                .form
+                .push(("client_id", Zeroizing::new(client_id.to_owned())));
+        }
+        Ok(proof)
+    }
+
+    async fn request_token(
+        &self,
+        endpoint: &Endpoint,
+        request: &TokenRequest,
+        deadline: Deadline,
+    ) -> Result<MintedToken, MintFailure> {
+        let client_id = request.subject.render(&self.settings.client_id)?;
+        let proof = self
+            .proof(&client_id, &endpoint.audience, &request.subject)
+            .await?;
+        let mut form = Form::default();
+        form.append("grant_type", "client_credentials");
+        if !request.scopes.is_empty() {
+            form.append("scope", &request.scopes.join(" "));
+        }
+        for resource in &self.settings.resources {
+            form.append("resource", resource.as_str());
+        }
+        if let Some(audience) = request
+            .audience
+            .as_ref()
+            .or(self.settings.audience.as_ref())
+        {
+            form.append("audience", audience);
+        }
+        for (name, value) in &self.settings.parameters {
+            form.append(name, value);
+        }
+        let (sent_at, sent_at_wall) = (self.clock.monotonic(), self.clock.wall());
+        let answer = self.post(&endpoint.url, form, proof, deadline).await?;
+        self.learn_skew(&answer.headers);
+        let response = parse_token_response(
+            answer.status,
+            &answer.headers,
+            &answer.body,
+            self.clock.wall(),
+        )?;
+        let TokenResponse {
+            access_token,
+            expires_in,
+            scope,
+        } = response;
+        Ok(MintedToken {
+            access_token,
+            expires_in,
+            scope,
+            sent_at,
+            sent_at_wall,
+        })
+    }
+
+    async fn post(
+        &self,
+        url: &Url,
+        mut form: Form,
+        proof: Proof,
+        deadline: Deadline,
+    ) -> Result<Answer, MintFailure> {
+        for (name, value) in &proof.form {
+            form.append(name, value);
+        }
+        let body = Bytes::from_owner(form.0);
+        let mut builder = Request::builder()
+            .method(Method::POST)
+            .uri(url.as_str())
+            .header(ACCEPT, "application/json")
+            .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
+            .header(USER_AGENT, crate::fetch::USER_AGENT);
+        if let Some(header) = proof.header {
+            builder = builder.header(AUTHORIZATION, header);
+        }
+        let request = builder.body(body).map_err(|error| {
+            MintFailure::new(
+                RefusalCode::MetadataInvalid,
+                "the token endpoint's URL cannot be used",
+                Recovery::Backoff { retry_after: None },
+            )
+            .with_internal(error.to_string())
+        })?;
+        self.client
+            .send(request, deadline.remaining())
+            .await
+            .map_err(|failure| MintFailure::of_fetch("the token endpoint", &failure))
+    }
+
+    /// Our wall clock, corrected by what the server's answers told of its own.
+    fn server_time(&self) -> SystemTime {
+        let now = self.clock.wall();
+        let ahead = self.server_ahead_seconds.load(Ordering::Relaxed);
+        let difference = ahead.unsigned_abs();
+        if !(SKEW_NOTICED_SECONDS..=SKEW_LIMIT_SECONDS).contains(&difference) {
+            return now;
+        }
+        let difference = Duration::from_secs(difference);
+        let corrected = match ahead > 0 {
+            true => now.checked_add(difference),
+            false => now.checked_sub(difference),
+        };
+        corrected.unwrap_or(now)
+    }
+
+    fn learn_skew(&self, headers: &HeaderMap) {
+        let date = headers
+            .get(DATE)
+            .and_then(|value| value.to_str().ok())
+            .and_then(|text| httpdate::parse_http_date(text).ok());
+        let Some(date) = date else { return };
+        let ahead = match date.duration_since(self.clock.wall()) {
+            Ok(ahead) => i64::try_from(ahead.as_secs()).unwrap_or(i64::MAX),
+            Err(behind) => i64::try_from(behind.duration().as_secs())
+                .unwrap_or(i64::MAX)
+                .saturating_neg(),
+        };
+        self.server_ahead_seconds.store(ahead, Ordering::Relaxed);
+    }
+
+    /// A refused client whose clock is far off is told of the clock: that is what to mend.
+    fn name_skew(&self, failure: MintFailure) -> MintFailure {
+        let ahead = self.server_ahead_seconds.load(Ordering::Relaxed);
+        let is_signed = matches!(self.authentication, Authentication::PrivateKeyJwt(_));
+        if failure.code != RefusalCode::InvalidClient
+            || !is_signed
+            || ahead.unsigned_abs() <= SKEW_LIMIT_SECONDS
+        {
+            return failure;
+        }
+        let direction = if ahead > 0 { "behind" } else { "ahead of" };
+        MintFailure::new(
+            RefusalCode::ClockSkew,
+            format!(
+                "this node's clock is {} s {direction} the authorization server's",
+                ahead.unsigned_abs()
+            ),
+            Recovery::Hold,
+        )
+    }
+}
+
+#[async_trait]
+impl Provider for OauthClientCredentialsProvider {
+    fn subject_parts(&self) -> &SubjectParts {
+        &self.subject_parts
+    }
+
+    fn timeout(&self) -> Duration {
+        self.settings.timeout
+    }
+
+    async fn mint(
+        &self,
+        request: &TokenRequest,
+        deadline: Deadline,
+    ) -> Result<MintedToken, MintFailure> {
+        let endpoint = self.endpoint(deadline).await?;
+        let first = match self.request_token(&endpoint, request, deadline).await {
+            Ok(token) => return Ok(token),
+            Err(failure) => failure,
+        };
+        // Only our own assertion can be made anew: with another `jti`, by the key as it is now, and
+        // at the time that the server has just told.
+        let is_refused = first.recovery == Recovery::Hold;
+        let outcome = match (&self.authentication, is_refused) {
+            (Authentication::PrivateKeyJwt(_), true) => {
+                self.request_token(&endpoint, request, deadline).await
+            }
+            _ => Err(first),
+        };
+        if let Err(failure) = &outcome
+            && matches!(
+                failure.code,
+                RefusalCode::TokenServerRedirected | RefusalCode::TokenResponseInvalid
+            )
+        {
+            self.forget_metadata();
+        }
+        outcome.map_err(|failure| self.name_skew(failure))
+    }
+
+    async fn revoke(
+        &self,
+        token: &SecretString,
+        subject: &Subject,
+        deadline: Deadline,
+    ) -> Result<bool, MintFailure> {
+        let endpoint = self.endpoint(deadline).await?;
+        let Some(url) = endpoint
+            .metadata
+            .as_ref()
+            .and_then(|metadata| metadata.revocation_endpoint.clone())
+        else {
+            return Ok(false);
+        };
+        let client_id = subject.render(&self.settings.client_id)?;
+        let proof = self.proof(&client_id, &endpoint.audience, subject).await?;
+        let mut form = Form::default();
+        form.append("token", token.expose_secret());
+        form.append("token_type_hint", "access_token");
+        let answer = self.post(&url, form, proof, deadline).await?;
+        match answer.status {
+            // RFC 7009 section 2.2: also for a token that the server no longer knows.
+            StatusCode::OK => Ok(true),
+            status => Err(MintFailure::new(
+                RefusalCode::TokenServerError,
+                format!(
+                    "the revocation endpoint answered status {}",
+                    status.as_u16()
+                ),
+                Recovery::Backoff { retry_after: None },
+            )),
+        }
+    }
+}
