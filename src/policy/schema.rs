@@ -85,7 +85,7 @@ type Context = {{
     method: String,
     path: String,
     // GET, HEAD or OPTIONS.
-    safe: Boolean,
+    safe: Bool,
   }},
   // Asked for. To permit no others: [...].containsAll(context.scopes).
   scopes: Set<String>,
@@ -103,7 +103,7 @@ type Context = {{
     name: String,
   }},
   posture?: {{
-    compliant: Boolean,
+    compliant: Bool,
   }},
   break_glass?: {{
     reason: String,
@@ -135,7 +135,7 @@ fn type_name(attribute_type: AttributeType) -> &'static str {
     match attribute_type {
         AttributeType::String => "String",
         AttributeType::Long => "Long",
-        AttributeType::Boolean => "Boolean",
+        AttributeType::Boolean => "Bool",
         AttributeType::StringSet => "Set<String>",
     }
 }
