@@ -46,7 +46,7 @@ impl Diagnostic {
             code,
             path: path.into(),
             span: None,
-            message: message.into(),
+            message: printable(message.into()),
             next: None,
         }
     }
@@ -73,9 +73,25 @@ impl Diagnostic {
     /// Says what to do about it.
     #[must_use]
     pub fn next(mut self, next: impl Into<String>) -> Self {
-        self.next = Some(next.into());
+        self.next = Some(printable(next.into()));
         self
     }
+}
+
+/// Control characters escaped: what a file holds must not drive a terminal or break a log line.
+fn printable(text: String) -> String {
+    if !text.contains(char::is_control) {
+        return text;
+    }
+    text.chars()
+        .map(|character| {
+            if character.is_control() {
+                character.escape_default().to_string()
+            } else {
+                character.to_string()
+            }
+        })
+        .collect()
 }
 
 /// A line and a column, both from 1; columns count characters.
@@ -366,6 +382,14 @@ mod tests {
         let mut diagnostics = sample();
         diagnostics.mask(Path::new("agent.yaml"), 40..47);
         assert!(!diagnostics.render(false).contains("hunter2"));
+    }
+
+    #[test]
+    fn control_characters_are_escaped() {
+        let diagnostic =
+            Diagnostic::error("unknown_key", "file", "unknown key `\u{1b}[2J\n`").next("one\ntwo");
+        assert_eq!(diagnostic.message, "unknown key `\\u{1b}[2J\\n`");
+        assert_eq!(diagnostic.next.as_deref(), Some("one\\ntwo"));
     }
 
     #[test]

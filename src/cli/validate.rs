@@ -1,4 +1,5 @@
-//! `countersign validate`: reads a configuration and says everything that is wrong with it.
+//! `countersign validate`: reads a configuration and its policies, and says everything that is wrong
+//! with them.
 
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
@@ -6,8 +7,9 @@ use std::process::ExitCode;
 
 use super::output::{EXIT_CONFIGURATION, OutputFormat};
 use crate::config::{self, Checked};
+use crate::policy::PolicyEngine;
 
-/// Reads a configuration and says everything that is wrong with it.
+/// Reads a configuration and its policies, and says everything that is wrong with them.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ValidateArguments {
     /// The configuration file.
@@ -23,8 +25,14 @@ pub struct ValidateArguments {
 pub fn run(arguments: &ValidateArguments, out: &mut dyn Write, errors: &mut dyn Write) -> ExitCode {
     let Checked {
         config,
-        diagnostics,
+        mut diagnostics,
     } = config::check(&arguments.config);
+    let config = config.filter(|config| {
+        let loaded = PolicyEngine::load(config, &config.attestors.declarations());
+        let is_loaded = loaded.is_ok();
+        diagnostics.extend(loaded.map_or_else(|errors| errors, |(_, warnings)| warnings));
+        is_loaded
+    });
     let written = match arguments.output {
         OutputFormat::Json => writeln!(
             out,
@@ -78,6 +86,32 @@ mod tests {
             String::from_utf8(out).unwrap(),
             String::from_utf8(errors).unwrap(),
         )
+    }
+
+    #[test]
+    fn a_wrong_policy_ends_with_78_and_the_place() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir(directory.path().join("policies")).unwrap();
+        let config = directory.path().join("agent.yaml");
+        std::fs::write(&config, GOOD).unwrap();
+        let policy = directory.path().join("policies/orders.cedar");
+        std::fs::write(
+            &policy,
+            "@id(\"orders\")\npermit (principal, action, resource == Credential::\"absent\");\n",
+        )
+        .unwrap();
+        let arguments = ValidateArguments {
+            config,
+            output: OutputFormat::Text,
+        };
+        let (mut out, mut errors) = (Vec::new(), Vec::new());
+        assert_eq!(
+            run(&arguments, &mut out, &mut errors),
+            ExitCode::from(EXIT_CONFIGURATION)
+        );
+        let errors = String::from_utf8(errors).unwrap();
+        assert!(errors.contains("orders.cedar:2:"), "{errors}");
+        assert!(errors.contains("absent"), "{errors}");
     }
 
     const GOOD: &str = "{version: 1, listeners: [], credentials: [], destinations: []}";

@@ -2,7 +2,7 @@
 //!
 //! A function reports what is wrong and gives what it can, so that one load finds everything.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -43,7 +43,7 @@ pub(super) fn convert(
     Converter {
         credential_names: names("credentials"),
         destination_names: names("destinations"),
-        attribute_groups: HashSet::new(),
+        attributes: BTreeMap::new(),
         issuers_misfit: false,
         files,
         misfits,
@@ -61,8 +61,8 @@ struct Converter<'a> {
     /// Names written anywhere, in items that do not fit too: those are not reported as unknown.
     credential_names: Vec<String>,
     destination_names: Vec<String>,
-    /// What a template or environment rule may name.
-    attribute_groups: HashSet<String>,
+    /// What a template or environment rule may name: attributes by group.
+    attributes: BTreeMap<String, BTreeSet<String>>,
     issuers_misfit: bool,
 }
 
@@ -434,13 +434,6 @@ impl Converter<'_> {
             return Attestors::default();
         };
         self.issuers_misfit = self.misfits.iter().any(|misfit| place.encloses(*misfit));
-        if written.unix.is_some() {
-            self.attribute_groups
-                .extend(["unix".to_owned(), "container".to_owned()]);
-        }
-        if written.systemd.is_some() {
-            self.attribute_groups.insert("systemd".to_owned());
-        }
         let mut names = HashMap::new();
         let mut urls: HashMap<String, Place> = HashMap::new();
         let oidc_issuers = written
@@ -450,7 +443,10 @@ impl Converter<'_> {
             .into_iter()
             .filter_map(|issuer| {
                 let url = issuer.value.issuer.clone();
-                let issuer = self.oidc_issuer(issuer.value, &mut names)?;
+                let Some(issuer) = self.oidc_issuer(issuer.value, &mut names) else {
+                    self.issuers_misfit = true;
+                    return None;
+                };
                 if let Some(first) = urls.insert(url.value.clone(), url.place) {
                     let first = self.describe(first);
                     self.error(
@@ -463,11 +459,18 @@ impl Converter<'_> {
                 Some(issuer)
             })
             .collect();
-        Attestors {
+        let attestors = Attestors {
             unix: written.unix.is_some(),
             systemd: written.systemd.is_some(),
             oidc_issuers,
+        };
+        for declaration in attestors.declarations() {
+            self.attributes
+                .entry(declaration.group)
+                .or_default()
+                .insert(declaration.name);
         }
+        attestors
     }
 
     fn oidc_issuer(
@@ -476,7 +479,6 @@ impl Converter<'_> {
         names: &mut HashMap<String, Place>,
     ) -> Option<OidcIssuer> {
         let name = self.unique_name("issuer", &written.name, text::issuer_name, names);
-        self.attribute_groups.insert(written.name.value.clone());
         let issuer = self.parse(&written.issuer, text::https_url);
         if written.audiences.value.is_empty() {
             self.error(
@@ -488,18 +490,28 @@ impl Converter<'_> {
         }
         let audiences = self.parse_all(Some(&written.audiences.value), text::plain);
         let mut claims: BTreeMap<String, AttributeType> = BTreeMap::new();
-        for claim in written
-            .preset
-            .map_or(&[][..], |preset| preset_claims(preset.value))
-        {
-            claims.insert((*claim).to_owned(), AttributeType::String);
+        if let Some(preset) = written.preset {
+            let name = match preset.value {
+                raw::Preset::Github => "github",
+                raw::Preset::Gitlab => "gitlab",
+            };
+            claims.extend(countersign_attestors::oidc::preset(name).unwrap_or_default());
         }
         for (claim, claim_type) in written
             .claims
             .map(|claims| claims.value.0)
             .unwrap_or_default()
         {
-            if text::is_identifier(&claim.value) {
+            if ["iss", "sub"].contains(&claim.value.as_str())
+                && claim_type != raw::ClaimType::String
+            {
+                self.error(
+                    "invalid_claim_type",
+                    claim.place,
+                    format!("the claim `{}` is a string", claim.value),
+                    "remove it: it is always stated",
+                );
+            } else if text::is_identifier(&claim.value) {
                 claims.insert(claim.value, attribute_type(claim_type));
             } else {
                 self.error(
@@ -543,7 +555,7 @@ impl Converter<'_> {
             for (attribute, Scalar(value)) in rule.when.value.0 {
                 match attribute.value.split_once('.') {
                     Some((group, name)) if text::is_identifier(name) => {
-                        self.attribute_group(group, attribute.place);
+                        self.known_attribute(group, name, attribute.place);
                     }
                     _ => self.error(
                         "invalid_attribute",
@@ -561,28 +573,42 @@ impl Converter<'_> {
         rules
     }
 
-    /// A group must be stated by some attestor that runs.
-    fn attribute_group(&mut self, group: &str, place: Place) {
-        if self.attribute_groups.contains(group) || self.issuers_misfit {
+    /// An attribute must be stated by some attestor that runs.
+    fn known_attribute(&mut self, group: &str, name: &str, place: Place) {
+        if self.issuers_misfit {
             return;
         }
-        let next = match group {
-            "unix" | "systemd" => format!("add `{group}: {{}}` under `attestors`"),
-            "container" => "add `unix: {}` under `attestors`".to_owned(),
-            _ => suggestion(group, self.attribute_groups.iter().map(String::as_str)),
-        };
-        self.error(
-            "unknown_attribute_group",
-            place,
-            format!("no configured attestor states attributes of `{group}`"),
-            next,
-        );
+        match self.attributes.get(group) {
+            Some(names) if names.contains(name) => {}
+            Some(names) => {
+                let next = suggestion(name, names.iter().map(String::as_str));
+                self.error(
+                    "unknown_attribute",
+                    place,
+                    format!("`{group}` has no attribute `{name}`"),
+                    next,
+                );
+            }
+            None => {
+                let next = match group {
+                    "unix" | "systemd" => format!("add `{group}: {{}}` under `attestors`"),
+                    "container" => "add `unix: {}` under `attestors`".to_owned(),
+                    _ => suggestion(group, self.attributes.keys().map(String::as_str)),
+                };
+                self.error(
+                    "unknown_attribute_group",
+                    place,
+                    format!("no configured attestor states attributes of `{group}`"),
+                    next,
+                );
+            }
+        }
     }
 
-    fn template_groups(&mut self, template: &Template, place: Place) {
+    fn template_attributes(&mut self, template: &Template, place: Place) {
         for part in &template.parts {
-            if let TemplatePart::Attribute { group, .. } = part {
-                self.attribute_group(group, place);
+            if let TemplatePart::Attribute { group, name } = part {
+                self.known_attribute(group, name, place);
             }
         }
     }
@@ -644,7 +670,7 @@ impl Converter<'_> {
         };
         let client_id = self.parse(&written.client_id, text::template);
         if let Some(client_id) = &client_id {
-            self.template_groups(client_id, written.client_id.place);
+            self.template_attributes(client_id, written.client_id.place);
         }
         let method = written.client_authentication.value.method.value;
         let client_authentication =
@@ -759,7 +785,7 @@ impl Converter<'_> {
                 );
             }
             if let Ok(template) = text::template(&value.value) {
-                self.template_groups(&template, value.place);
+                self.template_attributes(&template, value.place);
             }
         }
         self.parse_entries(written, text::template)
@@ -1564,61 +1590,5 @@ fn attribute_type(claim_type: raw::ClaimType) -> AttributeType {
         raw::ClaimType::Long => AttributeType::Long,
         raw::ClaimType::Boolean => AttributeType::Boolean,
         raw::ClaimType::StringSet => AttributeType::StringSet,
-    }
-}
-
-/// The claims of a known kind of issuer, all strings. Source: the issuers' own documentation of the
-/// tokens that they give to jobs.
-fn preset_claims(preset: raw::Preset) -> &'static [&'static str] {
-    match preset {
-        raw::Preset::Github => &[
-            "actor",
-            "actor_id",
-            "base_ref",
-            "environment",
-            "event_name",
-            "head_ref",
-            "job_workflow_ref",
-            "job_workflow_sha",
-            "ref",
-            "ref_protected",
-            "ref_type",
-            "repository",
-            "repository_id",
-            "repository_owner",
-            "repository_owner_id",
-            "repository_visibility",
-            "run_attempt",
-            "run_id",
-            "run_number",
-            "runner_environment",
-            "sha",
-            "workflow",
-            "workflow_ref",
-            "workflow_sha",
-        ],
-        raw::Preset::Gitlab => &[
-            "ci_config_ref_uri",
-            "ci_config_sha",
-            "deployment_tier",
-            "environment",
-            "environment_protected",
-            "job_id",
-            "namespace_id",
-            "namespace_path",
-            "pipeline_id",
-            "pipeline_source",
-            "project_id",
-            "project_path",
-            "project_visibility",
-            "ref",
-            "ref_path",
-            "ref_protected",
-            "ref_type",
-            "runner_environment",
-            "sha",
-            "user_id",
-            "user_login",
-        ],
     }
 }

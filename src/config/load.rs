@@ -233,7 +233,9 @@ impl Loader {
                     self.misfits.push(problem.place);
                     let mut diagnostic = Diagnostic::error(problem.code, path, problem.message)
                         .at(problem.place.span());
-                    diagnostic.next = problem.next;
+                    if let Some(next) = problem.next {
+                        diagnostic = diagnostic.next(next);
+                    }
                     self.diagnostics.push(diagnostic);
                     if let Some(mask) = problem.mask {
                         self.diagnostics.mask(path, mask);
@@ -457,9 +459,10 @@ pub(super) fn suggestion<'a>(
     names: impl IntoIterator<Item = &'a str> + Clone,
 ) -> String {
     did_you_mean(written, names.clone()).unwrap_or_else(|| {
-        let mut all: Vec<String> = names.into_iter().map(|name| format!("`{name}`")).collect();
-        all.sort();
+        let mut all: Vec<&str> = names.into_iter().collect();
+        all.sort_unstable();
         all.dedup();
+        let all: Vec<String> = all.into_iter().map(|name| format!("`{name}`")).collect();
         if all.is_empty() {
             "there are none".to_owned()
         } else {

@@ -23,7 +23,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use countersign_attestors::AttributeType;
+use countersign_attestors::{
+    Attestor, AttributeDeclaration, AttributeSelection, AttributeType, OidcIssuerSettings,
+    SystemdAttestor, UnixAttestor,
+};
 use http::HeaderName;
 use ipnet::IpNet;
 use schemars::JsonSchema;
@@ -123,6 +126,23 @@ pub struct Attestors {
     pub oidc_issuers: Vec<OidcIssuer>,
 }
 
+impl Attestors {
+    /// Every attribute that the configured attestors may state.
+    pub fn declarations(&self) -> Vec<AttributeDeclaration> {
+        let mut declarations = Vec::new();
+        if self.unix {
+            declarations.extend(UnixAttestor::new(AttributeSelection::all()).declarations());
+        }
+        if self.systemd {
+            declarations.extend(SystemdAttestor::new().declarations());
+        }
+        for issuer in &self.oidc_issuers {
+            declarations.extend(issuer.settings().declarations());
+        }
+        declarations
+    }
+}
+
 /// An OIDC issuer on the allow-list.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OidcIssuer {
@@ -140,6 +160,18 @@ pub struct OidcIssuer {
     pub connect_to: Option<SocketAddr>,
     /// Address ranges exempt from the address guard.
     pub allow_addresses: Vec<IpNet>,
+}
+
+impl OidcIssuer {
+    /// What the attestor of this issuer is made from.
+    pub fn settings(&self) -> OidcIssuerSettings {
+        OidcIssuerSettings {
+            name: self.name.clone(),
+            issuer: self.issuer.as_str().to_owned(),
+            audiences: self.audiences.clone(),
+            claims: self.claims.clone(),
+        }
+    }
 }
 
 /// One rule of the environment mapping: all attributes must equal.

@@ -334,3 +334,76 @@ fn wrong_configurations_are_refused_with_every_problem_in_its_place() {
     assert!(cases.len() >= 100, "cases are missing");
     assert!(wrong.is_empty(), "found instead:\n{}", wrong.join("\n"));
 }
+
+/// Loads a text and checks what holds for every text: an answer, and each problem in a place of the file.
+fn survives(directory: &Path, text: &str) {
+    if let Err(problems) = load(directory, text) {
+        assert!(problems.has_errors());
+        let lines = text.split('\n').count();
+        for problem in &problems {
+            if let Some(position) = problems.position(problem) {
+                assert!(
+                    (1..=lines).contains(&position.line),
+                    "{}",
+                    problems.line(problem)
+                );
+            }
+        }
+        assert!(!problems.render(false).is_empty());
+    }
+}
+
+#[test]
+fn any_line_may_be_missing_or_stand_twice() {
+    let directory = directory();
+    let lines: Vec<&str> = WHOLE.lines().collect();
+    for index in 0..lines.len() {
+        let mut fewer = lines.clone();
+        fewer.remove(index);
+        survives(directory.path(), &fewer.join("\n"));
+        let mut more = lines.clone();
+        more.insert(index, lines[index]);
+        survives(directory.path(), &more.join("\n"));
+    }
+    load(directory.path(), WHOLE).unwrap();
+}
+
+#[test]
+fn texts_made_to_exhaust_are_refused() {
+    let directory = directory();
+    let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
+    for level in 1..12 {
+        let earlier = format!("*a{}", level - 1);
+        bomb.push_str(&format!(
+            "a{level}: &a{level} [{}]\n",
+            [earlier.as_str(); 10].join(", ")
+        ));
+    }
+    for text in [
+        bomb,
+        format!("version: {}", "[".repeat(100_000)),
+        format!("version: {}{}", "[".repeat(5_000), "]".repeat(5_000)),
+        "a: ".repeat(10_000),
+        "{".repeat(100_000),
+    ] {
+        let problems = load(directory.path(), &text).unwrap_err();
+        assert!(problems.has_errors());
+    }
+    load(directory.path(), WHOLE).unwrap();
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig { cases: 256, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn damaged_text_is_survived(edits in proptest::collection::vec((0..WHOLE.len(), 0..8usize, "[a-z:\\[\\]{}\"'&*!|> \n\t#,0-9é-]{0,3}"), 1..6)) {
+        let directory = directory();
+        let mut text = WHOLE.to_owned();
+        for (start, length, insert) in edits {
+            let start = (0..=start.min(text.len())).rev().find(|index| text.is_char_boundary(*index)).unwrap_or(0);
+            let end = (0..=(start + length).min(text.len())).rev().find(|index| text.is_char_boundary(*index)).unwrap_or(0);
+            text.replace_range(start..end.max(start), &insert);
+        }
+        survives(directory.path(), &text);
+    }
+}

@@ -480,6 +480,7 @@ pub(super) fn issuer_name(text: &str) -> Result<String, Flaw> {
         "container",
         "kubernetes",
         "spiffe",
+        "oidc",
         "aws",
         "gcp",
         "azure",
@@ -494,7 +495,6 @@ pub(super) fn issuer_name(text: &str) -> Result<String, Flaw> {
         "is",
         "like",
         "has",
-        "__cedar",
     ];
     if TAKEN.contains(&text) {
         return flaw(
@@ -503,7 +503,11 @@ pub(super) fn issuer_name(text: &str) -> Result<String, Flaw> {
             "choose another name",
         );
     }
-    if is_identifier(text) && text.len() <= 64 {
+    let is_name = text.starts_with(|character: char| character.is_ascii_lowercase())
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_');
+    if is_name && text.len() <= 64 {
         Ok(text.to_owned())
     } else {
         flaw(
@@ -512,7 +516,7 @@ pub(super) fn issuer_name(text: &str) -> Result<String, Flaw> {
                 "`{}` is no attribute name, and policies say `principal.NAME`",
                 text.escape_debug()
             ),
-            "write letters, digits and `_`, the first no digit",
+            "write lower-case letters, digits and `_`, the first a letter",
         )
     }
 }

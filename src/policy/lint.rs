@@ -299,9 +299,9 @@ impl Findings<'_> {
             }
         }
         let left = operands.get("left").and_then(chain);
-        let is_path = left
-            .as_ref()
-            .is_some_and(|(variable, names)| variable == "context" && *names == ["request", "path"]);
+        let is_path = left.as_ref().is_some_and(|(variable, names)| {
+            variable == "context" && *names == ["request", "path"]
+        });
         let is_claim =
             left.is_some_and(|(variable, names)| variable == "principal" && names.len() == 2);
         let has_wildcard = text.contains('*');

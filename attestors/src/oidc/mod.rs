@@ -43,6 +43,36 @@ pub struct OidcIssuerSettings {
     pub claims: BTreeMap<String, AttributeType>,
 }
 
+impl OidcIssuerSettings {
+    /// Every attribute that a token of this issuer may state.
+    pub fn declarations(&self) -> Vec<AttributeDeclaration> {
+        let declare =
+            |name: &str, attribute_type, required, description: String| AttributeDeclaration {
+                group: self.name.clone(),
+                name: name.to_owned(),
+                attribute_type,
+                required,
+                description,
+            };
+        let always = ["iss", "sub"].map(|claim| {
+            declare(
+                claim,
+                AttributeType::String,
+                true,
+                format!("the token's `{claim}`"),
+            )
+        });
+        let configured = self
+            .claims
+            .iter()
+            .filter(|(claim, _)| !matches!(claim.as_str(), "iss" | "sub"))
+            .map(|(claim, kind)| {
+                declare(claim, *kind, false, format!("the token's claim `{claim}`"))
+            });
+        always.into_iter().chain(configured).collect()
+    }
+}
+
 /// Why settings of an issuer cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidIssuerSettings {
@@ -152,31 +182,7 @@ impl Attestor for OidcAttestor {
     }
 
     fn declarations(&self) -> Vec<AttributeDeclaration> {
-        let declare =
-            |name: &str, attribute_type, required, description: String| AttributeDeclaration {
-                group: self.settings.name.clone(),
-                name: name.to_owned(),
-                attribute_type,
-                required,
-                description,
-            };
-        let always = ["iss", "sub"].map(|claim| {
-            declare(
-                claim,
-                AttributeType::String,
-                true,
-                format!("the token's `{claim}`"),
-            )
-        });
-        let configured = self
-            .settings
-            .claims
-            .iter()
-            .filter(|(claim, _)| !matches!(claim.as_str(), "iss" | "sub"))
-            .map(|(claim, kind)| {
-                declare(claim, *kind, false, format!("the token's claim `{claim}`"))
-            });
-        always.into_iter().chain(configured).collect()
+        self.settings.declarations()
     }
 
     async fn attest(&self, evidence: Evidence<'_>) -> Attestation {
