@@ -12,6 +12,7 @@ pub mod diagnostics;
 pub mod fetch;
 pub mod jwt;
 pub mod policy;
+pub mod problem;
 pub mod providers;
 pub mod refusal;
 pub mod request;
