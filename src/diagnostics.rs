@@ -301,6 +301,14 @@ impl fmt::Display for Diagnostics {
 
 impl std::error::Error for Diagnostics {}
 
+impl From<Diagnostic> for Diagnostics {
+    fn from(diagnostic: Diagnostic) -> Self {
+        let mut diagnostics = Self::new();
+        diagnostics.push(diagnostic);
+        diagnostics
+    }
+}
+
 /// `did you mean X?` for the candidate nearest to what was written, if one is near enough to be a slip.
 pub fn did_you_mean<'a>(
     written: &str,

@@ -1,2 +1,8 @@
-//! Countersign.
-fn main() {}
+//! Arguments, then configuration, then [`countersign::app`], then an exit code.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    countersign::tls::install_cryptography_provider();
+    countersign::cli::main()
+}

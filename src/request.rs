@@ -4,12 +4,15 @@
 use std::borrow::Cow;
 use std::net::IpAddr;
 
+use base64::Engine;
 use countersign_attestors::PresentedToken;
-use http::Method;
+use http::header::{AUTHORIZATION, HOST, PROXY_AUTHORIZATION};
+use http::request::Parts;
 use http::uri::{Authority, PathAndQuery};
+use http::{HeaderMap, Method};
 use percent_encoding::percent_decode_str;
 
-use crate::config::Scheme;
+use crate::config::{Destination, Scheme};
 use crate::refusal::{Refusal, RefusalCode};
 
 /// A request as the agent understands it.
@@ -271,7 +274,216 @@ fn normalise(path: &str) -> String {
     normalised
 }
 
-/// Reads the authority of an absolute-form or CONNECT target.
-pub fn target_of(authority: &Authority, default_port: Option<u16>) -> Result<Target, Refusal> {
-    Target::parse(authority.as_str(), default_port)
+/// How a request reached the agent, which decides how its target is read.
+#[derive(Debug, Clone, Copy)]
+pub enum Reception<'a> {
+    /// On the forward proxy itself: absolute-form, or CONNECT.
+    Proxy,
+    /// Inside a CONNECT tunnel to `target`; `scheme` is https where TLS was intercepted.
+    Tunnel {
+        /// The scheme spoken inside.
+        scheme: Scheme,
+        /// The tunnel's authority.
+        target: &'a Target,
+    },
+    /// On a gateway for one destination.
+    Gateway(&'a Destination),
+}
+
+impl EgressRequest {
+    /// Reads a request head. `tunnel_token` is the token that the tunnel was opened with.
+    pub fn parse(
+        head: &Parts,
+        reception: Reception<'_>,
+        tunnel_token: Option<&PresentedToken>,
+    ) -> Result<Self, Refusal> {
+        if head.method == Method::TRACE {
+            return Err(Refusal::new(
+                RefusalCode::MethodNotAllowed,
+                "TRACE is not forwarded",
+            ));
+        }
+        let host = single_host(&head.headers)?;
+        let (scheme, target) = match reception {
+            Reception::Proxy => proxy_target(head, host)?,
+            Reception::Tunnel { scheme, target } => {
+                check_tunnel_authority(head, host, scheme, target)?;
+                (scheme, target.clone())
+            }
+            Reception::Gateway(destination) => (destination.scheme, gateway_target(destination)?),
+        };
+        let path_and_query = match head.uri.path_and_query() {
+            Some(path_and_query) if head.method != Method::CONNECT => path_and_query.clone(),
+            _ => PathAndQuery::from_static("/"),
+        };
+        let presented = match presented_token(head, reception)? {
+            Some(token) => Some(token),
+            None => tunnel_token.cloned(),
+        };
+        Ok(Self {
+            method: head.method.clone(),
+            scheme,
+            target,
+            path: RequestPath::parse(path_and_query.path()),
+            path_and_query,
+            presented,
+        })
+    }
+}
+
+/// The `Host` header, of which there is at most one (RFC 9112 section 3.2).
+fn single_host(headers: &HeaderMap) -> Result<Option<&str>, Refusal> {
+    let mut hosts = headers.get_all(HOST).iter();
+    let host = hosts.next();
+    if hosts.next().is_some() {
+        return Err(Refusal::new(
+            RefusalCode::MalformedRequest,
+            "the request has more than one `Host` header",
+        ));
+    }
+    host.map(|host| {
+        host.to_str().map_err(|_| {
+            Refusal::new(
+                RefusalCode::MalformedRequest,
+                "the `Host` header is not ASCII text",
+            )
+        })
+    })
+    .transpose()
+}
+
+/// The target of an absolute-form or CONNECT request (RFC 9112 sections 3.2.2 and 3.2.3).
+fn proxy_target(head: &Parts, host: Option<&str>) -> Result<(Scheme, Target), Refusal> {
+    let authority = head.uri.authority().ok_or_else(|| {
+        Refusal::new(
+            RefusalCode::MalformedRequest,
+            "a proxy takes absolute-form requests and CONNECT; the request has no authority",
+        )
+    })?;
+    if head.method == Method::CONNECT {
+        let target = Target::parse(authority.as_str(), None)?;
+        return Ok((Scheme::Https, target));
+    }
+    let scheme = match head.uri.scheme_str() {
+        Some("http") => Scheme::Http,
+        Some("https") => Scheme::Https,
+        _ => {
+            return Err(Refusal::new(
+                RefusalCode::MalformedRequest,
+                "the request's scheme is neither `http` nor `https`",
+            ));
+        }
+    };
+    let target = Target::parse(authority.as_str(), Some(scheme.default_port()))?;
+    if let Some(host) = host {
+        same_authority(&Target::parse(host, Some(scheme.default_port()))?, &target)?;
+    }
+    Ok((scheme, target))
+}
+
+/// Inside a tunnel every authority that a request names is the tunnel's.
+fn check_tunnel_authority(
+    head: &Parts,
+    host: Option<&str>,
+    scheme: Scheme,
+    target: &Target,
+) -> Result<(), Refusal> {
+    if head.method == Method::CONNECT {
+        return Err(Refusal::new(
+            RefusalCode::MalformedRequest,
+            "a tunnel inside a tunnel is not opened",
+        ));
+    }
+    if head
+        .uri
+        .scheme_str()
+        .is_some_and(|named| named != scheme.as_str())
+    {
+        return Err(Refusal::new(
+            RefusalCode::MalformedRequest,
+            format!(
+                "the request's scheme is not the tunnel's, `{}`",
+                scheme.as_str()
+            ),
+        ));
+    }
+    let authority = head.uri.authority().map(Authority::as_str);
+    if authority.is_none() && host.is_none() {
+        return Err(Refusal::new(
+            RefusalCode::MalformedRequest,
+            "the request names no authority",
+        ));
+    }
+    for named in [authority, host].into_iter().flatten() {
+        same_authority(&Target::parse(named, Some(scheme.default_port()))?, target)?;
+    }
+    Ok(())
+}
+
+fn same_authority(named: &Target, target: &Target) -> Result<(), Refusal> {
+    match named == target {
+        true => Ok(()),
+        false => Err(Refusal::new(
+            RefusalCode::AuthorityMismatch,
+            format!("the request names `{named}` and is for `{target}`"),
+        )),
+    }
+}
+
+fn gateway_target(destination: &Destination) -> Result<Target, Refusal> {
+    let (Some(host), Some(port)) = (destination.hosts.first(), destination.ports.first()) else {
+        return Err(Refusal::new(
+            RefusalCode::DestinationNotConfigured,
+            format!("destination `{}` has no host", destination.name),
+        ));
+    };
+    Ok(Target {
+        host: host.clone(),
+        port: *port,
+    })
+}
+
+/// The token that a head presents: `Proxy-Authorization` with Bearer, or with Basic, whose password
+/// it is; on a gateway, where `Proxy-Authorization` means nothing to clients, `Authorization: Bearer`.
+fn presented_token(
+    head: &Parts,
+    reception: Reception<'_>,
+) -> Result<Option<PresentedToken>, Refusal> {
+    let name = match reception {
+        Reception::Gateway(_) => AUTHORIZATION,
+        Reception::Proxy | Reception::Tunnel { .. } => PROXY_AUTHORIZATION,
+    };
+    let mut values = head.headers.get_all(&name).iter();
+    let Some(value) = values.next() else {
+        return Ok(None);
+    };
+    if values.next().is_some() {
+        return Err(Refusal::new(
+            RefusalCode::MalformedRequest,
+            format!("the request has more than one `{name}` header"),
+        ));
+    }
+    let Some((scheme, credentials)) = value.to_str().ok().and_then(|text| text.split_once(' '))
+    else {
+        return Ok(None);
+    };
+    let credentials = credentials.trim();
+    if scheme.eq_ignore_ascii_case("bearer") {
+        return Ok(Some(PresentedToken::new(credentials.to_owned())));
+    }
+    if scheme.eq_ignore_ascii_case("basic") {
+        // RFC 7617 section 2: user-id ":" password.
+        let password = base64::engine::general_purpose::STANDARD
+            .decode(credentials)
+            .ok()
+            .and_then(|decoded| String::from_utf8(decoded).ok())
+            .and_then(|pair| {
+                pair.split_once(':')
+                    .map(|(_, password)| password.to_owned())
+            });
+        return Ok(password
+            .filter(|password| !password.is_empty())
+            .map(PresentedToken::new));
+    }
+    Ok(None)
 }

@@ -218,6 +218,11 @@ impl ConnectionAttestation {
         }
     }
 
+    /// Checks that the process at the other end lives and runs what was attested.
+    pub fn check_liveness(&self) -> Result<(), AttestationEnded> {
+        self.peer.check_liveness()
+    }
+
     /// The workload behind the connection, with what this head presents; checks liveness first.
     /// Cheap when nothing changed: a clone of an `Arc`.
     pub async fn attest(

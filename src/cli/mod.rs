@@ -1,5 +1,51 @@
 //! The command line: one file for each verb.
 
 pub mod output;
+pub mod run;
 pub mod schema;
 pub mod validate;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use output::EXIT_USAGE;
+
+/// A per-node agent that attests local workloads, decides by policy, and injects short-lived tokens
+/// into their requests.
+#[derive(Debug, Parser)]
+#[command(name = "countersign", version, arg_required_else_help = true)]
+struct Command {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Runs the agent until a signal.
+    Run(run::RunArguments),
+    /// Reads a configuration and its policies and says everything that is wrong with them.
+    Validate(validate::ValidateArguments),
+    /// Prints the JSON Schema of the configuration.
+    Schema(schema::SchemaArguments),
+}
+
+/// Runs the verb that the process's arguments name.
+pub fn main() -> ExitCode {
+    let command = match Command::try_parse() {
+        Ok(command) => command,
+        Err(error) => {
+            let _ = error.print();
+            return match error.use_stderr() {
+                true => ExitCode::from(EXIT_USAGE),
+                false => ExitCode::SUCCESS,
+            };
+        }
+    };
+    let (mut out, mut errors) = (std::io::stdout(), std::io::stderr());
+    match command.verb {
+        Verb::Run(arguments) => run::run(&arguments),
+        Verb::Validate(arguments) => validate::run(&arguments, &mut out, &mut errors),
+        Verb::Schema(arguments) => schema::run(&arguments, &mut out),
+    }
+}

@@ -106,6 +106,15 @@ pub enum Bind {
     Unix(PathBuf),
 }
 
+impl std::fmt::Display for Bind {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(formatter),
+            Self::Unix(path) => write!(formatter, "unix:{}", path.display()),
+        }
+    }
+}
+
 /// Who may open a Unix socket.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct SocketAccess {

@@ -1,0 +1,33 @@
+//! What all workers, listeners and verbs of one agent share.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use tokio::sync::watch;
+
+use crate::audit::Audit;
+use crate::clock::Clock;
+use crate::credentials::Credentials;
+use crate::policy::DecisionRing;
+use crate::snapshot::Snapshot;
+use crate::telemetry::metrics::Metrics;
+
+/// One running agent.
+pub struct Agent {
+    /// What requests are served under; replaced whole.
+    pub snapshot: ArcSwap<Snapshot>,
+    /// The broker of tokens.
+    pub credentials: Arc<Credentials>,
+    /// Where records go.
+    pub audit: Audit,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    /// The time.
+    pub clock: Arc<dyn Clock>,
+    /// The runtime of everything that is not the data path: names, token endpoints, procfs.
+    pub control: tokio::runtime::Handle,
+    /// The last decisions, for `policy explain`.
+    pub recent_decisions: DecisionRing,
+    /// True once the agent stops taking new connections.
+    pub draining: watch::Sender<bool>,
+}

@@ -1,0 +1,603 @@
+//! Builds an agent from a configuration, binds it, and keeps it up to date: reloads, revocations,
+//! shutdown. Everything binds where it is told, port 0 included, and says where ([`Bound`]).
+
+use std::collections::{BTreeSet, HashMap};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use countersign_attestors::{
+    Attestor, AttributeSelection, Catalog, OidcAttestor, OidcIssuerSettings, SystemdAttestor,
+    UnixAttestor,
+};
+use tokio::sync::{Mutex, watch};
+use tokio::task::JoinHandle;
+
+use crate::address::AddressGuard;
+use crate::agent::Agent;
+use crate::audit::{Audit, AuditWriter, LifecycleEvent};
+use crate::clock::Clock;
+use crate::config::{Attestors, Bind, Config, Interception, Listener, OidcIssuer};
+use crate::credentials::{Credentials, TokenEvent, TokenEvents};
+use crate::diagnostics::{Diagnostic, Diagnostics};
+use crate::fetch::{FetchClient, FetchSettings};
+use crate::listener::{BoundListener, Workers, accept};
+use crate::policy::{DecisionRing, PolicyEngine, PolicySnapshot, Revocations};
+use crate::routing::Routes;
+use crate::snapshot::{Snapshot, prepare};
+use crate::telemetry::metrics::Metrics;
+use crate::tls::interception::{InterceptionAuthority, write_atomically};
+use crate::tls::trust::bundle;
+
+/// How long open requests may take to end after SIGTERM.
+const DRAIN: Duration = Duration::from_secs(10);
+/// How long the audit may take to write what is queued at the end.
+const AUDIT_FLUSH: Duration = Duration::from_secs(5);
+
+/// Attributes that records name a workload by, whatever policies read.
+const RECORDED_ATTRIBUTES: &[(&str, &str)] = &[
+    ("unix", "uid"),
+    ("unix", "gid"),
+    ("unix", "user"),
+    ("unix", "pid"),
+    ("unix", "executable"),
+    ("unix", "cgroup"),
+    ("systemd", "system_unit"),
+    ("systemd", "user_unit"),
+    ("container", "id"),
+    ("container", "runtime"),
+];
+
+/// Where an agent listens.
+#[derive(Debug, Clone, Default)]
+pub struct Bound {
+    /// Listeners by name.
+    pub listeners: HashMap<String, Bind>,
+    /// The admin socket.
+    pub admin_socket: Option<PathBuf>,
+    /// Metrics on TCP.
+    pub metrics: Option<SocketAddr>,
+}
+
+/// A running agent.
+pub struct App {
+    agent: Arc<Agent>,
+    bound: Bound,
+    own_listeners: Arc<[SocketAddr]>,
+    acceptors: Mutex<HashMap<(Bind, String), Acceptor>>,
+    workers: Workers,
+    audit_writer: Mutex<Option<AuditWriter>>,
+    /// One reload at a time.
+    reloading: Mutex<()>,
+}
+
+struct Acceptor {
+    listener: Listener,
+    task: JoinHandle<()>,
+}
+
+impl App {
+    /// Builds, binds and starts an agent on the current tokio runtime. Nothing is served before
+    /// everything is valid and bound.
+    ///
+    /// # Errors
+    /// Every problem found in the configuration, the policies, the sinks or the addresses.
+    pub async fn start(config: Config, clock: Arc<dyn Clock>) -> Result<Arc<Self>, Diagnostics> {
+        let metrics = Arc::new(Metrics::new(Arc::clone(&clock)));
+        let control = tokio::runtime::Handle::current();
+        let config = Arc::new(config);
+
+        let mut bound_listeners = Vec::new();
+        let mut bound = Bound::default();
+        for listener in &config.listeners {
+            let bound_listener = BoundListener::bind(&listener.bind, &listener.access)
+                .await
+                .map_err(|error| bind_problem(&config, listener, &error))?;
+            let address = bound_listener
+                .address()
+                .map_err(|error| bind_problem(&config, listener, &error))?;
+            bound.listeners.insert(listener.name.clone(), address);
+            bound_listeners.push((bound_listener, listener.clone()));
+        }
+        let own_listeners: Arc<[SocketAddr]> = bound
+            .listeners
+            .values()
+            .filter_map(|bind| match bind {
+                Bind::Tcp(address) => Some(*address),
+                Bind::Unix(_) => None,
+            })
+            .chain(config.admin.metrics_bind)
+            .collect();
+
+        let snapshot = {
+            let builder = SnapshotBuilder {
+                config: Arc::clone(&config),
+                own_listeners: Arc::clone(&own_listeners),
+                clock: Arc::clone(&clock),
+                metrics: Arc::clone(&metrics),
+                control: control.clone(),
+                previous: None,
+            };
+            build_off_thread(builder).await?
+        };
+        let (audit, audit_writer) =
+            Audit::start(&config.audit, Arc::clone(&clock), &metrics).map_err(Diagnostics::from)?;
+        let credentials = Credentials::new(
+            control.clone(),
+            Arc::clone(&clock),
+            Arc::clone(&metrics),
+            token_events(),
+        );
+        credentials.configure(&config, &own_listeners);
+        let _ = audit.lifecycle(LifecycleEvent::Start {
+            version: env!("CARGO_PKG_VERSION"),
+            configuration_sha256: configuration_sha256(&config),
+            policy_version: snapshot.policy.engine().version().to_string(),
+        });
+        metrics.reload(true, clock.wall());
+
+        let agent = Arc::new(Agent {
+            snapshot: ArcSwap::from_pointee(snapshot),
+            credentials,
+            audit,
+            metrics,
+            clock,
+            control,
+            recent_decisions: DecisionRing::new(),
+            draining: watch::Sender::new(false),
+        });
+        let workers = Workers::start(&agent, worker_count(&config))
+            .map_err(|error| start_problem(&config, "workers_not_started", &error))?;
+        let mut acceptors = HashMap::new();
+        for (bound_listener, listener) in bound_listeners {
+            let task = tokio::spawn(accept(
+                Arc::clone(&agent),
+                workers.clone(),
+                bound_listener,
+                listener.clone(),
+            ));
+            let key = (listener.bind.clone(), listener.name.clone());
+            acceptors.insert(key, Acceptor { listener, task });
+        }
+        bound.admin_socket.clone_from(&config.admin.socket);
+        let app = Arc::new(Self {
+            agent,
+            bound,
+            own_listeners,
+            acceptors: Mutex::new(acceptors),
+            workers,
+            audit_writer: Mutex::new(Some(audit_writer)),
+            reloading: Mutex::new(()),
+        });
+        Ok(app)
+    }
+
+    /// What all parts share.
+    pub fn agent(&self) -> &Arc<Agent> {
+        &self.agent
+    }
+
+    /// Where the agent listens.
+    pub fn bound(&self) -> &Bound {
+        &self.bound
+    }
+
+    /// Reads the configuration's file again and serves under it, whole or not at all.
+    ///
+    /// # Errors
+    /// Every problem found; the last good configuration stays in force.
+    pub async fn reload(&self) -> Result<(), Diagnostics> {
+        let _one_at_a_time = self.reloading.lock().await;
+        let path = self.agent.snapshot.load().config.path.clone();
+        let outcome = self.try_reload(path).await;
+        self.agent
+            .metrics
+            .reload(outcome.is_ok(), self.agent.clock.wall());
+        if let Err(diagnostics) = &outcome {
+            let first = diagnostics
+                .iter()
+                .next()
+                .map(|diagnostic| diagnostics.line(diagnostic))
+                .unwrap_or_default();
+            tracing::error!(
+                problems = diagnostics.iter().count(),
+                first,
+                "reload failed; the last good configuration stays in force"
+            );
+            let _ = self.agent.audit.lifecycle(LifecycleEvent::ReloadFailed {
+                problems: diagnostics.iter().count(),
+                first,
+            });
+        }
+        outcome
+    }
+
+    async fn try_reload(&self, path: PathBuf) -> Result<(), Diagnostics> {
+        let previous = self.agent.snapshot.load_full();
+        let config = tokio::task::spawn_blocking(move || Config::load(&path))
+            .await
+            .map_err(|error| {
+                let path = &previous.config.path;
+                Diagnostic::error("reload_interrupted", path, error.to_string())
+            })??;
+        let config = Arc::new(reuse_unchanged(config, &previous.config));
+        let snapshot = build_off_thread(SnapshotBuilder {
+            config: Arc::clone(&config),
+            own_listeners: Arc::clone(&self.own_listeners),
+            clock: Arc::clone(&self.agent.clock),
+            metrics: Arc::clone(&self.agent.metrics),
+            control: self.agent.control.clone(),
+            previous: Some(Arc::clone(&previous)),
+        })
+        .await?;
+        self.rebind(&config).await?;
+        let policy_version = snapshot.policy.engine().version().to_string();
+        self.agent
+            .credentials
+            .configure(&config, &self.own_listeners);
+        self.agent.snapshot.store(Arc::new(snapshot));
+        let _ = self.agent.audit.lifecycle(LifecycleEvent::Reload {
+            configuration_sha256: configuration_sha256(&config),
+            policy_version: policy_version.clone(),
+        });
+        tracing::info!(policy_version, "reloaded");
+        Ok(())
+    }
+
+    /// Binds what is new and closes what is gone; a listener whose `bind` is unchanged stays as it is.
+    async fn rebind(&self, config: &Config) -> Result<(), Diagnostics> {
+        let mut acceptors = self.acceptors.lock().await;
+        let mut fresh = Vec::new();
+        for listener in &config.listeners {
+            let key = (listener.bind.clone(), listener.name.clone());
+            if acceptors
+                .get(&key)
+                .is_none_or(|acceptor| acceptor.listener.kind != listener.kind)
+            {
+                if let Some(changed) = acceptors.remove(&key) {
+                    changed.task.abort();
+                    let _ = changed.task.await;
+                }
+                let bound = BoundListener::bind(&listener.bind, &listener.access)
+                    .await
+                    .map_err(|error| bind_problem(config, listener, &error))?;
+                fresh.push((key, bound, listener.clone()));
+            }
+        }
+        let wanted: BTreeSet<String> = config
+            .listeners
+            .iter()
+            .map(|listener| listener.name.clone())
+            .collect();
+        acceptors.retain(|(_, name), acceptor| {
+            let keep = wanted.contains(name);
+            if !keep {
+                acceptor.task.abort();
+            }
+            keep
+        });
+        for (key, bound, listener) in fresh {
+            let task = tokio::spawn(accept(
+                Arc::clone(&self.agent),
+                self.workers.clone(),
+                bound,
+                listener.clone(),
+            ));
+            acceptors.insert(key, Acceptor { listener, task });
+        }
+        Ok(())
+    }
+
+    /// Replaces the revocations; the next request and every open stream are decided under them.
+    pub fn replace_revocations(
+        &self,
+        change: impl Fn(&Revocations) -> Option<Revocations>,
+    ) -> bool {
+        let mut changed = false;
+        self.agent
+            .snapshot
+            .rcu(|snapshot| match change(snapshot.policy.revocations()) {
+                Some(revocations) => {
+                    changed = true;
+                    let mut next = Snapshot::clone(snapshot);
+                    next.policy = PolicySnapshot::new(
+                        Arc::clone(snapshot.policy.engine()),
+                        Arc::new(revocations),
+                    );
+                    Arc::new(next)
+                }
+                None => {
+                    changed = false;
+                    Arc::clone(snapshot)
+                }
+            });
+        changed
+    }
+
+    /// Stops taking connections, lets open requests end, and closes the audit.
+    pub async fn shutdown(&self) {
+        self.agent.draining.send_replace(true);
+        for acceptor in self.acceptors.lock().await.values() {
+            acceptor.task.abort();
+        }
+        let deadline = tokio::time::Instant::now() + DRAIN;
+        while self.workers.open_connections() > 0 && tokio::time::Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let _ = self.agent.audit.lifecycle(LifecycleEvent::Stop);
+        if let Some(writer) = self.audit_writer.lock().await.take() {
+            let written = tokio::task::spawn_blocking(move || writer.stop(AUDIT_FLUSH)).await;
+            if !written.unwrap_or(false) {
+                tracing::error!("the audit could not be written to its end");
+            }
+        }
+    }
+}
+
+/// What a snapshot is made from.
+struct SnapshotBuilder {
+    config: Arc<Config>,
+    own_listeners: Arc<[SocketAddr]>,
+    clock: Arc<dyn Clock>,
+    metrics: Arc<Metrics>,
+    control: tokio::runtime::Handle,
+    previous: Option<Arc<Snapshot>>,
+}
+
+/// Reading policies, roots and keys blocks.
+async fn build_off_thread(builder: SnapshotBuilder) -> Result<Snapshot, Diagnostics> {
+    let path = builder.config.path.clone();
+    match tokio::task::spawn_blocking(move || builder.build()).await {
+        Ok(built) => built,
+        Err(error) => Err(Diagnostic::error("load_interrupted", path, error.to_string()).into()),
+    }
+}
+
+impl SnapshotBuilder {
+    fn build(self) -> Result<Snapshot, Diagnostics> {
+        let config = &self.config;
+        let declarations = self.catalog(AttributeSelection::all())?.declarations();
+        let (engine, warnings) = PolicyEngine::load(config, &declarations)?;
+        for warning in &warnings {
+            tracing::warn!(code = warning.code, "{}", warnings.line(warning));
+        }
+        let catalog = self.catalog_for(&engine)?;
+        let interception = self.interception()?;
+        let prepared = prepare(config, &self.own_listeners, &self.metrics).map_err(|error| {
+            Diagnostic::error("roots_unusable", &config.path, error.to_string())
+        })?;
+        let revocations = match &self.previous {
+            Some(previous) => Arc::clone(previous.policy.revocations()),
+            None => Revocations::none(),
+        };
+        Ok(Snapshot {
+            routes: Arc::new(Routes::new(config)),
+            policy: PolicySnapshot::new(Arc::new(engine), revocations),
+            catalog,
+            interception,
+            prepared: Arc::new(prepared),
+            unmatched_guard: AddressGuard::new(&[], Arc::clone(&self.own_listeners)),
+            config: self.config,
+        })
+    }
+
+    /// The catalog in force is kept where it would be the same: its connections and key sets stay good.
+    fn catalog_for(&self, engine: &PolicyEngine) -> Result<Arc<Catalog>, Diagnostics> {
+        if let Some(previous) = &self.previous
+            && previous.config.attestors == self.config.attestors
+            && previous.policy.engine().attributes_read() == engine.attributes_read()
+        {
+            return Ok(Arc::clone(&previous.catalog));
+        }
+        let recorded = RECORDED_ATTRIBUTES
+            .iter()
+            .map(|(group, name)| ((*group).to_owned(), (*name).to_owned()));
+        let read = engine.attributes_read().iter().cloned();
+        let selection = AttributeSelection::of(read.chain(recorded));
+        Ok(Arc::new(self.catalog(selection)?))
+    }
+
+    fn catalog(&self, needed: AttributeSelection) -> Result<Catalog, Diagnostics> {
+        let Attestors {
+            unix,
+            systemd,
+            oidc_issuers,
+        } = &self.config.attestors;
+        let mut attestors: Vec<Arc<dyn Attestor>> = Vec::new();
+        if *unix {
+            attestors.push(Arc::new(UnixAttestor::new(needed)));
+        }
+        if *systemd {
+            attestors.push(Arc::new(SystemdAttestor::new()));
+        }
+        for issuer in oidc_issuers {
+            attestors.push(Arc::new(self.oidc_attestor(issuer)?));
+        }
+        Ok(Catalog::new(attestors, Arc::clone(&self.clock)))
+    }
+
+    fn oidc_attestor(&self, issuer: &OidcIssuer) -> Result<OidcAttestor, Diagnostics> {
+        let fetch = FetchClient::new(
+            FetchSettings {
+                configured: BTreeSet::from([issuer.issuer.url().clone()]),
+                ca_file: issuer.ca_file.clone(),
+                connect_to: issuer.connect_to,
+                outbound_proxy: None,
+                allow_addresses: issuer.allow_addresses.clone(),
+            },
+            Arc::clone(&self.own_listeners),
+            self.control.clone(),
+        );
+        OidcAttestor::new(
+            OidcIssuerSettings {
+                name: issuer.name.clone(),
+                issuer: issuer.issuer.as_str().to_owned(),
+                audiences: issuer.audiences.clone(),
+                claims: issuer.claims.clone(),
+            },
+            Arc::new(fetch),
+            Arc::clone(&self.clock),
+        )
+        .map_err(|error| {
+            let detail = format!("issuer `{}`: {error}", issuer.name);
+            Diagnostic::error("issuer_unusable", &self.config.path, detail).into()
+        })
+    }
+
+    fn interception(&self) -> Result<Option<Arc<InterceptionAuthority>>, Diagnostics> {
+        let Some(interception) = &self.config.interception else {
+            return Ok(None);
+        };
+        let hosts = intercepted_hosts(&self.config);
+        let now = self.clock.wall();
+        let in_force = self.previous.as_ref().and_then(|previous| {
+            let unchanged = previous.config.interception == self.config.interception;
+            previous.interception.as_ref().filter(|_| unchanged)
+        });
+        if let Some(authority) = in_force
+            && authority.hosts() == hosts
+            && !authority.is_due(now)
+        {
+            return Ok(Some(Arc::clone(authority)));
+        }
+        let problem =
+            |detail: String| Diagnostic::error("interception_unusable", &self.config.path, detail);
+        let authority = InterceptionAuthority::open(interception, hosts, now, in_force)
+            .map_err(|error| problem(error.to_string()))?;
+        publish(interception, &authority).map_err(problem)?;
+        Ok(Some(authority))
+    }
+}
+
+/// Writes the public certificates that clients load.
+fn publish(interception: &Interception, authority: &InterceptionAuthority) -> Result<(), String> {
+    let root = authority.root_certificate_pem();
+    if let Some(path) = &interception.ca_certificate_file {
+        write_atomically(path, root.as_bytes(), 0o644).map_err(|error| error.to_string())?;
+    }
+    if let Some(path) = &interception.trust_bundle_file {
+        let bundle = bundle(root).map_err(|error| error.to_string())?;
+        write_atomically(path, bundle.as_bytes(), 0o644).map_err(|error| error.to_string())?;
+    }
+    Ok(())
+}
+
+/// The hosts of destinations that carry a credential, in order, each once.
+fn intercepted_hosts(config: &Config) -> Vec<String> {
+    config
+        .destinations
+        .iter()
+        .filter(|destination| !destination.credentials.is_empty())
+        .flat_map(|destination| destination.hosts.iter().cloned())
+        .collect::<BTreeSet<_>>()
+        .into_iter()
+        .collect()
+}
+
+/// Logs what happens to tokens; request records say which request used which.
+fn token_events() -> TokenEvents {
+    Arc::new(|event| match event {
+        TokenEvent::Minted {
+            credential,
+            identity,
+            token_sha256,
+            upstream,
+            ..
+        } => tracing::info!(
+            credential,
+            identity,
+            token_sha256,
+            ?upstream,
+            "token minted"
+        ),
+        TokenEvent::Failed {
+            credential,
+            identity,
+            code,
+            detail,
+            internal,
+        } => tracing::warn!(
+            credential,
+            identity,
+            code = code.as_str(),
+            detail,
+            internal,
+            "token not minted"
+        ),
+        TokenEvent::Rejected {
+            credential,
+            token_sha256,
+        } => tracing::warn!(
+            credential,
+            token_sha256,
+            "token rejected by its destination"
+        ),
+    })
+}
+
+/// Keeps the sections in force where a new configuration says the same, so that connections and
+/// tokens made under them stay good.
+fn reuse_unchanged(mut config: Config, previous: &Config) -> Config {
+    for destination in &mut config.destinations {
+        if let Some(same) = previous
+            .destinations
+            .iter()
+            .find(|known| *known == destination)
+        {
+            *destination = Arc::clone(same);
+        }
+    }
+    for credential in &mut config.credentials {
+        if let Some(same) = previous
+            .credentials
+            .iter()
+            .find(|known| *known == credential)
+        {
+            *credential = Arc::clone(same);
+        }
+    }
+    config
+}
+
+fn worker_count(config: &Config) -> usize {
+    config.workers.unwrap_or_else(|| {
+        // `available_parallelism` reads the cgroup's quota.
+        std::thread::available_parallelism().map_or(1, |count| count.get().min(4))
+    })
+}
+
+/// Names what is in force in records, without its content.
+fn configuration_sha256(config: &Config) -> String {
+    let mut context = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
+    for path in &config.watched_files {
+        // Keys are watched as well; a digest of a digest says nothing of them.
+        if let Ok(content) = std::fs::read(path) {
+            let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &content);
+            context.update(digest.as_ref());
+        }
+    }
+    context
+        .finish()
+        .as_ref()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+fn bind_problem(config: &Config, listener: &Listener, error: &std::io::Error) -> Diagnostics {
+    Diagnostic::error(
+        "listener_not_bound",
+        &config.path,
+        format!(
+            "listener `{}` cannot be bound to `{}`: {error}",
+            listener.name, listener.bind
+        ),
+    )
+    .into()
+}
+
+fn start_problem(config: &Config, code: &'static str, error: &std::io::Error) -> Diagnostics {
+    Diagnostic::error(code, &config.path, error.to_string()).into()
+}

@@ -1,0 +1,90 @@
+//! `countersign run`: the agent, until SIGTERM or SIGINT.
+
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::output::{EXIT_CONFIGURATION, EXIT_UNAVAILABLE};
+use crate::app::App;
+use crate::clock::SystemClock;
+use crate::config::Config;
+use crate::config::watch::Watcher;
+use crate::diagnostics::Diagnostics;
+
+/// Runs the agent until a signal.
+#[derive(Debug, Clone, clap::Args)]
+pub struct RunArguments {
+    /// The configuration file.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+}
+
+/// Runs the agent. Exit code 78 when it cannot start with this configuration, 0 after a signal.
+pub fn run(arguments: &RunArguments) -> ExitCode {
+    let watcher = Watcher::new(&arguments.config);
+    let config = match Config::load(&arguments.config) {
+        Ok(config) => config,
+        Err(diagnostics) => return refuse(&diagnostics),
+    };
+    match control_runtime() {
+        Ok(runtime) => runtime.block_on(serve(config, watcher)),
+        Err(error) => {
+            let _ = writeln!(
+                std::io::stderr(),
+                "error: the runtime could not be started: {error}"
+            );
+            ExitCode::from(EXIT_UNAVAILABLE)
+        }
+    }
+}
+
+/// The runtime of everything that is not the data path.
+pub fn control_runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("control")
+        .enable_all()
+        .build()
+}
+
+/// Prints why an agent does not start.
+pub fn refuse(diagnostics: &Diagnostics) -> ExitCode {
+    let mut errors = std::io::stderr();
+    let _ = write!(errors, "{}", diagnostics.render(errors.is_terminal()));
+    ExitCode::from(EXIT_CONFIGURATION)
+}
+
+async fn serve(config: Config, mut watcher: Watcher) -> ExitCode {
+    let signals = (
+        signal(SignalKind::terminate()),
+        signal(SignalKind::interrupt()),
+        signal(SignalKind::hangup()),
+    );
+    let (Ok(mut terminate), Ok(mut interrupt), Ok(mut hangup)) = signals else {
+        return ExitCode::from(EXIT_UNAVAILABLE);
+    };
+    let app = match App::start(config, Arc::new(SystemClock::new())).await {
+        Ok(app) => app,
+        Err(diagnostics) => return refuse(&diagnostics),
+    };
+    for (name, address) in &app.bound().listeners {
+        tracing::info!(listener = name, %address, "listening");
+    }
+    watcher.follow(&app.agent().snapshot.load().config);
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = hangup.recv() => {}
+            () = watcher.changed() => {}
+        }
+        // A failure is logged, counted and audited; the last good configuration stays in force.
+        let _ = app.reload().await;
+        watcher.follow(&app.agent().snapshot.load().config);
+    }
+    app.shutdown().await;
+    ExitCode::SUCCESS
+}

@@ -1,0 +1,313 @@
+//! Puts a credential on a request: the caller's own credentials are stripped, ours is set last.
+//!
+//! An [`UpstreamRequest`] can be made in three ways only, each from a decision: with a credential,
+//! without one where `connect` was granted, and without one where a denial is only reported.
+//!
+//! ```compile_fail,E0451
+//! // Nothing reaches an upstream without a decision: the fields are private.
+//! let request = countersign::inject::UpstreamRequest { request: todo!(), upgrade: false };
+//! ```
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use http::header::{
+    AUTHORIZATION, CONNECTION, HOST, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
+};
+use http::{HeaderMap, Request, Version};
+
+use crate::config::{Destination, Mode};
+use crate::credentials::Credential;
+use crate::policy::{Denial, DenialKind, Grant, LeaseEnded, PolicySnapshot};
+use crate::refusal::{Refusal, RefusalCode};
+use crate::request::EgressRequest;
+use crate::streams::RequestBody;
+
+/// A request that may leave. Only this is sent.
+#[derive(Debug)]
+pub struct UpstreamRequest {
+    request: Request<RequestBody>,
+    upgrade: bool,
+}
+
+impl UpstreamRequest {
+    /// Whether the request asks to change protocols (RFC 9110 section 7.8).
+    pub fn is_upgrade(&self) -> bool {
+        self.upgrade
+    }
+
+    /// The version in which the workload sent it.
+    pub fn version(&self) -> Version {
+        self.request.version()
+    }
+
+    /// The request, for the one place that sends it.
+    pub(crate) fn into_http(self) -> Request<RequestBody> {
+        self.request
+    }
+}
+
+/// Why a credential was not put on a request.
+#[derive(Debug)]
+pub enum NotInjected {
+    /// Policies were replaced while the token was obtained: decide again. The request is given back.
+    DecideAgain(Box<Request<RequestBody>>),
+    /// The request is refused.
+    Refused(Refusal),
+}
+
+/// Puts `credential` on `request`. Checks again, since time passed while the token was obtained: the
+/// lease, the token's remaining life, its revocation, and that this is the credential's destination.
+pub fn inject(
+    credential: &Credential,
+    asked: &EgressRequest,
+    mut request: Request<RequestBody>,
+    current: &Arc<PolicySnapshot>,
+    monotonic: Duration,
+    wall: SystemTime,
+) -> Result<UpstreamRequest, NotInjected> {
+    let grant = credential.grant();
+    request = check_lease(grant, request, current, wall)?;
+    if !credential.is_usable(monotonic) {
+        return Err(NotInjected::Refused(Refusal::new(
+            RefusalCode::CredentialExpired,
+            "the token expired before it could be used",
+        )));
+    }
+    if let Some(revocation) = current
+        .revocations()
+        .token_is_revoked(credential.token_sha256())
+    {
+        return Err(NotInjected::Refused(Refusal::new(
+            RefusalCode::Revoked,
+            format!("the token is revoked by `{}`", revocation.id),
+        )));
+    }
+    let header = grant
+        .destination()
+        .filter(|destination| covers(destination, asked))
+        .and_then(|destination| injected_header(destination, grant));
+    let Some(header) = header else {
+        return Err(NotInjected::Refused(Refusal::new(
+            RefusalCode::DestinationNotConfigured,
+            format!("the credential is not for `{}`", asked.target),
+        )));
+    };
+    let upgrade = strip_hop_by_hop(request.headers_mut());
+    strip_credentials(request.headers_mut());
+    request
+        .headers_mut()
+        .insert(header.clone(), credential.header_value().clone());
+    Ok(UpstreamRequest { request, upgrade })
+}
+
+/// Lets a request through that carries no credential of ours, as `connect` was granted.
+pub fn pass(
+    grant: &Grant,
+    mut request: Request<RequestBody>,
+    current: &Arc<PolicySnapshot>,
+    wall: SystemTime,
+) -> Result<UpstreamRequest, NotInjected> {
+    request = check_lease(grant, request, current, wall)?;
+    let upgrade = strip_hop_by_hop(request.headers_mut());
+    Ok(UpstreamRequest { request, upgrade })
+}
+
+/// Gives the request back while the grant's lease holds.
+fn check_lease(
+    grant: &Grant,
+    request: Request<RequestBody>,
+    current: &Arc<PolicySnapshot>,
+    wall: SystemTime,
+) -> Result<Request<RequestBody>, NotInjected> {
+    match grant.lease().check(current, wall) {
+        Ok(()) => Ok(request),
+        Err(LeaseEnded::SnapshotReplaced | LeaseEnded::PolicyExpired) => {
+            Err(NotInjected::DecideAgain(Box::new(request)))
+        }
+        Err(LeaseEnded::Attestation(ended)) => Err(NotInjected::Refused(Refusal::new(
+            RefusalCode::AttestationEnded,
+            ended.to_string(),
+        ))),
+    }
+}
+
+/// Whether a denial at `destination` is only reported. Missing evidence, revocations, the address
+/// guard and malformed requests are refused all the same.
+pub fn is_reported(denial: &Denial, destination: &Destination) -> bool {
+    destination.mode == Mode::ReportOnly
+        && matches!(denial.kind, DenialKind::NoPermit | DenialKind::Forbidden)
+}
+
+/// Lets a request through without our credential where a destination only reports denials; the
+/// caller's own headers stay.
+pub fn report(
+    denial: &Denial,
+    destination: &Destination,
+    mut request: Request<RequestBody>,
+) -> Result<UpstreamRequest, NotInjected> {
+    if !is_reported(denial, destination) {
+        return Err(NotInjected::Refused(Refusal::new(
+            RefusalCode::PolicyDenied,
+            "the denial is enforced",
+        )));
+    }
+    let upgrade = strip_hop_by_hop(request.headers_mut());
+    Ok(UpstreamRequest { request, upgrade })
+}
+
+/// The header in which a destination takes the granted credential.
+fn injected_header<'a>(destination: &'a Destination, grant: &Grant) -> Option<&'a HeaderName> {
+    let granted = grant.credential()?;
+    destination
+        .credentials
+        .iter()
+        .find(|credential_use| credential_use.credential.name == granted.name)
+        .map(|credential_use| &credential_use.inject.header)
+}
+
+/// Whether a destination covers the request's scheme, host, port and every reading of its path.
+pub fn covers(destination: &Destination, asked: &EgressRequest) -> bool {
+    destination.scheme == asked.scheme
+        && destination.ports.contains(&asked.target.port())
+        && destination
+            .hosts
+            .iter()
+            .any(|host| host == asked.target.host())
+        && asked
+            .path
+            .all_readings(|path| destination.paths.compiled.is_match(path))
+}
+
+/// Removes the headers in which a caller may have put a credential of its own.
+fn strip_credentials(headers: &mut HeaderMap) {
+    headers.remove(AUTHORIZATION);
+}
+
+/// Removes what concerns one connection only (RFC 9110 section 7.6.1). Returns whether the request
+/// asks for an upgrade; then `Connection` and `Upgrade` are set anew.
+pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> bool {
+    let mut named: Vec<HeaderName> = Vec::new();
+    let mut upgrade = false;
+    for value in headers.get_all(CONNECTION) {
+        for option in value.as_bytes().split(|byte| *byte == b',') {
+            let option = option.trim_ascii();
+            if option.eq_ignore_ascii_case(b"upgrade") {
+                upgrade = true;
+            } else if let Ok(name) = HeaderName::from_bytes(option) {
+                named.push(name);
+            }
+        }
+    }
+    for name in named {
+        // A caller must not have the header removed that says where the request goes.
+        if name != HOST {
+            headers.remove(name);
+        }
+    }
+    let trailers_accepted = headers
+        .get_all(TE)
+        .iter()
+        .any(|value| value.as_bytes().eq_ignore_ascii_case(b"trailers"));
+    for name in [
+        CONNECTION,
+        TE,
+        TRANSFER_ENCODING,
+        PROXY_AUTHENTICATE,
+        PROXY_AUTHORIZATION,
+        HeaderName::from_static("proxy-connection"),
+        HeaderName::from_static("proxy-authentication-info"),
+        HeaderName::from_static("keep-alive"),
+        HeaderName::from_static("http2-settings"),
+    ] {
+        headers.remove(name);
+    }
+    if trailers_accepted {
+        headers.insert(TE, HeaderValue::from_static("trailers"));
+    }
+    match (upgrade, headers.contains_key(UPGRADE)) {
+        (true, true) => {
+            headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+            true
+        }
+        _ => {
+            headers.remove(UPGRADE);
+            false
+        }
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+
+    fn stripped(headers: &[(&str, &str)]) -> (bool, Vec<String>) {
+        let mut map = HeaderMap::new();
+        for (name, value) in headers {
+            map.append(
+                HeaderName::from_bytes(name.as_bytes()).unwrap(),
+                HeaderValue::from_str(value).unwrap(),
+            );
+        }
+        let upgrade = strip_hop_by_hop(&mut map);
+        let mut left: Vec<String> = map
+            .iter()
+            .map(|(name, value)| format!("{name}: {}", value.to_str().unwrap()))
+            .collect();
+        left.sort();
+        (upgrade, left)
+    }
+
+    #[test]
+    fn removes_what_concerns_one_connection() {
+        let rows: &[(&[(&str, &str)], bool, &[&str])] = &[
+            (&[("accept", "*/*")], false, &["accept: */*"]),
+            (
+                &[
+                    ("connection", "x-a, close"),
+                    ("x-a", "1"),
+                    ("keep-alive", "5"),
+                ],
+                false,
+                &[],
+            ),
+            (
+                &[("connection", "host"), ("host", "a.example")],
+                false,
+                &["host: a.example"],
+            ),
+            (
+                &[
+                    ("connection", "authorization"),
+                    ("authorization", "Bearer a"),
+                ],
+                false,
+                &[],
+            ),
+            (&[("te", "trailers")], false, &["te: trailers"]),
+            (&[("te", "gzip")], false, &[]),
+            (
+                &[
+                    ("proxy-authorization", "Basic eDp5"),
+                    ("proxy-connection", "keep-alive"),
+                ],
+                false,
+                &[],
+            ),
+            (&[("upgrade", "websocket")], false, &[]),
+            (
+                &[("connection", "Upgrade"), ("upgrade", "websocket")],
+                true,
+                &["connection: upgrade", "upgrade: websocket"],
+            ),
+            (&[("connection", "upgrade")], false, &[]),
+            (&[("transfer-encoding", "chunked")], false, &[]),
+        ];
+        for (headers, upgrade, left) in rows {
+            let left: Vec<String> = left.iter().map(ToString::to_string).collect();
+            assert_eq!(stripped(headers), (*upgrade, left), "{headers:?}");
+        }
+    }
+}

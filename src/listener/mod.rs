@@ -1,0 +1,309 @@
+//! Where workloads connect. One acceptor per listener on the control runtime captures the kernel's
+//! evidence of the caller and hands the connection to the least-loaded data worker.
+
+pub mod serve;
+pub mod sniff;
+pub mod workload_api;
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use countersign_attestors::evidence::EvidenceError;
+use countersign_attestors::{Catalog, ConnectionAttestation, PeerEvidence};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::mpsc;
+use tokio::task::LocalSet;
+
+use crate::agent::Agent;
+use crate::config::{Bind, Listener, ListenerKind, SocketAccess};
+use crate::proxy::{Caller, Entry, Worker};
+use crate::streams::CutReason;
+
+/// How often open streams and idle connections are looked over; a permission that ends is noticed
+/// within this and a second.
+const SWEEP: Duration = Duration::from_millis(250);
+/// How long accepting pauses when descriptors have run out.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// A bound listener, not yet accepting.
+pub enum BoundListener {
+    /// TCP.
+    Tcp(TcpListener),
+    /// A Unix socket; its file goes with it.
+    Unix(UnixListener, SocketFile),
+}
+
+/// A Unix socket's file, removed with the listener.
+#[derive(Debug)]
+pub struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+impl BoundListener {
+    /// Binds a listener. A socket file that nobody listens on is replaced.
+    pub async fn bind(bind: &Bind, access: &SocketAccess) -> io::Result<Self> {
+        match bind {
+            Bind::Tcp(address) => Ok(Self::Tcp(TcpListener::bind(address).await?)),
+            Bind::Unix(path) => bind_unix(path, access),
+        }
+    }
+
+    /// The address in force, with the port that the kernel chose.
+    pub fn address(&self) -> io::Result<Bind> {
+        match self {
+            Self::Tcp(listener) => Ok(Bind::Tcp(listener.local_addr()?)),
+            Self::Unix(_, file) => Ok(Bind::Unix(file.0.clone())),
+        }
+    }
+}
+
+fn bind_unix(path: &Path, access: &SocketAccess) -> io::Result<BoundListener> {
+    if path.exists() {
+        match std::os::unix::net::UnixStream::connect(path) {
+            Ok(_) => return Err(io::ErrorKind::AddrInUse.into()),
+            Err(_) => std::fs::remove_file(path)?,
+        }
+    }
+    // Bound under a private name and renamed, so that nobody connects before its mode is set.
+    let private = path.with_extension(format!("{}.new", std::process::id()));
+    let _ = std::fs::remove_file(&private);
+    let listener = UnixListener::bind(&private)?;
+    let restrict = || -> io::Result<()> {
+        if let Some(group) = &access.group {
+            let group = nix::unistd::Group::from_name(group)
+                .map_err(io::Error::from)?
+                .ok_or_else(|| {
+                    io::Error::new(io::ErrorKind::NotFound, format!("no group `{group}`"))
+                })?;
+            nix::unistd::chown(&private, None, Some(group.gid)).map_err(io::Error::from)?;
+        }
+        let mode = access.mode.unwrap_or(0o600);
+        std::fs::set_permissions(&private, std::fs::Permissions::from_mode(mode))?;
+        std::fs::rename(&private, path)
+    };
+    restrict().inspect_err(|_| {
+        let _ = std::fs::remove_file(&private);
+    })?;
+    Ok(BoundListener::Unix(listener, SocketFile(path.to_owned())))
+}
+
+/// A connection on its way to a data worker.
+pub struct Accepted {
+    socket: Socket,
+    entry: Entry,
+    attestation: Result<ConnectionAttestation, EvidenceError>,
+    catalog: Arc<Catalog>,
+    _open: crate::telemetry::metrics::OpenConnection,
+    _load: Load,
+}
+
+enum Socket {
+    Tcp(std::net::TcpStream),
+    Unix(std::os::unix::net::UnixStream),
+}
+
+/// Counts a connection against its worker while it lives.
+struct Load(Arc<AtomicUsize>);
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The data workers.
+#[derive(Clone)]
+pub struct Workers {
+    workers: Arc<[WorkerHandle]>,
+}
+
+struct WorkerHandle {
+    connections: mpsc::UnboundedSender<Accepted>,
+    load: Arc<AtomicUsize>,
+}
+
+impl Workers {
+    /// Starts `count` data workers, each a thread with a runtime of its own.
+    pub fn start(agent: &Arc<Agent>, count: usize) -> io::Result<Self> {
+        let workers = (0..count)
+            .map(|index| {
+                let (connections, accepted) = mpsc::unbounded_channel();
+                let runtime = tokio::runtime::Builder::new_current_thread()
+                    .enable_all()
+                    .build()?;
+                let agent = Arc::clone(agent);
+                std::thread::Builder::new()
+                    .name(format!("data-{index}"))
+                    .spawn(move || {
+                        LocalSet::new().block_on(&runtime, work(agent, accepted));
+                    })?;
+                Ok(WorkerHandle {
+                    connections,
+                    load: Arc::default(),
+                })
+            })
+            .collect::<io::Result<Vec<_>>>()?;
+        Ok(Self {
+            workers: workers.into(),
+        })
+    }
+
+    fn least_loaded(&self) -> Option<&WorkerHandle> {
+        self.workers
+            .iter()
+            .min_by_key(|worker| worker.load.load(Ordering::Relaxed))
+    }
+
+    /// How many connections are open.
+    pub fn open_connections(&self) -> usize {
+        self.workers
+            .iter()
+            .map(|worker| worker.load.load(Ordering::Relaxed))
+            .sum()
+    }
+}
+
+/// A data worker: serves the connections that it is handed, until the agent is gone.
+async fn work(agent: Arc<Agent>, mut accepted: mpsc::UnboundedReceiver<Accepted>) {
+    let worker = Worker::new(agent);
+    let sweeper = Rc::clone(&worker);
+    tokio::task::spawn_local(async move {
+        let mut ticks = tokio::time::interval(SWEEP);
+        loop {
+            ticks.tick().await;
+            sweeper.sweep();
+        }
+    });
+    while let Some(connection) = accepted.recv().await {
+        let worker = Rc::clone(&worker);
+        tokio::task::spawn_local(async move {
+            let Accepted {
+                socket,
+                entry,
+                attestation,
+                catalog,
+                _open,
+                _load,
+            } = connection;
+            let caller = Caller::new(attestation, catalog);
+            match socket {
+                Socket::Tcp(stream) => {
+                    if let Ok(stream) = TcpStream::from_std(stream) {
+                        serve::serve_connection(worker, entry, caller, stream).await;
+                    }
+                }
+                Socket::Unix(stream) => {
+                    if let Ok(stream) = UnixStream::from_std(stream) {
+                        serve::serve_connection(worker, entry, caller, stream).await;
+                    }
+                }
+            }
+        });
+    }
+    worker.open_streams.cut_all(CutReason::ShuttingDown);
+}
+
+/// Accepts on a listener until the agent drains.
+pub async fn accept(agent: Arc<Agent>, workers: Workers, bound: BoundListener, listener: Listener) {
+    let name: Arc<str> = Arc::from(listener.name.as_str());
+    let entry = Entry {
+        listener: Arc::clone(&name),
+        gateway: match &listener.kind {
+            ListenerKind::Gateway { destination } => Some(Arc::from(destination.name.as_str())),
+            ListenerKind::ForwardProxy | ListenerKind::WorkloadApi => None,
+        },
+    };
+    let metrics = agent.metrics.listener(&name);
+    loop {
+        let arrived = match &bound {
+            BoundListener::Tcp(listener) => listener.accept().await.and_then(|(stream, peer)| {
+                let _ = stream.set_nodelay(true);
+                let local = stream.local_addr()?;
+                Ok((Socket::Tcp(stream.into_std()?), Some((local, peer))))
+            }),
+            BoundListener::Unix(listener, _) => listener
+                .accept()
+                .await
+                .and_then(|(stream, _)| Ok((Socket::Unix(stream.into_std()?), None))),
+        };
+        let (socket, addresses) = match arrived {
+            Ok(arrived) => arrived,
+            Err(error) => {
+                // Out of descriptors, or the caller left already: neither may end the listener, and
+                // the first must not spin.
+                tracing::debug!(%error, listener = %name, "a connection could not be accepted");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let open = metrics.connection();
+        let agent = Arc::clone(&agent);
+        let workers = workers.clone();
+        let entry = entry.clone();
+        let is_workload_api = listener.kind == ListenerKind::WorkloadApi;
+        tokio::spawn(async move {
+            let catalog = Arc::clone(&agent.snapshot.load().catalog);
+            let (socket, evidence) = evidence_of(socket, addresses).await;
+            let attestation = match evidence {
+                Ok(evidence) => {
+                    Ok(ConnectionAttestation::new(Arc::clone(&catalog), evidence).await)
+                }
+                Err(error) => Err(error),
+            };
+            if is_workload_api {
+                if let Some(stream) = socket {
+                    workload_api::serve(agent, entry.listener, attestation, catalog, stream, open)
+                        .await;
+                }
+                return;
+            }
+            if let (Some(socket), Some(worker)) = (socket, workers.least_loaded()) {
+                worker.load.fetch_add(1, Ordering::Relaxed);
+                let _ = worker.connections.send(Accepted {
+                    socket,
+                    entry,
+                    attestation,
+                    catalog,
+                    _open: open,
+                    _load: Load(Arc::clone(&worker.load)),
+                });
+            }
+        });
+    }
+}
+
+/// Asks the kernel who is at the other end; procfs blocks, so in the blocking pool.
+async fn evidence_of(
+    socket: Socket,
+    addresses: Option<(SocketAddr, SocketAddr)>,
+) -> (Option<Socket>, Result<PeerEvidence, EvidenceError>) {
+    let asked = tokio::task::spawn_blocking(move || {
+        let evidence = match (&socket, addresses) {
+            (Socket::Unix(stream), _) => PeerEvidence::of_unix_stream(stream.as_fd()),
+            (Socket::Tcp(_), Some((local, peer))) if peer.ip().to_canonical().is_loopback() => {
+                PeerEvidence::of_loopback_tcp(local, peer)
+            }
+            (Socket::Tcp(_), _) => Ok(PeerEvidence::none()),
+        };
+        (socket, evidence)
+    })
+    .await;
+    match asked {
+        Ok((socket, evidence)) => (Some(socket), evidence),
+        Err(error) => (
+            None,
+            Err(EvidenceError::Unavailable(io::Error::other(error))),
+        ),
+    }
+}

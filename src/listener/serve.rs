@@ -1,0 +1,233 @@
+//! Serves HTTP on accepted connections and inside tunnels.
+
+use std::cell::Cell;
+use std::convert::Infallible;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::Request;
+use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::timeout;
+use tokio_rustls::LazyConfigAcceptor;
+
+use super::sniff::{Protocol, sniff};
+use crate::config::Scheme;
+use crate::local::LocalExecutor;
+use crate::proxy::{Caller, Connection, Entry, Tunnel, Worker, answer};
+use crate::request::Target;
+use crate::streams::{CutReason, Permission, Stream};
+use crate::tls::ALPN_HTTP2;
+use crate::tls::interception::Offer;
+use countersign_attestors::PresentedToken;
+
+/// How long a client may take to say what it speaks inside a tunnel.
+const SNIFF_TIMEOUT: Duration = Duration::from_secs(5);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a request head may take (slowloris).
+const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+const MAXIMUM_HEADERS: usize = 100;
+const MAXIMUM_HEADER_LIST: u32 = 64 * 1024;
+const MAXIMUM_STREAMS: u32 = 250;
+/// An open connection or tunnel may idle this long between requests.
+const CONNECTION_IDLE: Duration = Duration::from_secs(3600);
+
+/// Serves an accepted connection until it closes.
+pub async fn serve_connection<Io>(worker: Rc<Worker>, entry: Entry, caller: Rc<Caller>, io: Io)
+where
+    Io: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    // A connection that says nothing is a kept-alive one that was not used: it waits as long as any.
+    let Ok(Ok((protocol, io))) = timeout(CONNECTION_IDLE, sniff(io)).await else {
+        return;
+    };
+    let connection = Rc::new(Connection {
+        worker,
+        entry,
+        caller,
+        tunnel: None,
+    });
+    match protocol {
+        // The proxy itself is spoken to in plain HTTP on loopback or a Unix socket.
+        Protocol::Tls => {}
+        Protocol::Http1 => serve(connection, io, false).await,
+        Protocol::Http2 => serve(connection, io, true).await,
+    }
+}
+
+/// Serves the inside of an intercepted tunnel: TLS under a leaf for its host, or plain HTTP.
+pub async fn serve_tunnel(
+    outer: Rc<Connection>,
+    upgraded: Upgraded,
+    target: Target,
+    presented: Option<PresentedToken>,
+) {
+    let Ok(Ok((protocol, io))) = timeout(SNIFF_TIMEOUT, sniff(TokioIo::new(upgraded))).await else {
+        return;
+    };
+    let inside = |scheme, target: Target| {
+        Rc::new(Connection {
+            worker: Rc::clone(&outer.worker),
+            entry: outer.entry.clone(),
+            caller: Rc::clone(&outer.caller),
+            tunnel: Some(Tunnel {
+                target,
+                scheme,
+                presented: presented.clone(),
+                valid_until: Cell::new(None),
+            }),
+        })
+    };
+    match protocol {
+        Protocol::Http1 => serve(inside(Scheme::Http, target), io, false).await,
+        Protocol::Http2 => serve(inside(Scheme::Http, target), io, true).await,
+        Protocol::Tls => {
+            let accepted = timeout(
+                HANDSHAKE_TIMEOUT,
+                accept_intercepted(&outer.worker, &target, io),
+            )
+            .await;
+            match accepted {
+                Ok(Ok((stream, http2))) => {
+                    serve(inside(Scheme::Https, target), stream, http2).await;
+                }
+                Ok(Err(detail)) => {
+                    tracing::debug!(
+                        host = target.host(),
+                        detail,
+                        "an intercepted handshake failed"
+                    );
+                }
+                Err(_) => tracing::debug!(
+                    host = target.host(),
+                    "an intercepted handshake took too long"
+                ),
+            }
+        }
+    }
+}
+
+/// Shakes hands as the tunnel's host. The name that the client asks for must be the tunnel's.
+async fn accept_intercepted<Io>(
+    worker: &Worker,
+    target: &Target,
+    io: Io,
+) -> Result<(tokio_rustls::server::TlsStream<Io>, bool), String>
+where
+    Io: AsyncRead + AsyncWrite + Unpin,
+{
+    let start = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), io)
+        .await
+        .map_err(|error| error.to_string())?;
+    if let Some(name) = start.client_hello().server_name()
+        && !name.eq_ignore_ascii_case(target.host())
+    {
+        return Err(format!(
+            "the client asks for `{name}` inside a tunnel to another host"
+        ));
+    }
+    let snapshot = worker.agent.snapshot.load_full();
+    let authority = snapshot
+        .interception
+        .as_ref()
+        .ok_or("interception is not configured")?;
+    let offer = match worker.upstreams.speaks_http1_only(target) {
+        true => Offer::Http1,
+        false => Offer::Http2AndHttp1,
+    };
+    let server_config = authority
+        .server_config(target.host(), offer, worker.agent.clock.wall())
+        .map_err(|error| error.to_string())?
+        .ok_or("the host is not configured")?;
+    let stream = start
+        .into_stream(Arc::clone(&server_config))
+        .await
+        .map_err(|error| error.to_string())?;
+    let http2 = stream.get_ref().1.alpn_protocol() == Some(ALPN_HTTP2);
+    Ok((stream, http2))
+}
+
+/// Ends a tunnel when its caller's attestation ends: exit, exec, or expiry of what it presented.
+struct CallerLives {
+    connection: std::rc::Weak<Connection>,
+}
+
+impl Permission for CallerLives {
+    fn check(&self) -> Result<(), CutReason> {
+        match self.connection.upgrade() {
+            Some(connection) if connection.is_permitted() => Ok(()),
+            _ => Err(CutReason::PermissionEnded),
+        }
+    }
+}
+
+async fn serve<Io>(connection: Rc<Connection>, io: Io, http2: bool)
+where
+    Io: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let worker = Rc::clone(&connection.worker);
+    let stream = Stream::new(CONNECTION_IDLE);
+    worker.open_streams.watch(
+        &stream,
+        Rc::new(CallerLives {
+            connection: Rc::downgrade(&connection),
+        }),
+    );
+    let service = {
+        let stream = Rc::clone(&stream);
+        service_fn(move |request: Request<Incoming>| {
+            stream.touch();
+            let connection = Rc::clone(&connection);
+            async move { Ok::<_, Infallible>(answer(connection, request).await) }
+        })
+    };
+    let mut draining = worker.agent.draining.subscribe();
+    let until_drained = async {
+        tokio::select! {
+            _ = draining.wait_for(|draining| *draining) => {}
+            _ = stream.until_cut() => {}
+        }
+    };
+    tokio::pin!(until_drained);
+    let io = TokioIo::new(io);
+    let ended = if http2 {
+        let served = http2::Builder::new(LocalExecutor)
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(MAXIMUM_STREAMS)
+            .max_header_list_size(MAXIMUM_HEADER_LIST)
+            .adaptive_window(true)
+            .serve_connection(io, service);
+        tokio::pin!(served);
+        tokio::select! {
+            ended = served.as_mut() => ended,
+            () = &mut until_drained => {
+                served.as_mut().graceful_shutdown();
+                served.await
+            }
+        }
+    } else {
+        let served = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEADER_TIMEOUT)
+            .max_headers(MAXIMUM_HEADERS)
+            .half_close(true)
+            .serve_connection(io, service)
+            .with_upgrades();
+        tokio::pin!(served);
+        tokio::select! {
+            ended = served.as_mut() => ended,
+            () = &mut until_drained => {
+                served.as_mut().graceful_shutdown();
+                served.await
+            }
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a workload's connection ended");
+    }
+}

@@ -1,0 +1,892 @@
+//! The life of a request: parse, attest, decide, obtain, inject, send, record.
+//!
+//! [`answer`] is called for every request of every listener and tunnel; [`walk`] is the path of one.
+
+use std::cell::{Cell, RefCell};
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use countersign_attestors::evidence::EvidenceError;
+use countersign_attestors::{
+    AttestedWorkload, Catalog, ConnectionAttestation, Generation, PresentedToken,
+};
+use http::header::{ALT_SVC, CONTENT_TYPE, HeaderName, WWW_AUTHENTICATE};
+use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
+use hyper::body::{Body, Incoming};
+use hyper_util::rt::TokioIo;
+use tokio::task::spawn_local;
+
+use crate::agent::Agent;
+use crate::audit::record::workload_summary;
+use crate::audit::{AttestedRecord, AuditUnavailable, Record};
+use crate::config::{Destination, Scheme, Unmatched};
+use crate::credentials::Credential;
+use crate::exchange::Exchange;
+use crate::inject::{NotInjected, UpstreamRequest, is_reported, strip_hop_by_hop};
+use crate::listener::serve::serve_tunnel;
+use crate::policy::{
+    Action, DecisionCache, Denial, Grant, Lease, LeaseEnded, Question, Refused, first_permitted,
+    questions, unmatched,
+};
+use crate::problem::{self, Surface};
+use crate::refusal::{Refusal, RefusalCode};
+use crate::request::{EgressRequest, Reception, Target};
+use crate::request_id::SessionId;
+use crate::routing::Route;
+use crate::snapshot::Snapshot;
+use crate::streams::{
+    CutReason, OpenStreams, Permission, RequestBody, ResponseBody, Stream, Touching,
+};
+use crate::upstream::{UpstreamResponse, Upstreams, Way};
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("countersign-request-id");
+/// How often policies may be replaced under one request before it gives up.
+const DECISIONS_PER_REQUEST: usize = 4;
+const UNMATCHED_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const UNMATCHED_RESPONSE_TIMEOUT: Duration = Duration::from_secs(60);
+const UNMATCHED_IDLE: Duration = Duration::from_secs(600);
+
+/// What one data worker has to itself.
+pub struct Worker {
+    /// What all workers share.
+    pub agent: Arc<Agent>,
+    /// Connections to destinations.
+    pub upstreams: Upstreams,
+    /// Streams, upgrades and tunnels that are open.
+    pub open_streams: OpenStreams,
+    decisions: RefCell<DecisionCache>,
+}
+
+impl Worker {
+    /// A worker without connections.
+    pub fn new(agent: Arc<Agent>) -> Rc<Self> {
+        let upstreams = Upstreams::new(agent.control.clone());
+        Rc::new(Self {
+            agent,
+            upstreams,
+            open_streams: OpenStreams::default(),
+            decisions: RefCell::new(DecisionCache::new()),
+        })
+    }
+
+    /// Ends what may no longer be open.
+    pub fn sweep(&self) {
+        self.open_streams.sweep();
+        self.upstreams.sweep();
+    }
+}
+
+/// What a connection was accepted on.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// The listener's name.
+    pub listener: Arc<str>,
+    /// The destination, where the listener is a gateway.
+    pub gateway: Option<Arc<str>>,
+}
+
+/// The tunnel that requests come through.
+pub struct Tunnel {
+    /// CONNECT's authority.
+    pub target: Target,
+    /// What is spoken inside.
+    pub scheme: Scheme,
+    /// The token that the tunnel was opened with.
+    pub presented: Option<PresentedToken>,
+    /// When that token expires, once it was verified: the tunnel ends then.
+    pub valid_until: Cell<Option<SystemTime>>,
+}
+
+/// A connection from a workload, or a tunnel inside one.
+pub struct Connection {
+    /// The worker that serves it.
+    pub worker: Rc<Worker>,
+    /// What it was accepted on.
+    pub entry: Entry,
+    /// Who is at the other end; shared by a connection and the tunnels inside it.
+    pub caller: Rc<Caller>,
+    /// The tunnel, for what came through one.
+    pub tunnel: Option<Tunnel>,
+}
+
+impl Connection {
+    /// Whether the caller is still what was attested, and what a tunnel was opened with still holds.
+    pub fn is_permitted(&self) -> bool {
+        let expired = self
+            .tunnel
+            .as_ref()
+            .and_then(|tunnel| tunnel.valid_until.get())
+            .is_some_and(|valid_until| self.worker.agent.clock.wall() >= valid_until);
+        !expired && self.caller.is_still_attested()
+    }
+}
+
+/// Who is at the other end of a connection.
+pub struct Caller {
+    attestation: RefCell<Rc<Result<ConnectionAttestation, EvidenceError>>>,
+    catalog: RefCell<Arc<Catalog>>,
+    session: RefCell<Option<Session>>,
+    /// Set when the attestation ended: the connection closes.
+    ended: Cell<bool>,
+}
+
+#[derive(Clone)]
+struct Session {
+    generation: Generation,
+    id: SessionId,
+    summary: Arc<str>,
+}
+
+impl Caller {
+    /// A caller whose kernel evidence was attested under `catalog`.
+    pub fn new(
+        attestation: Result<ConnectionAttestation, EvidenceError>,
+        catalog: Arc<Catalog>,
+    ) -> Rc<Self> {
+        Rc::new(Self {
+            attestation: RefCell::new(Rc::new(attestation)),
+            catalog: RefCell::new(catalog),
+            session: RefCell::new(None),
+            ended: Cell::new(false),
+        })
+    }
+
+    /// Whether the process at the other end still is what was attested. A few hundred nanoseconds.
+    pub fn is_still_attested(&self) -> bool {
+        !self.ended.get()
+            && match self.attestation.borrow().as_ref() {
+                Ok(attestation) => attestation.check_liveness().is_ok(),
+                Err(_) => true,
+            }
+    }
+
+    /// The workload behind the connection with what this head presents. After a reload that changed
+    /// the attestors the kernel's evidence is attested anew.
+    pub async fn attest(
+        &self,
+        catalog: &Arc<Catalog>,
+        presented: Option<&PresentedToken>,
+    ) -> Result<Arc<AttestedWorkload>, Refusal> {
+        if !Arc::ptr_eq(&self.catalog.borrow(), catalog) {
+            let stale = Rc::clone(&self.attestation.borrow());
+            if let Ok(attestation) = stale.as_ref() {
+                let renewed = attestation.under(Arc::clone(catalog)).await;
+                *self.attestation.borrow_mut() = Rc::new(Ok(renewed));
+            }
+            *self.catalog.borrow_mut() = Arc::clone(catalog);
+        }
+        let attestation = Rc::clone(&self.attestation.borrow());
+        match attestation.as_ref() {
+            Ok(attestation) => attestation.attest(presented).await.map_err(|ended| {
+                self.ended.set(true);
+                Refusal::new(RefusalCode::AttestationEnded, ended.to_string())
+            }),
+            Err(error) => {
+                self.ended.set(true);
+                Err(evidence_refusal(error))
+            }
+        }
+    }
+}
+
+impl Caller {
+    /// The session that request records refer to; a new one is recorded when the facts are new.
+    pub fn session(
+        &self,
+        agent: &Agent,
+        listener: &Arc<str>,
+        workload: &AttestedWorkload,
+    ) -> Result<(SessionId, Arc<str>), AuditUnavailable> {
+        let generation = workload.generation();
+        if let Some(session) = self.session.borrow().as_ref()
+            && session.generation == generation
+        {
+            return Ok((session.id, Arc::clone(&session.summary)));
+        }
+        let time = agent.clock.wall();
+        let id = SessionId::new(time);
+        let summary: Arc<str> = Arc::from(workload_summary(workload.facts()));
+        agent
+            .audit
+            .record(Record::Attested(Box::new(AttestedRecord {
+                time,
+                session: id,
+                listener: Arc::clone(listener),
+                identity: workload.isolation_key().clone(),
+                facts: Arc::new(workload.facts().clone()),
+                valid_until: workload.valid_until(),
+            })))?;
+        *self.session.borrow_mut() = Some(Session {
+            generation,
+            id,
+            summary: Arc::clone(&summary),
+        });
+        Ok((id, summary))
+    }
+}
+
+/// What the caller is told when the kernel's evidence could not be had.
+pub fn evidence_refusal(error: &EvidenceError) -> Refusal {
+    let code = match error {
+        EvidenceError::CallerGone => RefusalCode::CallerGone,
+        EvidenceError::AmbiguousCaller => RefusalCode::CallerAmbiguous,
+        EvidenceError::Unavailable(_) => RefusalCode::AttestationUnavailable,
+    };
+    Refusal::new(code, error.to_string())
+}
+
+/// Answers one request, and records it.
+pub async fn answer(
+    connection: Rc<Connection>,
+    request: Request<Incoming>,
+) -> Response<ResponseBody> {
+    let surface = surface_of(&connection, &request);
+    let mut exchange = Exchange::begin(&connection, &request);
+    let answered = match connection.worker.agent.audit.is_accepting() {
+        true => walk(&connection, &mut exchange, request).await,
+        false => Err(audit_refusal()),
+    };
+    let (response, outcome) = match answered {
+        Ok(Answer::Unrecorded(response)) => {
+            exchange.forget();
+            return response;
+        }
+        Ok(Answer::Response(response)) => {
+            let outcome = exchange.outcome(response.status(), None);
+            (response, outcome)
+        }
+        Err(refusal) => {
+            let response = exchange.refuse(&refusal, surface);
+            let outcome = exchange.outcome(response.status(), Some(&refusal));
+            (response, outcome)
+        }
+    };
+    match exchange.finish(response.status(), outcome) {
+        Ok(request_id) => {
+            let mut response = response;
+            response
+                .headers_mut()
+                .insert(REQUEST_ID, request_id.to_header_value());
+            response
+        }
+        // Nothing is answered that is not recorded.
+        Err(request_id) => {
+            problem::response(&audit_refusal(), request_id, surface).map(ResponseBody::whole)
+        }
+    }
+}
+
+/// Nothing happens that cannot be recorded.
+pub fn audit_refusal() -> Refusal {
+    Refusal::new(
+        RefusalCode::AuditUnavailable,
+        "audit records cannot be written",
+    )
+    .with_retry_after(Duration::from_secs(1))
+}
+
+fn surface_of(connection: &Connection, request: &Request<Incoming>) -> Surface {
+    let is_grpc = request
+        .headers()
+        .get(CONTENT_TYPE)
+        .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
+    match (&connection.entry.gateway, request.method()) {
+        _ if is_grpc => Surface::Grpc,
+        (_, &Method::CONNECT) => Surface::Connect,
+        (Some(_), _) => Surface::Gateway,
+        (None, _) => Surface::Proxy,
+    }
+}
+
+/// What a request was answered with.
+enum Answer {
+    /// A response, to be recorded.
+    Response(Response<ResponseBody>),
+    /// A tunnel was opened whose requests are recorded one by one.
+    Unrecorded(Response<ResponseBody>),
+}
+
+/// The path of one request.
+async fn walk(
+    connection: &Rc<Connection>,
+    exchange: &mut Exchange,
+    request: Request<Incoming>,
+) -> Result<Answer, Refusal> {
+    let worker = &connection.worker;
+    let snapshot = worker.agent.snapshot.load_full();
+    let (head, body) = request.into_parts();
+    let asked = {
+        let gateway = gateway_destination(connection, &snapshot)?;
+        let (reception, tunnel_token) = match (&connection.tunnel, gateway) {
+            (Some(tunnel), _) => (
+                Reception::Tunnel {
+                    scheme: tunnel.scheme,
+                    target: &tunnel.target,
+                },
+                tunnel.presented.as_ref(),
+            ),
+            (None, Some(destination)) => (Reception::Gateway(destination), None),
+            (None, None) => (Reception::Proxy, None),
+        };
+        EgressRequest::parse(&head, reception, tunnel_token)?
+    };
+    exchange.asked(&asked);
+    if asked.method == Method::CONNECT {
+        let request = Request::from_parts(head, body);
+        return connect(connection, exchange, &snapshot, asked, request).await;
+    }
+    let workload = exchange.attest(connection, &snapshot, &asked).await?;
+    let response = forward(connection, exchange, snapshot, workload, asked, head, body).await?;
+    Ok(Answer::Response(response))
+}
+
+fn gateway_destination<'a>(
+    connection: &Connection,
+    snapshot: &'a Snapshot,
+) -> Result<Option<&'a Arc<Destination>>, Refusal> {
+    let Some(name) = &connection.entry.gateway else {
+        return Ok(None);
+    };
+    snapshot
+        .config
+        .destinations
+        .iter()
+        .find(|destination| destination.name == **name)
+        .map(Some)
+        .ok_or_else(|| {
+            Refusal::new(
+                RefusalCode::DestinationNotConfigured,
+                format!("destination `{name}` is no longer configured"),
+            )
+        })
+}
+
+/// Decides, obtains, injects and sends; decides again when policies were replaced meanwhile, and
+/// once after the destination rejected the token.
+async fn forward(
+    connection: &Rc<Connection>,
+    exchange: &mut Exchange,
+    mut snapshot: Arc<Snapshot>,
+    workload: Arc<AttestedWorkload>,
+    asked: EgressRequest,
+    head: http::request::Parts,
+    body: Incoming,
+) -> Result<Response<ResponseBody>, Refusal> {
+    let worker = &connection.worker;
+    let asked = Rc::new(asked);
+    let upgrade = head.extensions.get::<hyper::upgrade::OnUpgrade>().cloned();
+    let idle = idle_of(&snapshot, &asked);
+    let stream = Stream::new(idle);
+    let replayable = body.is_end_stream();
+    let body = match replayable {
+        true => RequestBody::Empty,
+        false => RequestBody::Streamed(body, Rc::clone(&stream)),
+    };
+    let spare = replayable.then(|| (head.headers.clone(), head.version));
+    let mut request = Request::from_parts(head, body);
+    request.extensions_mut().clear();
+    *request.uri_mut() = http::Uri::from(asked.path_and_query.clone());
+    let mut token_was_rejected = false;
+
+    for _ in 0..DECISIONS_PER_REQUEST {
+        let permitted = worker.decide(&snapshot, &workload, &asked, exchange)?;
+        let route = permitted.destination.clone();
+        let (upstream, credential) = match exchange
+            .make_upstream_request(worker, permitted.verdict, &asked, request)
+            .await
+        {
+            Ok(made) => made,
+            Err(NotInjected::DecideAgain(returned)) => {
+                request = *returned;
+                snapshot = worker.agent.snapshot.load_full();
+                continue;
+            }
+            Err(NotInjected::Refused(refusal)) => return Err(refusal),
+        };
+        let is_upgrade = upstream.is_upgrade();
+        let answered = send(
+            worker,
+            exchange,
+            &snapshot,
+            route.as_ref(),
+            &workload,
+            &asked,
+            upstream,
+        )
+        .await?;
+        let rejected = credential
+            .as_ref()
+            .is_some_and(|_| is_invalid_token(&answered.response));
+        if let Some(name) = credential.as_ref().and_then(credential_name) {
+            let status = answered.response.status();
+            worker.agent.metrics.upstream_status(name, status);
+        }
+        if rejected && let Some(credential) = &credential {
+            let retry = worker.agent.credentials.reject(credential);
+            if retry
+                && !token_was_rejected
+                && let Some((headers, version)) = &spare
+            {
+                token_was_rejected = true;
+                request = replay(&asked, headers.clone(), *version);
+                snapshot = worker.agent.snapshot.load_full();
+                continue;
+            }
+        }
+        let lease = exchange.lease.take();
+        if let Some(lease) = lease {
+            let permission = Granted {
+                worker: Rc::downgrade(worker),
+                lease: RefCell::new(lease),
+                asked: Rc::clone(&asked),
+                credential: credential
+                    .as_ref()
+                    .and_then(credential_name)
+                    .map(str::to_owned),
+            };
+            worker.open_streams.watch(&stream, Rc::new(permission));
+        }
+        return Ok(match answered.response.status() {
+            StatusCode::SWITCHING_PROTOCOLS if is_upgrade => {
+                switch_protocols(answered, upgrade, stream)
+            }
+            _ => relay(answered, stream, connection),
+        });
+    }
+    Err(Refusal::new(
+        RefusalCode::AttestationUnavailable,
+        "policies were replaced faster than the request could be decided",
+    )
+    .with_retry_after(Duration::from_secs(1)))
+}
+
+fn credential_name(credential: &Credential) -> Option<&str> {
+    Some(credential.grant().credential()?.name.as_str())
+}
+
+fn replay(asked: &EgressRequest, headers: HeaderMap, version: Version) -> Request<RequestBody> {
+    let mut request = Request::new(RequestBody::Empty);
+    *request.method_mut() = asked.method.clone();
+    *request.uri_mut() = http::Uri::from(asked.path_and_query.clone());
+    *request.version_mut() = version;
+    *request.headers_mut() = headers;
+    request
+}
+
+/// A challenge that says that the token is no longer good (RFC 6750 section 3.1).
+fn is_invalid_token(response: &Response<Incoming>) -> bool {
+    response.status() == StatusCode::UNAUTHORIZED
+        && response
+            .headers()
+            .get_all(WWW_AUTHENTICATE)
+            .iter()
+            .any(|challenge| {
+                challenge
+                    .to_str()
+                    .is_ok_and(|challenge| challenge.contains("invalid_token"))
+            })
+}
+
+fn idle_of(snapshot: &Snapshot, asked: &EgressRequest) -> Duration {
+    match find_route(snapshot, asked) {
+        Route::Destination(destination) => destination.timeouts.idle,
+        Route::NotCovered(_) | Route::Unmatched(_) => UNMATCHED_IDLE,
+    }
+}
+
+fn find_route<'a>(snapshot: &'a Snapshot, asked: &EgressRequest) -> Route<'a> {
+    snapshot.routes.find(
+        asked.scheme,
+        asked.target.host(),
+        asked.target.port(),
+        |destination| {
+            asked
+                .path
+                .all_readings(|path| destination.paths.compiled.is_match(path))
+        },
+    )
+}
+
+/// A positive answer of [`Worker::decide`].
+struct Permitted {
+    verdict: Verdict,
+    destination: Option<Arc<Destination>>,
+}
+
+/// What may happen to a request.
+pub enum Verdict {
+    /// A credential may be injected.
+    Inject(Grant),
+    /// Traffic without a credential of ours may pass.
+    Connect(Grant),
+    /// It would be denied, and the destination only reports that.
+    Reported(Arc<Denial>, Arc<Destination>),
+}
+
+impl Worker {
+    /// Decides what may happen to a request: of a destination's credentials the first that policy
+    /// permits is injected.
+    fn decide(
+        &self,
+        snapshot: &Arc<Snapshot>,
+        workload: &Arc<AttestedWorkload>,
+        asked: &EgressRequest,
+        exchange: &mut Exchange,
+    ) -> Result<Permitted, Refusal> {
+        let destination = match find_route(snapshot, asked) {
+            Route::Destination(destination) => Some(destination),
+            Route::NotCovered(_) | Route::Unmatched(_)
+                if snapshot.config.unmatched == Unmatched::Tunnel =>
+            {
+                None
+            }
+            Route::NotCovered(destination) => {
+                return Err(Refusal::new(
+                    RefusalCode::DestinationNotConfigured,
+                    format!(
+                        "destination `{}` does not cover `{} {}://{}{}`",
+                        destination.name,
+                        asked.method,
+                        asked.scheme.as_str(),
+                        asked.target,
+                        crate::request::printable(asked.path.as_str()),
+                    ),
+                ));
+            }
+            Route::Unmatched(_) => {
+                return Err(Refusal::new(
+                    RefusalCode::DestinationNotConfigured,
+                    format!("no destination is configured for `{}`", asked.target),
+                ));
+            }
+        };
+        exchange.destination(snapshot, destination);
+        let wall = self.agent.clock.wall();
+        let answered = match destination {
+            Some(destination) => {
+                first_permitted(questions(destination, Some(asked), wall), |question| {
+                    self.ask(snapshot, workload, question)
+                })
+            }
+            None => first_permitted(
+                std::iter::once((unmatched(Some(asked), wall), None)),
+                |question| self.ask(snapshot, workload, question),
+            ),
+        };
+        match answered {
+            Ok((grant, question, _)) => {
+                exchange.granted(snapshot, &grant, &question);
+                Ok(Permitted {
+                    verdict: match grant.action() {
+                        Action::Connect => Verdict::Connect(grant),
+                        Action::Inject | Action::Issue => Verdict::Inject(grant),
+                    },
+                    destination: destination.cloned(),
+                })
+            }
+            Err(Some(refused)) => self.denied(snapshot, workload, refused, destination, exchange),
+            Err(None) => Err(Refusal::new(
+                RefusalCode::PolicyDenied,
+                "the destination raises no question",
+            )),
+        }
+    }
+
+    fn ask(
+        &self,
+        snapshot: &Arc<Snapshot>,
+        workload: &Arc<AttestedWorkload>,
+        question: &Question<'_>,
+    ) -> Result<Grant, Arc<Denial>> {
+        self.decisions
+            .borrow_mut()
+            .decide(&snapshot.policy, workload, question)
+    }
+
+    fn denied(
+        &self,
+        snapshot: &Snapshot,
+        workload: &Arc<AttestedWorkload>,
+        refused: Refused<'_>,
+        destination: Option<&Arc<Destination>>,
+        exchange: &mut Exchange,
+    ) -> Result<Permitted, Refusal> {
+        let Refused { question, denial } = refused;
+        let reported = destination.filter(|destination| is_reported(&denial, destination));
+        exchange.denied(snapshot, workload, &denial, &question, reported.is_some());
+        match reported {
+            Some(destination) => Ok(Permitted {
+                verdict: Verdict::Reported(denial, Arc::clone(destination)),
+                destination: Some(Arc::clone(destination)),
+            }),
+            None => Err(denial.to_refusal(&question)),
+        }
+    }
+}
+
+async fn send(
+    worker: &Worker,
+    exchange: &mut Exchange,
+    snapshot: &Snapshot,
+    destination: Option<&Arc<Destination>>,
+    workload: &AttestedWorkload,
+    asked: &EgressRequest,
+    upstream: UpstreamRequest,
+) -> Result<UpstreamResponse, Refusal> {
+    let prepared = destination.and_then(|destination| snapshot.prepared.get(&destination.name));
+    let way = Way {
+        destination,
+        scheme: asked.scheme,
+        target: &asked.target,
+        tls: prepared.and_then(|prepared| prepared.tls.as_ref()),
+        guard: prepared.map_or(&snapshot.unmatched_guard, |prepared| &prepared.guard),
+        connect_timeout: destination.map_or(UNMATCHED_CONNECT_TIMEOUT, |destination| {
+            destination.timeouts.connect
+        }),
+        connect_to: destination.and_then(|destination| destination.connect_to),
+    };
+    let response_timeout = destination.map_or(UNMATCHED_RESPONSE_TIMEOUT, |destination| {
+        destination.timeouts.response_headers
+    });
+    let sent_at = worker.agent.clock.monotonic();
+    exchange.attempts = exchange.attempts.saturating_add(1);
+    let answered = worker
+        .upstreams
+        .send(upstream, workload.isolation_key(), &way, response_timeout)
+        .await;
+    exchange.upstream += worker.agent.clock.monotonic().saturating_sub(sent_at);
+    answered
+}
+
+/// Hands a response on: what concerns the upstream connection is removed.
+fn relay(
+    answered: UpstreamResponse,
+    stream: Rc<Stream>,
+    connection: &Connection,
+) -> Response<ResponseBody> {
+    let UpstreamResponse {
+        response,
+        connection: lent,
+    } = answered;
+    let (mut head, incoming) = response.into_parts();
+    strip_hop_by_hop(&mut head.headers);
+    if connection.tunnel.is_some() {
+        // It would lead the client past the agent (RFC 7838).
+        head.headers.remove(ALT_SVC);
+    }
+    head.extensions.clear();
+    head.version = Version::HTTP_11;
+    Response::from_parts(
+        head,
+        ResponseBody::Streamed {
+            incoming,
+            stream,
+            connection: lent,
+        },
+    )
+}
+
+/// Joins the two sides of an upgrade after a 101 (RFC 9110 section 7.8).
+fn switch_protocols(
+    answered: UpstreamResponse,
+    upgrade: Option<hyper::upgrade::OnUpgrade>,
+    stream: Rc<Stream>,
+) -> Response<ResponseBody> {
+    let mut response = answered.response;
+    let upstream = hyper::upgrade::on(&mut response);
+    let (head, _) = response.into_parts();
+    if let Some(upgrade) = upgrade {
+        spawn_local(async move {
+            if let (Ok(caller), Ok(upstream)) = (upgrade.await, upstream.await) {
+                pump(TokioIo::new(caller), TokioIo::new(upstream), &stream).await;
+            }
+        });
+    }
+    let mut response = Response::new(ResponseBody::whole(Vec::new()));
+    *response.status_mut() = head.status;
+    *response.headers_mut() = head.headers;
+    response
+}
+
+/// Copies both ways until both sides end or the stream is cut.
+async fn pump<A, B>(caller: A, upstream: B, stream: &Stream)
+where
+    A: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+    B: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+{
+    let mut caller = Touching { io: caller, stream };
+    let mut upstream = upstream;
+    tokio::select! {
+        _ = tokio::io::copy_bidirectional(&mut caller, &mut upstream) => {}
+        _ = stream.until_cut() => {}
+    }
+}
+
+/// Answers CONNECT (RFC 9110 section 9.3.6).
+async fn connect(
+    connection: &Rc<Connection>,
+    exchange: &mut Exchange,
+    snapshot: &Arc<Snapshot>,
+    asked: EgressRequest,
+    request: Request<Incoming>,
+) -> Result<Answer, Refusal> {
+    let worker = &connection.worker;
+    let destinations = snapshot.routes.at(asked.target.host(), asked.target.port());
+    let intercepted = destinations
+        .iter()
+        .any(|destination| !destination.credentials.is_empty());
+    if intercepted {
+        // Clients hide the body of a refused CONNECT: every refusal is made inside.
+        let connection = Rc::clone(connection);
+        spawn_local(async move {
+            if let Ok(upgraded) = hyper::upgrade::on(request).await {
+                serve_tunnel(connection, upgraded, asked.target, asked.presented).await;
+            }
+        });
+        return Ok(Answer::Unrecorded(Response::new(ResponseBody::whole(
+            Vec::new(),
+        ))));
+    }
+    let workload = exchange.attest(connection, snapshot, &asked).await?;
+    let destination = destinations.first();
+    exchange.destination(snapshot, destination);
+    let wall = worker.agent.clock.wall();
+    let question = tunnel_question(snapshot, destination, wall).ok_or_else(|| {
+        Refusal::new(
+            RefusalCode::DestinationNotConfigured,
+            format!("no destination is configured for `{}`", asked.target),
+        )
+    })?;
+    let grant = match worker.ask(snapshot, &workload, &question) {
+        Ok(grant) => grant,
+        Err(denial) => {
+            exchange.denied(snapshot, &workload, &denial, &question, false);
+            return Err(denial.to_refusal(&question));
+        }
+    };
+    exchange.granted(snapshot, &grant, &question);
+    let prepared = destination.and_then(|destination| snapshot.prepared.get(&destination.name));
+    let way = Way {
+        destination,
+        scheme: Scheme::Https,
+        target: &asked.target,
+        tls: None,
+        guard: prepared.map_or(&snapshot.unmatched_guard, |prepared| &prepared.guard),
+        connect_timeout: destination.map_or(UNMATCHED_CONNECT_TIMEOUT, |destination| {
+            destination.timeouts.connect
+        }),
+        connect_to: destination.and_then(|destination| destination.connect_to),
+    };
+    let sent_at = worker.agent.clock.monotonic();
+    let dialled = tokio::time::timeout(way.connect_timeout, worker.upstreams.dial(&way)).await;
+    exchange.upstream = worker.agent.clock.monotonic().saturating_sub(sent_at);
+    let upstream = dialled.map_err(|_| {
+        Refusal::new(
+            RefusalCode::UpstreamTimeout,
+            format!(
+                "`{}` accepted no connection in {:?}",
+                asked.target, way.connect_timeout
+            ),
+        )
+    })??;
+    let stream = Stream::new(idle_of(snapshot, &asked));
+    worker.open_streams.watch(
+        &stream,
+        Rc::new(Tunnelled {
+            worker: Rc::downgrade(worker),
+            lease: RefCell::new(grant.lease().clone()),
+            target: asked.target,
+        }),
+    );
+    spawn_local(async move {
+        if let Ok(caller) = hyper::upgrade::on(request).await {
+            pump(TokioIo::new(caller), upstream, &stream).await;
+        }
+    });
+    Ok(Answer::Response(Response::new(ResponseBody::whole(
+        Vec::new(),
+    ))))
+}
+
+/// The question that a blind tunnel raises; `None` where tunnels are not opened.
+fn tunnel_question<'a>(
+    snapshot: &Snapshot,
+    destination: Option<&'a Arc<Destination>>,
+    wall: SystemTime,
+) -> Option<Question<'a>> {
+    match destination {
+        Some(destination) => questions(destination, None, wall)
+            .map(|(question, _)| question)
+            .find(|question| question.action == Action::Connect),
+        None => (snapshot.config.unmatched == Unmatched::Tunnel).then(|| unmatched(None, wall)),
+    }
+}
+
+/// The permission of an open response stream or upgrade: its lease, renewed under each new snapshot.
+struct Granted {
+    worker: Weak<Worker>,
+    lease: RefCell<Lease>,
+    asked: Rc<EgressRequest>,
+    /// The credential that was injected; `None` where `connect` was granted.
+    credential: Option<String>,
+}
+
+impl Permission for Granted {
+    fn check(&self) -> Result<(), CutReason> {
+        let worker = self.worker.upgrade().ok_or(CutReason::ShuttingDown)?;
+        let snapshot = worker.agent.snapshot.load_full();
+        let wall = worker.agent.clock.wall();
+        renew(&self.lease, &snapshot, wall, |workload| {
+            let Route::Destination(destination) = find_route(&snapshot, &self.asked) else {
+                return None;
+            };
+            let (question, _) =
+                questions(destination, Some(&self.asked), wall).find(|(_, credential_use)| {
+                    let name = credential_use.map(|found| found.credential.name.as_str());
+                    name == self.credential.as_deref()
+                })?;
+            worker.ask(&snapshot, workload, &question).ok()
+        })
+    }
+}
+
+/// The permission of a blind tunnel.
+struct Tunnelled {
+    worker: Weak<Worker>,
+    lease: RefCell<Lease>,
+    target: Target,
+}
+
+impl Permission for Tunnelled {
+    fn check(&self) -> Result<(), CutReason> {
+        let worker = self.worker.upgrade().ok_or(CutReason::ShuttingDown)?;
+        let snapshot = worker.agent.snapshot.load_full();
+        let wall = worker.agent.clock.wall();
+        renew(&self.lease, &snapshot, wall, |workload| {
+            let destinations = snapshot.routes.at(self.target.host(), self.target.port());
+            let question = tunnel_question(&snapshot, destinations.first(), wall)?;
+            worker.ask(&snapshot, workload, &question).ok()
+        })
+    }
+}
+
+/// Checks a lease; decides again where policies were replaced since.
+fn renew(
+    lease: &RefCell<Lease>,
+    snapshot: &Arc<Snapshot>,
+    wall: SystemTime,
+    decide: impl FnOnce(&Arc<AttestedWorkload>) -> Option<Grant>,
+) -> Result<(), CutReason> {
+    let checked = lease.borrow().check(&snapshot.policy, wall);
+    match checked {
+        Ok(()) => Ok(()),
+        Err(LeaseEnded::Attestation(_)) => Err(CutReason::PermissionEnded),
+        Err(LeaseEnded::SnapshotReplaced | LeaseEnded::PolicyExpired) => {
+            let workload = Arc::clone(lease.borrow().workload());
+            let grant = decide(&workload).ok_or(CutReason::PermissionEnded)?;
+            *lease.borrow_mut() = grant.lease().clone();
+            Ok(())
+        }
+    }
+}

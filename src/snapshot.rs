@@ -1,0 +1,106 @@
+//! What requests are served under at one time. Immutable: a reload or a revocation makes another,
+//! and a request reads it without a lock.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use countersign_attestors::Catalog;
+
+use crate::address::AddressGuard;
+use crate::config::{Config, Destination, Scheme};
+use crate::policy::PolicySnapshot;
+use crate::routing::Routes;
+use crate::telemetry::metrics::{DestinationMetrics, Metrics};
+use crate::tls::interception::InterceptionAuthority;
+use crate::tls::trust::{TrustError, client_config};
+use crate::tls::{ALPN_HTTP1, ALPN_HTTP2};
+use crate::upstream::DestinationTls;
+
+/// Configuration, policies and everything made from them.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// The configuration.
+    pub config: Arc<Config>,
+    /// Destinations by host and port.
+    pub routes: Arc<Routes>,
+    /// Policies and revocations.
+    pub policy: Arc<PolicySnapshot>,
+    /// The attestors.
+    pub catalog: Arc<Catalog>,
+    /// The interception authority, where one is configured.
+    pub interception: Option<Arc<InterceptionAuthority>>,
+    /// What sending to each destination takes, by name.
+    pub prepared: Arc<HashMap<String, Prepared>>,
+    /// The guard of traffic to no configured destination.
+    pub unmatched_guard: AddressGuard,
+}
+
+/// What sending to a destination takes.
+#[derive(Debug, Clone)]
+pub struct Prepared {
+    /// Verified TLS; `None` for `scheme: http`.
+    pub tls: Option<DestinationTls>,
+    /// Which addresses may be connected to.
+    pub guard: AddressGuard,
+    /// The name, for records.
+    pub name: Arc<str>,
+    /// Resolved metric handles.
+    pub metrics: DestinationMetrics,
+}
+
+/// Prepares every destination of a configuration.
+pub fn prepare(
+    config: &Config,
+    own_listeners: &Arc<[SocketAddr]>,
+    metrics: &Metrics,
+) -> Result<HashMap<String, Prepared>, TrustError> {
+    let mut by_roots: HashMap<Option<PathBuf>, DestinationTls> = HashMap::new();
+    let mut prepared = HashMap::new();
+    for destination in &config.destinations {
+        let tls = match destination.scheme {
+            Scheme::Http => None,
+            Scheme::Https => Some(match by_roots.get(&destination.ca_file) {
+                Some(tls) => tls.clone(),
+                None => {
+                    let tls = destination_tls(destination)?;
+                    by_roots.insert(destination.ca_file.clone(), tls.clone());
+                    tls
+                }
+            }),
+        };
+        prepared.insert(
+            destination.name.clone(),
+            Prepared {
+                tls,
+                guard: guard_of(destination, own_listeners),
+                name: Arc::from(destination.name.as_str()),
+                metrics: metrics.destination(&destination.name),
+            },
+        );
+    }
+    Ok(prepared)
+}
+
+fn destination_tls(destination: &Destination) -> Result<DestinationTls, TrustError> {
+    let ca_file = destination.ca_file.as_deref();
+    Ok(DestinationTls {
+        any: client_config(ca_file, &[ALPN_HTTP2, ALPN_HTTP1])?,
+        http1: client_config(ca_file, &[ALPN_HTTP1])?,
+    })
+}
+
+/// A `connect_to` is written by the operator and exempt from address classes, but never from the
+/// rule that the agent's own listeners are out of reach.
+fn guard_of(destination: &Destination, own_listeners: &Arc<[SocketAddr]>) -> AddressGuard {
+    let everything = ["0.0.0.0/0", "::/0"]
+        .iter()
+        .filter_map(|range| range.parse().ok())
+        .collect::<Vec<_>>();
+    let allow = match destination.connect_to {
+        Some(_) => &everything,
+        None => &destination.allow_addresses,
+    };
+    AddressGuard::new(allow, Arc::clone(own_listeners))
+}

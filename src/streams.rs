@@ -1,0 +1,344 @@
+//! Bodies, and what is open: each response stream, upgrade and tunnel keeps the lease that it was
+//! granted under, and is cut within a second when the lease ends.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::pin::Pin;
+use std::rc::{Rc, Weak};
+use std::task::{Context, Poll, Waker, ready};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http::header::{AUTHORIZATION, PROXY_AUTHORIZATION};
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::upstream::Lent;
+
+/// The error of every body of ours.
+pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Why a stream was cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum CutReason {
+    /// Policy, revocation or the workload's attestation no longer permits it.
+    #[error("the stream's permission ended")]
+    PermissionEnded,
+    /// No byte passed in either direction for the destination's `timeouts.idle`.
+    #[error("the stream was idle for too long")]
+    Idle,
+    /// The agent is shutting down.
+    #[error("the agent is shutting down")]
+    ShuttingDown,
+}
+
+/// One open stream, shared by the bodies or the tunnel that carry it.
+#[derive(Debug)]
+pub struct Stream {
+    cut: Cell<Option<CutReason>>,
+    last_activity: Cell<Instant>,
+    idle: Duration,
+    wakers: RefCell<Vec<Waker>>,
+}
+
+impl Stream {
+    /// A stream that may be idle for `idle`.
+    pub fn new(idle: Duration) -> Rc<Self> {
+        Rc::new(Self {
+            cut: Cell::new(None),
+            last_activity: Cell::new(Instant::now()),
+            idle,
+            wakers: RefCell::new(Vec::new()),
+        })
+    }
+
+    /// Notes that bytes passed.
+    pub fn touch(&self) {
+        self.last_activity.set(Instant::now());
+    }
+
+    /// Ends the stream: its bodies fail, its tunnel closes.
+    pub fn cut(&self, reason: CutReason) {
+        if self.cut.get().is_none() {
+            self.cut.set(Some(reason));
+            for waker in self.wakers.borrow_mut().drain(..) {
+                waker.wake();
+            }
+        }
+    }
+
+    fn is_idle_at(&self, now: Instant) -> bool {
+        now.duration_since(self.last_activity.get()) > self.idle
+    }
+
+    fn poll_cut(&self, context: &mut Context<'_>) -> Poll<CutReason> {
+        match self.cut.get() {
+            Some(reason) => Poll::Ready(reason),
+            None => {
+                let mut wakers = self.wakers.borrow_mut();
+                if !wakers.iter().any(|waker| waker.will_wake(context.waker())) {
+                    wakers.push(context.waker().clone());
+                }
+                Poll::Pending
+            }
+        }
+    }
+
+    /// Waits until the stream is cut.
+    pub async fn until_cut(&self) -> CutReason {
+        std::future::poll_fn(|context| self.poll_cut(context)).await
+    }
+}
+
+/// What decides whether an open stream may go on.
+pub trait Permission {
+    /// `Err` when the stream must end. Called when time has passed or the policy snapshot changed.
+    fn check(&self) -> Result<(), CutReason>;
+}
+
+/// A data worker's open streams.
+#[derive(Default)]
+pub struct OpenStreams {
+    entries: RefCell<Vec<(Weak<Stream>, Rc<dyn Permission>)>>,
+}
+
+impl OpenStreams {
+    /// Watches `stream` for as long as anybody holds it.
+    pub fn watch(&self, stream: &Rc<Stream>, permission: Rc<dyn Permission>) {
+        self.entries
+            .borrow_mut()
+            .push((Rc::downgrade(stream), permission));
+    }
+
+    /// Cuts the streams whose permission ended or that are idle, and forgets those that closed.
+    pub fn sweep(&self) {
+        let now = Instant::now();
+        self.entries.borrow_mut().retain(|(stream, permission)| {
+            let Some(stream) = stream.upgrade() else {
+                return false;
+            };
+            let verdict = match stream.is_idle_at(now) {
+                true => Err(CutReason::Idle),
+                false => permission.check(),
+            };
+            if let Err(reason) = verdict {
+                stream.cut(reason);
+            }
+            stream.cut.get().is_none()
+        });
+    }
+
+    /// Cuts everything.
+    pub fn cut_all(&self, reason: CutReason) {
+        for (stream, _) in self.entries.borrow_mut().drain(..) {
+            if let Some(stream) = stream.upgrade() {
+                stream.cut(reason);
+            }
+        }
+    }
+}
+
+/// A connection whose every read counts as activity of a stream.
+#[derive(Debug)]
+pub struct Touching<'a, Io> {
+    /// The connection.
+    pub io: Io,
+    /// The stream.
+    pub stream: &'a Stream,
+}
+
+impl<Io: AsyncRead + Unpin> AsyncRead for Touching<'_, Io> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let polled = Pin::new(&mut self.io).poll_read(context, buffer);
+        if polled.is_ready() {
+            self.stream.touch();
+        }
+        polled
+    }
+}
+
+impl<Io: AsyncWrite + Unpin> AsyncWrite for Touching<'_, Io> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let polled = Pin::new(&mut self.io).poll_write(context, buffer);
+        if polled.is_ready() {
+            self.stream.touch();
+        }
+        polled
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(context)
+    }
+}
+
+/// A request body on its way to a destination.
+#[derive(Debug)]
+pub enum RequestBody {
+    /// Nothing: such a request can be replayed.
+    Empty,
+    /// The workload's own body, streamed.
+    Streamed(Incoming, Rc<Stream>),
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match self.get_mut() {
+            Self::Empty => Poll::Ready(None),
+            Self::Streamed(incoming, stream) => {
+                poll_streamed(incoming, stream, context).map_ok(|frame| {
+                    match frame.into_trailers() {
+                        Ok(trailers) => Frame::trailers(without_credentials(trailers)),
+                        Err(frame) => frame,
+                    }
+                })
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Empty => true,
+            Self::Streamed(incoming, _) => incoming.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Empty => SizeHint::with_exact(0),
+            Self::Streamed(incoming, _) => incoming.size_hint(),
+        }
+    }
+}
+
+/// Servers may merge trailers into the head (RFC 9110 section 6.5.1), where they would stand beside ours.
+fn without_credentials(mut trailers: HeaderMap) -> HeaderMap {
+    trailers.remove(AUTHORIZATION);
+    trailers.remove(PROXY_AUTHORIZATION);
+    trailers
+}
+
+fn poll_streamed(
+    incoming: &mut Incoming,
+    stream: &Stream,
+    context: &mut Context<'_>,
+) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    if let Some(reason) = stream.cut.get() {
+        return Poll::Ready(Some(Err(reason.into())));
+    }
+    match Pin::new(incoming).poll_frame(context) {
+        Poll::Ready(frame) => {
+            stream.touch();
+            Poll::Ready(frame.map(|result| result.map_err(Into::into)))
+        }
+        Poll::Pending => {
+            let reason = ready!(stream.poll_cut(context));
+            Poll::Ready(Some(Err(reason.into())))
+        }
+    }
+}
+
+/// A response body on its way to the workload.
+#[derive(Debug)]
+pub enum ResponseBody {
+    /// A few bytes of ours.
+    Whole(Option<Bytes>),
+    /// The destination's body, streamed; gives its connection back at its end.
+    Streamed {
+        /// The body.
+        incoming: Incoming,
+        /// The stream that it belongs to.
+        stream: Rc<Stream>,
+        /// The HTTP/1 connection that it came over.
+        connection: Option<Lent>,
+    },
+}
+
+impl ResponseBody {
+    /// A body of ours.
+    pub fn whole(bytes: impl Into<Bytes>) -> Self {
+        let bytes = bytes.into();
+        Self::Whole((!bytes.is_empty()).then_some(bytes))
+    }
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match self.get_mut() {
+            Self::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Streamed {
+                incoming,
+                stream,
+                connection,
+            } => {
+                let polled = poll_streamed(incoming, stream, context);
+                if let Poll::Ready(None) = polled {
+                    give_back(connection);
+                }
+                polled
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Whole(bytes) => bytes.is_none(),
+            Self::Streamed { incoming, .. } => incoming.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Whole(bytes) => {
+                SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64))
+            }
+            Self::Streamed { incoming, .. } => incoming.size_hint(),
+        }
+    }
+}
+
+impl Drop for ResponseBody {
+    fn drop(&mut self) {
+        // A server stops polling a body of known length at its last byte and never sees `None`.
+        if let Self::Streamed {
+            incoming,
+            connection,
+            ..
+        } = self
+            && incoming.is_end_stream()
+        {
+            give_back(connection);
+        }
+    }
+}
+
+fn give_back(connection: &mut Option<Lent>) {
+    if let Some(lent) = connection.take() {
+        lent.give_back();
+    }
+}

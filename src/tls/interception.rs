@@ -1,0 +1,419 @@
+//! The certificate authority that intercepted connections are served under.
+//!
+//! Three tiers, so that running clients keep trusting across restarts and new hosts: a root that
+//! clients load, an intermediate name-constrained to the configured hosts (RFC 5280 section
+//! 4.2.1.10; its key lives in memory only), and leaves of at most 24 hours.
+
+use std::fs;
+use std::io::Write;
+use std::net::IpAddr;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use quick_cache::sync::Cache;
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, CidrSubnet, DistinguishedName, DnType,
+    ExtendedKeyUsagePurpose, GeneralSubtree, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    NameConstraints, PKCS_ECDSA_P256_SHA256, SanType,
+};
+use rustls::ServerConfig;
+use rustls::crypto::aws_lc_rs::sign::any_ecdsa_type;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::ResolvesServerCert;
+use rustls::sign::{CertifiedKey, SigningKey};
+use time::OffsetDateTime;
+
+use super::{ALPN_HTTP1, ALPN_HTTP2};
+use crate::config::{CaSource, Interception};
+
+const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+const INTERMEDIATE_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
+const LEAF_LIFETIME: Duration = Duration::from_secs(24 * 3600);
+/// Certificates are dated back, for clients whose clock is behind.
+const BACKDATE: Duration = Duration::from_secs(3600);
+const LEAF_CACHE: usize = 4096;
+
+/// Why the interception authority cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum AuthorityError {
+    /// A file or directory cannot be used.
+    #[error("`{path}`: {detail}")]
+    File {
+        /// The path.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        detail: String,
+    },
+    /// A certificate could not be made or read.
+    #[error("certificate: {0}")]
+    Certificate(#[from] rcgen::Error),
+    /// A key cannot sign for TLS.
+    #[error("key: {0}")]
+    Key(#[from] rustls::Error),
+    /// A root whose key was dropped cannot cover new hosts.
+    #[error(
+        "`source: memory` cannot cover the new host `{0}`: restart, or use `source: generated`"
+    )]
+    RootKeyGone(String),
+}
+
+/// Mints leaves for the configured hosts.
+pub struct InterceptionAuthority {
+    root_pem: String,
+    chain: Vec<CertificateDer<'static>>,
+    intermediate: Issuer<'static, KeyPair>,
+    hosts: Vec<String>,
+    leaf_key: KeyPair,
+    leaf_signing_key: Arc<dyn SigningKey>,
+    leaves: Cache<(String, Offer), Arc<Leaf>>,
+    created_at: SystemTime,
+}
+
+/// Which protocols a handshake offers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Offer {
+    /// HTTP/2 and HTTP/1.1.
+    Http2AndHttp1,
+    /// HTTP/1.1 only, as the destination speaks nothing else.
+    Http1,
+}
+
+struct Leaf {
+    server_config: Arc<ServerConfig>,
+    renew_at: SystemTime,
+}
+
+impl std::fmt::Debug for InterceptionAuthority {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("InterceptionAuthority")
+            .field("hosts", &self.hosts)
+            .finish_non_exhaustive()
+    }
+}
+
+impl InterceptionAuthority {
+    /// Opens the configured authority and mints an intermediate for `hosts`. `previous` is the
+    /// authority in force, whose root a `memory` source keeps.
+    pub fn open(
+        interception: &Interception,
+        hosts: Vec<String>,
+        now: SystemTime,
+        previous: Option<&Arc<Self>>,
+    ) -> Result<Arc<Self>, AuthorityError> {
+        match &interception.source {
+            CaSource::Memory => match previous {
+                Some(previous) => match hosts.iter().find(|host| !previous.hosts.contains(host)) {
+                    Some(host) => Err(AuthorityError::RootKeyGone(host.clone())),
+                    None => Ok(Arc::clone(previous)),
+                },
+                None => {
+                    let root = generate_root(now)?;
+                    let pem = root.pem();
+                    Self::under_root(&root, pem, hosts, now)
+                }
+            },
+            CaSource::Generated { state_directory } => {
+                let (root, pem) = open_generated_root(state_directory, now)?;
+                Self::under_root(&root, pem, hosts, now)
+            }
+            CaSource::Files {
+                certificate_file,
+                key_file,
+            } => Self::from_files(certificate_file, key_file, hosts, now),
+        }
+    }
+
+    fn under_root(
+        root: &Issuer<'_, KeyPair>,
+        root_pem: String,
+        hosts: Vec<String>,
+        now: SystemTime,
+    ) -> Result<Arc<Self>, AuthorityError> {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let mut parameters = authority_parameters(
+            "Countersign interception intermediate",
+            now,
+            INTERMEDIATE_LIFETIME,
+        );
+        parameters.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        parameters.use_authority_key_identifier_extension = true;
+        parameters.name_constraints = Some(NameConstraints {
+            permitted_subtrees: permitted_subtrees(&hosts),
+            excluded_subtrees: excluded_address_families(&hosts),
+        });
+        let certificate = parameters.signed_by(&key, root)?;
+        let chain = vec![certificate.der().clone()];
+        Self::assemble(root_pem, chain, Issuer::new(parameters, key), hosts, now)
+    }
+
+    fn from_files(
+        certificate_file: &Path,
+        key_file: &Path,
+        hosts: Vec<String>,
+        now: SystemTime,
+    ) -> Result<Arc<Self>, AuthorityError> {
+        let pem = read_text(certificate_file)?;
+        let certificates: Vec<CertificateDer<'static>> =
+            CertificateDer::pem_slice_iter(pem.as_bytes())
+                .collect::<Result<_, _>>()
+                .map_err(|error| file_error(certificate_file, error))?;
+        let Some((intermediate, above)) = certificates.split_first() else {
+            return Err(file_error(certificate_file, "holds no certificate"));
+        };
+        let root = above.last().unwrap_or(intermediate);
+        let root_pem = super::trust::pem_of([root]);
+        let key = KeyPair::from_pem(&read_text(key_file)?)?;
+        let issuer = Issuer::from_ca_cert_der(intermediate, key)?;
+        // The root itself is not sent (RFC 8446 section 4.4.2).
+        let below_root = certificates.len().saturating_sub(1).max(1);
+        let chain = certificates.iter().take(below_root).cloned().collect();
+        Self::assemble(root_pem, chain, issuer, hosts, now)
+    }
+
+    fn assemble(
+        root_pem: String,
+        chain: Vec<CertificateDer<'static>>,
+        intermediate: Issuer<'static, KeyPair>,
+        hosts: Vec<String>,
+        now: SystemTime,
+    ) -> Result<Arc<Self>, AuthorityError> {
+        let leaf_key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let der = PrivateKeyDer::try_from(leaf_key.serialize_der())
+            .map_err(|detail| rustls::Error::General(detail.to_owned()))?;
+        Ok(Arc::new(Self {
+            root_pem,
+            chain,
+            intermediate,
+            hosts,
+            leaf_signing_key: any_ecdsa_type(&der)?,
+            leaf_key,
+            leaves: Cache::new(LEAF_CACHE),
+            created_at: now,
+        }))
+    }
+
+    /// The root certificate in PEM: public, what clients load.
+    pub fn root_certificate_pem(&self) -> &str {
+        &self.root_pem
+    }
+
+    /// The hosts that leaves may be minted for, in order.
+    pub fn hosts(&self) -> &[String] {
+        &self.hosts
+    }
+
+    /// Whether the intermediate has lived half its life and a new authority should be opened.
+    pub fn is_due(&self, now: SystemTime) -> bool {
+        now.duration_since(self.created_at)
+            .is_ok_and(|age| age > INTERMEDIATE_LIFETIME / 2)
+    }
+
+    /// The TLS configuration for an intercepted connection to `host`; `None` for a host that is
+    /// not configured.
+    pub fn server_config(
+        &self,
+        host: &str,
+        offer: Offer,
+        now: SystemTime,
+    ) -> Result<Option<Arc<ServerConfig>>, AuthorityError> {
+        if !self.hosts.iter().any(|known| known == host) {
+            return Ok(None);
+        }
+        let key = (host.to_owned(), offer);
+        if let Some(leaf) = self.leaves.get(&key)
+            && now < leaf.renew_at
+        {
+            return Ok(Some(Arc::clone(&leaf.server_config)));
+        }
+        let leaf = Arc::new(Leaf {
+            server_config: self.mint(host, offer, now)?,
+            renew_at: now + LEAF_LIFETIME / 2,
+        });
+        self.leaves.insert(key, Arc::clone(&leaf));
+        Ok(Some(Arc::clone(&leaf.server_config)))
+    }
+
+    fn mint(
+        &self,
+        host: &str,
+        offer: Offer,
+        now: SystemTime,
+    ) -> Result<Arc<ServerConfig>, AuthorityError> {
+        let mut parameters = CertificateParams::default();
+        parameters.not_before = OffsetDateTime::from(now - BACKDATE);
+        parameters.not_after = OffsetDateTime::from(now + LEAF_LIFETIME - BACKDATE);
+        // The host stands in the subject alternative name only (RFC 9525 section 4.1): a common
+        // name is at most 64 characters.
+        parameters.distinguished_name = DistinguishedName::new();
+        parameters
+            .distinguished_name
+            .push(DnType::OrganizationName, "Countersign interception");
+        parameters.subject_alt_names = vec![match host.parse::<IpAddr>() {
+            Ok(address) => SanType::IpAddress(address),
+            Err(_) => SanType::DnsName(host.try_into()?),
+        }];
+        parameters.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        parameters.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        parameters.use_authority_key_identifier_extension = true;
+        let certificate = parameters.signed_by(&self.leaf_key, &self.intermediate)?;
+        let mut chain = vec![certificate.der().clone()];
+        chain.extend(self.chain.iter().cloned());
+        let certified_key = Arc::new(CertifiedKey::new(chain, Arc::clone(&self.leaf_signing_key)));
+        let mut server_config = ServerConfig::builder()
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(OneKey(certified_key)));
+        server_config.alpn_protocols = match offer {
+            Offer::Http2AndHttp1 => vec![ALPN_HTTP2.to_vec(), ALPN_HTTP1.to_vec()],
+            Offer::Http1 => vec![ALPN_HTTP1.to_vec()],
+        };
+        Ok(Arc::new(server_config))
+    }
+}
+
+#[derive(Debug)]
+struct OneKey(Arc<CertifiedKey>);
+
+impl ResolvesServerCert for OneKey {
+    fn resolve(&self, _hello: rustls::server::ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(Arc::clone(&self.0))
+    }
+}
+
+fn authority_parameters(name: &str, now: SystemTime, lifetime: Duration) -> CertificateParams {
+    let mut parameters = CertificateParams::default();
+    parameters.not_before = OffsetDateTime::from(now - BACKDATE);
+    parameters.not_after = OffsetDateTime::from(now + lifetime);
+    parameters.distinguished_name = DistinguishedName::new();
+    parameters
+        .distinguished_name
+        .push(DnType::OrganizationName, "Countersign");
+    parameters.distinguished_name.push(DnType::CommonName, name);
+    parameters.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    parameters
+}
+
+fn generate_root(now: SystemTime) -> Result<CertifiedIssuer<'static, KeyPair>, rcgen::Error> {
+    let mut parameters = authority_parameters("Countersign interception root", now, ROOT_LIFETIME);
+    parameters.is_ca = IsCa::Ca(BasicConstraints::Constrained(1));
+    CertifiedIssuer::self_signed(parameters, KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?)
+}
+
+fn permitted_subtrees(hosts: &[String]) -> Vec<GeneralSubtree> {
+    hosts
+        .iter()
+        .map(|host| match host.parse::<IpAddr>() {
+            Ok(address) => {
+                let prefix = if address.is_ipv4() { 32 } else { 128 };
+                GeneralSubtree::IpAddress(CidrSubnet::from_addr_prefix(address, prefix))
+            }
+            Err(_) => GeneralSubtree::DnsName(host.clone()),
+        })
+        .collect()
+}
+
+/// A form of name without any permitted subtree is unconstrained (RFC 5280 section 4.2.1.10), so
+/// addresses are excluded whole where no host is one.
+fn excluded_address_families(hosts: &[String]) -> Vec<GeneralSubtree> {
+    match hosts.iter().any(|host| host.parse::<IpAddr>().is_ok()) {
+        true => Vec::new(),
+        false => vec![
+            GeneralSubtree::IpAddress(CidrSubnet::from_v4_prefix([0; 4], 0)),
+            GeneralSubtree::IpAddress(CidrSubnet::from_v6_prefix([0; 16], 0)),
+        ],
+    }
+}
+
+/// Reads the root kept in `directory`, or makes one there.
+fn open_generated_root(
+    directory: &Path,
+    now: SystemTime,
+) -> Result<(Issuer<'static, KeyPair>, String), AuthorityError> {
+    let certificate_path = directory.join("root.pem");
+    let key_path = directory.join("root.key");
+    prepare_directory(directory)?;
+    if !key_path.exists() {
+        let root = generate_root(now)?;
+        write_atomically(&certificate_path, root.pem().as_bytes(), 0o644)?;
+        write_atomically(&key_path, root.key().serialize_pem().as_bytes(), 0o600)?;
+        tracing::info!(directory = %directory.display(), "made an interception root");
+    }
+    let mode = fs::metadata(&key_path)
+        .map_err(|error| file_error(&key_path, error))?
+        .permissions()
+        .mode();
+    refuse_wider_than_owner(&key_path, mode, "0600")?;
+    let pem = read_text(&certificate_path)?;
+    let key = KeyPair::from_pem(&read_text(&key_path)?)?;
+    Ok((Issuer::from_ca_cert_pem(&pem, key)?, pem))
+}
+
+fn prepare_directory(directory: &Path) -> Result<(), AuthorityError> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .map_err(|error| file_error(directory, error))?;
+    let mode = fs::metadata(directory)
+        .map_err(|error| file_error(directory, error))?
+        .permissions()
+        .mode();
+    refuse_wider_than_owner(directory, mode, "0700")?;
+    let on_tmpfs = nix::sys::statfs::statfs(directory)
+        .is_ok_and(|status| status.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC);
+    if !on_tmpfs {
+        tracing::warn!(
+            directory = %directory.display(),
+            "the interception root's key is on a disk; a tmpfs such as /run keeps it out of backups"
+        );
+    }
+    Ok(())
+}
+
+fn refuse_wider_than_owner(path: &Path, mode: u32, wanted: &str) -> Result<(), AuthorityError> {
+    match mode & 0o077 {
+        0 => Ok(()),
+        _ => Err(file_error(
+            path,
+            format!(
+                "has mode {:04o}, which lets others in: set it to {wanted}",
+                mode & 0o7777
+            ),
+        )),
+    }
+}
+
+/// Writes a file whole or not at all: a temporary name, `fsync`, then `rename`.
+pub fn write_atomically(path: &Path, content: &[u8], mode: u32) -> Result<(), AuthorityError> {
+    let temporary = path.with_extension(format!("{}.new", std::process::id()));
+    let written = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(mode)
+        .open(&temporary)
+        .and_then(|mut file| {
+            file.set_permissions(fs::Permissions::from_mode(mode))?;
+            file.write_all(content)?;
+            file.sync_all()
+        })
+        .and_then(|()| fs::rename(&temporary, path));
+    written.map_err(|error| {
+        let _ = fs::remove_file(&temporary);
+        file_error(path, error)
+    })
+}
+
+fn read_text(path: &Path) -> Result<String, AuthorityError> {
+    fs::read_to_string(path).map_err(|error| file_error(path, error))
+}
+
+fn file_error(path: &Path, detail: impl ToString) -> AuthorityError {
+    AuthorityError::File {
+        path: path.to_owned(),
+        detail: detail.to_string(),
+    }
+}

@@ -1,0 +1,575 @@
+//! Connections to destinations. Sends an [`UpstreamRequest`] and nothing else; follows no redirect.
+//!
+//! One [`Upstreams`] per data worker, so that no lock and no other thread stands in a request's way.
+//! Connections are keyed by the workload's isolation key first: two identities never share one.
+
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use countersign_attestors::IsolationKey;
+use http::header::HOST;
+use http::uri::PathAndQuery;
+use http::{HeaderValue, Request, Response, Uri, Version};
+use hyper::body::Incoming;
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::task::spawn_local;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+
+use crate::address::AddressGuard;
+use crate::config::{Destination, Scheme};
+use crate::inject::UpstreamRequest;
+use crate::local::LocalExecutor;
+use crate::refusal::{Refusal, RefusalCode};
+use crate::request::Target;
+use crate::streams::RequestBody;
+use crate::tls::ALPN_HTTP2;
+
+const IDLE: Duration = Duration::from_secs(30);
+const MAXIMUM_AGE: Duration = Duration::from_secs(300);
+/// Spread of the maximum age, so that connections opened together are not replaced together.
+const AGE_JITTER: Duration = Duration::from_secs(60);
+const HTTP2_PING_INTERVAL: Duration = Duration::from_secs(20);
+
+/// The verified TLS of one destination.
+#[derive(Debug, Clone)]
+pub struct DestinationTls {
+    /// Offers HTTP/2 and HTTP/1.1.
+    pub any: Arc<ClientConfig>,
+    /// Offers HTTP/1.1 only, for upgrades.
+    pub http1: Arc<ClientConfig>,
+}
+
+/// Where one request goes and how it gets there.
+#[derive(Debug)]
+pub struct Way<'a> {
+    /// The destination; `None` for unmatched traffic.
+    pub destination: Option<&'a Arc<Destination>>,
+    /// Scheme of the connection.
+    pub scheme: Scheme,
+    /// Host and port.
+    pub target: &'a Target,
+    /// Verified TLS, where the scheme is https.
+    pub tls: Option<&'a DestinationTls>,
+    /// Which addresses may be connected to: all but the agent's own for a `connect_to`.
+    pub guard: &'a AddressGuard,
+    /// Time for connection and handshake.
+    pub connect_timeout: Duration,
+    /// Where the host really is.
+    pub connect_to: Option<SocketAddr>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct PoolKey {
+    isolation: IsolationKey,
+    scheme: Scheme,
+    target: Target,
+    /// A destination's address identifies its TLS settings and `connect_to`; the pool holds the
+    /// destination, so that an address is not used again while it is a key.
+    destination: usize,
+    http2_by_prior_knowledge: bool,
+}
+
+#[derive(Debug)]
+struct Pool {
+    _destination: Option<Arc<Destination>>,
+    http2: Option<Http2Connection>,
+    idle: Vec<Http1Connection>,
+}
+
+#[derive(Debug)]
+struct Http1Connection {
+    sender: http1::SendRequest<RequestBody>,
+    retire_at: Instant,
+    idle_since: Instant,
+}
+
+#[derive(Debug, Clone)]
+struct Http2Connection {
+    sender: http2::SendRequest<RequestBody>,
+    retire_at: Instant,
+    last_used: Rc<std::cell::Cell<Instant>>,
+}
+
+type Pools = Rc<RefCell<HashMap<PoolKey, Pool>>>;
+
+/// A data worker's connections to destinations.
+#[derive(Debug)]
+pub struct Upstreams {
+    pools: Pools,
+    /// Targets that answered an offer of HTTP/2 with HTTP/1.1: as many as are configured.
+    http1_only: RefCell<HashSet<Target>>,
+    control: tokio::runtime::Handle,
+}
+
+/// An HTTP/1 connection lent to one exchange.
+#[derive(Debug)]
+pub struct Lent {
+    connection: Http1Connection,
+    key: PoolKey,
+    pools: Pools,
+}
+
+impl Lent {
+    /// Puts the connection back, to be used by the same identity again.
+    pub fn give_back(self) {
+        let Self {
+            mut connection,
+            key,
+            pools,
+        } = self;
+        let now = Instant::now();
+        if connection.sender.is_closed() || now >= connection.retire_at {
+            return;
+        }
+        connection.idle_since = now;
+        if let Some(pool) = pools.borrow_mut().get_mut(&key) {
+            pool.idle.push(connection);
+        }
+    }
+}
+
+/// A response head, and the HTTP/1 connection that its body comes over.
+#[derive(Debug)]
+pub struct UpstreamResponse {
+    /// The response.
+    pub response: Response<Incoming>,
+    /// The connection to give back at the body's end.
+    pub connection: Option<Lent>,
+}
+
+enum Connected {
+    Http1(Http1Connection),
+    Http2(Http2Connection),
+}
+
+/// What became of a request on a connection.
+enum Attempt {
+    Answered(Box<UpstreamResponse>),
+    /// The connection was already closed; the request was not sent and is given back.
+    NotSent(Box<Request<RequestBody>>),
+    Failed(hyper::Error),
+}
+
+impl Upstreams {
+    /// No connections yet. Names are resolved on `control`.
+    pub fn new(control: tokio::runtime::Handle) -> Self {
+        Self {
+            pools: Rc::default(),
+            http1_only: RefCell::default(),
+            control,
+        }
+    }
+
+    /// Sends a request and waits for the response head, at most `response_timeout`.
+    pub async fn send(
+        &self,
+        request: UpstreamRequest,
+        isolation: &IsolationKey,
+        way: &Way<'_>,
+        response_timeout: Duration,
+    ) -> Result<UpstreamResponse, Refusal> {
+        let upgrade = request.is_upgrade();
+        let inbound_http2 = request.version() == Version::HTTP_2;
+        let key = PoolKey {
+            isolation: isolation.clone(),
+            scheme: way.scheme,
+            target: way.target.clone(),
+            destination: way
+                .destination
+                .map_or(0, |destination| Arc::as_ptr(destination) as usize),
+            http2_by_prior_knowledge: way.scheme == Scheme::Http && inbound_http2 && !upgrade,
+        };
+        let mut request = request.into_http();
+        let send = async {
+            if !upgrade {
+                while let Some(connection) = self.pooled(&key).await {
+                    match self.attempt(connection, &key, way, request).await {
+                        Attempt::Answered(response) => return Ok(*response),
+                        Attempt::NotSent(returned) => request = *returned,
+                        Attempt::Failed(error) => return Err(protocol_refusal(way, &error)),
+                    }
+                }
+            }
+            let connection = self
+                .connect(way, upgrade, key.http2_by_prior_knowledge)
+                .await?;
+            self.remember(&key, way, &connection, upgrade);
+            match self.attempt(connection, &key, way, request).await {
+                Attempt::Answered(mut response) => {
+                    if upgrade {
+                        // An upgraded or once-used connection is never shared.
+                        response.connection = None;
+                    }
+                    Ok(*response)
+                }
+                Attempt::NotSent(_) => Err(Refusal::new(
+                    RefusalCode::UpstreamUnreachable,
+                    format!(
+                        "`{}` closed the connection before the request was sent",
+                        way.target
+                    ),
+                )),
+                Attempt::Failed(error) => Err(protocol_refusal(way, &error)),
+            }
+        };
+        timeout(response_timeout + way.connect_timeout, send)
+            .await
+            .unwrap_or_else(|_| {
+                Err(Refusal::new(
+                    RefusalCode::UpstreamTimeout,
+                    format!(
+                        "`{}` sent no response head in {response_timeout:?}",
+                        way.target
+                    ),
+                ))
+            })
+    }
+
+    /// A connection that this identity used before and that is still usable.
+    async fn pooled(&self, key: &PoolKey) -> Option<Connected> {
+        loop {
+            let mut candidate = {
+                let mut pools = self.pools.borrow_mut();
+                let pool = pools.get_mut(key)?;
+                let now = Instant::now();
+                if let Some(connection) = &pool.http2 {
+                    if !connection.sender.is_closed() && now < connection.retire_at {
+                        connection.last_used.set(now);
+                        return Some(Connected::Http2(connection.clone()));
+                    }
+                    pool.http2 = None;
+                }
+                pool.idle.pop()?
+            };
+            if Instant::now() < candidate.retire_at && candidate.sender.ready().await.is_ok() {
+                return Some(Connected::Http1(candidate));
+            }
+        }
+    }
+
+    fn remember(&self, key: &PoolKey, way: &Way<'_>, connection: &Connected, upgrade: bool) {
+        if upgrade {
+            return;
+        }
+        let mut pools = self.pools.borrow_mut();
+        let pool = pools.entry(key.clone()).or_insert_with(|| Pool {
+            _destination: way.destination.cloned(),
+            http2: None,
+            idle: Vec::new(),
+        });
+        if let Connected::Http2(connection) = connection {
+            pool.http2 = Some(connection.clone());
+        }
+    }
+
+    async fn attempt(
+        &self,
+        connection: Connected,
+        key: &PoolKey,
+        way: &Way<'_>,
+        request: Request<RequestBody>,
+    ) -> Attempt {
+        match connection {
+            Connected::Http1(mut connection) => {
+                let request = as_http1(request, way);
+                match connection.sender.try_send_request(request).await {
+                    Ok(response) => Attempt::Answered(Box::new(UpstreamResponse {
+                        response,
+                        connection: Some(Lent {
+                            connection,
+                            key: key.clone(),
+                            pools: Rc::clone(&self.pools),
+                        }),
+                    })),
+                    Err(mut error) => match error.take_message() {
+                        Some(request) => Attempt::NotSent(Box::new(request)),
+                        None => Attempt::Failed(error.into_error()),
+                    },
+                }
+            }
+            Connected::Http2(mut connection) => {
+                let request = as_http2(request, way);
+                match connection.sender.try_send_request(request).await {
+                    Ok(response) => Attempt::Answered(Box::new(UpstreamResponse {
+                        response,
+                        connection: None,
+                    })),
+                    Err(mut error) => match error.take_message() {
+                        Some(request) => Attempt::NotSent(Box::new(request)),
+                        None => Attempt::Failed(error.into_error()),
+                    },
+                }
+            }
+        }
+    }
+
+    async fn connect(
+        &self,
+        way: &Way<'_>,
+        http1_only: bool,
+        http2_by_prior_knowledge: bool,
+    ) -> Result<Connected, Refusal> {
+        let connect = async {
+            let stream = self.dial(way).await?;
+            match (way.scheme, way.tls) {
+                (Scheme::Http, _) => handshake(stream, http2_by_prior_knowledge, way).await,
+                (Scheme::Https, Some(tls)) => {
+                    let client_config = if http1_only { &tls.http1 } else { &tls.any };
+                    let name =
+                        ServerName::try_from(way.target.host().to_owned()).map_err(|error| {
+                            Refusal::new(
+                                RefusalCode::MalformedRequest,
+                                format!("`{}` is not a server name: {error}", way.target.host()),
+                            )
+                        })?;
+                    let stream = TlsConnector::from(Arc::clone(client_config))
+                        .connect(name, stream)
+                        .await
+                        .map_err(|error| tls_refusal(way, &error))?;
+                    let http2 = stream.get_ref().1.alpn_protocol() == Some(ALPN_HTTP2);
+                    if !http1_only {
+                        self.remember_protocol(way.target, http2);
+                    }
+                    handshake(stream, http2, way).await
+                }
+                (Scheme::Https, None) => Err(Refusal::new(
+                    RefusalCode::UpstreamTls,
+                    format!("no trusted roots are loaded for `{}`", way.target),
+                )),
+            }
+        };
+        timeout(way.connect_timeout, connect)
+            .await
+            .unwrap_or_else(|_| {
+                Err(Refusal::new(
+                    RefusalCode::UpstreamTimeout,
+                    format!(
+                        "`{}` accepted no connection in {:?}",
+                        way.target, way.connect_timeout
+                    ),
+                ))
+            })
+    }
+
+    fn remember_protocol(&self, target: &Target, http2: bool) {
+        let mut http1_only = self.http1_only.borrow_mut();
+        match http2 {
+            true => http1_only.remove(target),
+            false => http1_only.insert(target.clone()),
+        };
+    }
+
+    /// Opens a TCP connection to an address that the guard allows.
+    pub async fn dial(&self, way: &Way<'_>) -> Result<TcpStream, Refusal> {
+        let addresses = match (way.connect_to, way.target.address()) {
+            (Some(address), _) => vec![address],
+            (None, Some(address)) => vec![SocketAddr::new(address, way.target.port())],
+            (None, None) => self.resolve(way.target).await?,
+        };
+        let mut last_error = None;
+        let mut guarded = None;
+        for address in addresses {
+            if let Err(refused) = way.guard.check(address.ip(), address.port()) {
+                guarded = Some(refused);
+                continue;
+            }
+            match TcpStream::connect(address).await {
+                Ok(stream) => {
+                    // Without it the second small write of an exchange waits for an acknowledgement.
+                    let _ = stream.set_nodelay(true);
+                    return Ok(stream);
+                }
+                Err(error) => last_error = Some(error),
+            }
+        }
+        Err(match (last_error, guarded) {
+            (Some(error), _) => Refusal::new(
+                RefusalCode::UpstreamUnreachable,
+                format!(
+                    "`{}` could not be reached: {}",
+                    way.target,
+                    describe(&error)
+                ),
+            ),
+            (None, Some(refused)) => Refusal::new(
+                RefusalCode::AddressNotAllowed,
+                format!("`{}`: {refused}", way.target),
+            ),
+            (None, None) => Refusal::new(
+                RefusalCode::UpstreamNameUnresolved,
+                format!("`{}` has no address", way.target.host()),
+            ),
+        })
+    }
+
+    async fn resolve(&self, target: &Target) -> Result<Vec<SocketAddr>, Refusal> {
+        let host = target.host().to_owned();
+        let port = target.port();
+        let resolved = self
+            .control
+            .spawn(async move {
+                tokio::net::lookup_host((host.as_str(), port))
+                    .await
+                    .map(Iterator::collect::<Vec<_>>)
+            })
+            .await;
+        match resolved {
+            Ok(Ok(addresses)) => Ok(addresses),
+            Ok(Err(error)) => Err(Refusal::new(
+                RefusalCode::UpstreamNameUnresolved,
+                format!("`{}` does not resolve: {}", target.host(), describe(&error)),
+            )),
+            Err(_) => Err(Refusal::new(
+                RefusalCode::ShuttingDown,
+                "the agent is shutting down",
+            )),
+        }
+    }
+
+    /// Whether the last connection to a target spoke HTTP/1.1 though HTTP/2 was offered.
+    pub fn speaks_http1_only(&self, target: &Target) -> bool {
+        self.http1_only.borrow().contains(target)
+    }
+
+    /// Drops what is idle for too long or too old.
+    pub fn sweep(&self) {
+        let now = Instant::now();
+        self.pools.borrow_mut().retain(|_, pool| {
+            pool.idle.retain(|connection| {
+                now < connection.retire_at
+                    && now.duration_since(connection.idle_since) < IDLE
+                    && !connection.sender.is_closed()
+            });
+            pool.http2 = pool.http2.take().filter(|connection| {
+                now < connection.retire_at
+                    && now.duration_since(connection.last_used.get()) < MAXIMUM_AGE
+                    && !connection.sender.is_closed()
+            });
+            !pool.idle.is_empty() || pool.http2.is_some()
+        });
+    }
+}
+
+async fn handshake<Io>(stream: Io, http2: bool, way: &Way<'_>) -> Result<Connected, Refusal>
+where
+    Io: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let now = Instant::now();
+    let jitter = AGE_JITTER.mul_f64(f64::from(rand_fraction(now)));
+    let retire_at = now + MAXIMUM_AGE - jitter;
+    let io = TokioIo::new(stream);
+    if http2 {
+        let (sender, connection) = http2::Builder::new(LocalExecutor)
+            .timer(TokioTimer::new())
+            .keep_alive_interval(HTTP2_PING_INTERVAL)
+            .adaptive_window(true)
+            .handshake(io)
+            .await
+            .map_err(|error| protocol_refusal(way, &error))?;
+        spawn_local(connection);
+        Ok(Connected::Http2(Http2Connection {
+            sender,
+            retire_at,
+            last_used: Rc::new(std::cell::Cell::new(now)),
+        }))
+    } else {
+        let (sender, connection) = http1::Builder::new()
+            .handshake(io)
+            .await
+            .map_err(|error| protocol_refusal(way, &error))?;
+        spawn_local(connection.with_upgrades());
+        Ok(Connected::Http1(Http1Connection {
+            sender,
+            retire_at,
+            idle_since: now,
+        }))
+    }
+}
+
+/// A fraction in 0..1 that differs between connections; not for secrets.
+fn rand_fraction(now: Instant) -> f32 {
+    use std::hash::{BuildHasher, RandomState};
+    (RandomState::new().hash_one(now) >> 40) as f32 / (1_u64 << 24) as f32
+}
+
+/// Origin-form target and `Host` (RFC 9112 section 3.2).
+fn as_http1(mut request: Request<RequestBody>, way: &Way<'_>) -> Request<RequestBody> {
+    *request.version_mut() = Version::HTTP_11;
+    if !request.headers().contains_key(HOST)
+        && let Ok(host) = HeaderValue::from_str(&way.target.to_authority(way.scheme))
+    {
+        request.headers_mut().insert(HOST, host);
+    }
+    if request.uri().authority().is_some() {
+        let path_and_query = path_and_query(request.uri());
+        *request.uri_mut() = Uri::from(path_and_query);
+    }
+    request
+}
+
+/// `:scheme`, `:authority` and `:path` (RFC 9113 section 8.3.1).
+fn as_http2(mut request: Request<RequestBody>, way: &Way<'_>) -> Request<RequestBody> {
+    *request.version_mut() = Version::HTTP_2;
+    request.headers_mut().remove(HOST);
+    let uri = Uri::builder()
+        .scheme(way.scheme.as_str())
+        .authority(way.target.to_authority(way.scheme))
+        .path_and_query(path_and_query(request.uri()))
+        .build();
+    if let Ok(uri) = uri {
+        *request.uri_mut() = uri;
+    }
+    request
+}
+
+fn path_and_query(uri: &Uri) -> PathAndQuery {
+    uri.path_and_query()
+        .cloned()
+        .unwrap_or_else(|| PathAndQuery::from_static("/"))
+}
+
+fn tls_refusal(way: &Way<'_>, error: &io::Error) -> Refusal {
+    let certificate = error
+        .get_ref()
+        .and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    match certificate {
+        Some(error) => Refusal::new(
+            RefusalCode::UpstreamTls,
+            format!("TLS with `{}` failed: {error}", way.target),
+        ),
+        None => Refusal::new(
+            RefusalCode::UpstreamUnreachable,
+            format!(
+                "`{}` broke off the TLS handshake: {}",
+                way.target,
+                describe(error)
+            ),
+        ),
+    }
+}
+
+fn protocol_refusal(way: &Way<'_>, error: &hyper::Error) -> Refusal {
+    Refusal::new(
+        RefusalCode::UpstreamProtocol,
+        format!("`{}` did not answer in HTTP: {error}", way.target),
+    )
+}
+
+/// An I/O error without the operating system's number.
+fn describe(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::Other => error.to_string(),
+        kind => kind.to_string(),
+    }
+}
