@@ -81,3 +81,30 @@ fn unescape(field: &[u8]) -> Vec<u8> {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mount_is_found_wherever_it_is() {
+        let unified = "25 1 0:23 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw\n";
+        let hybrid = "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n40 31 0:37 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,name=systemd\n41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
+        let escaped = "41 31 0:38 / /mnt/a\\040b\\134c rw - cgroup2 cgroup2 rw\n";
+        // A directory may be called what a file system is.
+        let pretended = "41 31 0:38 / /mnt/cgroup2 rw - tmpfs cgroup2 rw\n";
+        for (table, expected) in [
+            (unified, Some("/sys/fs/cgroup")),
+            (hybrid, Some("/sys/fs/cgroup/unified")),
+            (escaped, Some("/mnt/a b\\c")),
+            (pretended, None),
+            ("", None),
+        ] {
+            assert_eq!(
+                find_mount(table.as_bytes()),
+                expected.map(PathBuf::from),
+                "{table}"
+            );
+        }
+    }
+}

@@ -1,5 +1,7 @@
 //! Kernel evidence on Linux: from a connection to the process that made it.
 
+#[cfg(test)]
+mod attackers;
 mod cgroup_directory;
 mod executable;
 mod kernel;

@@ -298,3 +298,51 @@ fn since_start() -> Duration {
     // One more nanosecond than nothing: zero means "never checked".
     START.elapsed() + Duration::from_nanos(1)
 }
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_status_is_read_whatever_the_process_calls_itself() {
+        // The name is the process's own; the kernel writes its line feeds as `\\n`.
+        let status = |name: &str, groups: &str| {
+            format!(
+                "Name:\t{name}\nUmask:\t0022\nState:\tS (sleeping)\nUid:\t1\t1000\t3\t4\nGid:\t5\t100\t7\t8\nGroups:\t{groups}\n"
+            )
+        };
+        for name in [
+            "orders",
+            "Uid:",
+            "x\\nUid:\\t0\\t0\\t0\\t0",
+            "Groups: 0",
+            "",
+        ] {
+            let credentials = parse_status(status(name, "27 100 ").as_bytes()).unwrap();
+            assert_eq!((credentials.uid, credentials.gid), (1000, 100), "{name}");
+            assert_eq!(credentials.groups, [27, 100]);
+        }
+        let alone = parse_status(status("x", " ").as_bytes()).unwrap();
+        assert!(alone.groups.is_empty());
+        for broken in [
+            "",
+            "Uid:\t1",
+            "Uid:\tx\tx\n",
+            "Uid:\t1\t2\nGid:\t1\t2\n",
+            &status("x", "wheel"),
+        ] {
+            assert_eq!(parse_status(broken.as_bytes()), None, "{broken}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_status_makes_it_panic(status in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = parse_status(&status);
+        }
+    }
+}

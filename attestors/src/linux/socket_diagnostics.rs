@@ -206,3 +206,136 @@ fn read_address(family: u8, octets: [u8; 16]) -> Option<IpAddr> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![expect(
+        clippy::unwrap_used,
+        clippy::indexing_slicing,
+        reason = "a failed expectation is a failed test"
+    )]
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const CALLER: &str = "127.0.0.1:40000";
+    const LISTENER: &str = "127.0.0.1:7523";
+
+    /// The kernel's answer about a socket of uid 1000, with the cgroup attribute behind another one.
+    fn answer(family: i32, state: u8, from: &str, to: &str, inode: u32) -> Vec<u8> {
+        let (from, to): (SocketAddr, SocketAddr) = (from.parse().unwrap(), to.parse().unwrap());
+        let mut message = vec![family as u8, state, 0, 0];
+        message.extend(from.port().to_be_bytes());
+        message.extend(to.port().to_be_bytes());
+        message.extend(address_bytes(from.ip()));
+        message.extend(address_bytes(to.ip()));
+        message.extend([0; 4]);
+        message.extend([7; 8]);
+        message.extend([0; 12]);
+        message.extend(1000_u32.to_ne_bytes());
+        message.extend(inode.to_ne_bytes());
+        message.extend([5, 0, 8, 0, 1, 0, 0, 0]); // INET_DIAG_SHUTDOWN, one byte, padded
+        message.extend([12, 0, 21, 0]);
+        message.extend(4242_u64.to_ne_bytes());
+        message
+    }
+
+    fn read(answer: &[u8]) -> Option<TcpSocket> {
+        read_tcp_answer(answer, CALLER.parse().unwrap(), LISTENER.parse().unwrap())
+    }
+
+    #[test]
+    fn only_an_open_socket_of_the_caller_counts() {
+        let good = answer(libc::AF_INET, TCP_ESTABLISHED, CALLER, LISTENER, 99);
+        let socket = read(&good).unwrap();
+        assert_eq!((socket.uid, socket.inode), (1000, 99));
+        assert_eq!((socket.cookie, socket.cgroup_id), ([7; 8], Some(4242)));
+        assert!(read(&answer(libc::AF_INET, TCP_CLOSE_WAIT, CALLER, LISTENER, 99)).is_some());
+
+        // Every other state, FIN_WAIT2 (5) with uid 0 and inode 0 and LISTEN (10) among them.
+        for state in (0..=13).filter(|state| ![TCP_ESTABLISHED, TCP_CLOSE_WAIT].contains(state)) {
+            for inode in [0, 99] {
+                let mut left_over = answer(libc::AF_INET, state, CALLER, LISTENER, inode);
+                left_over[64..68].fill(0);
+                assert_eq!(read(&left_over), None, "state {state}");
+            }
+        }
+        for (what, answer) in [
+            (
+                "no inode",
+                answer(libc::AF_INET, TCP_ESTABLISHED, CALLER, LISTENER, 0),
+            ),
+            (
+                "our own side",
+                answer(libc::AF_INET, TCP_ESTABLISHED, LISTENER, CALLER, 99),
+            ),
+            (
+                "another port",
+                answer(
+                    libc::AF_INET,
+                    TCP_ESTABLISHED,
+                    "127.0.0.1:40001",
+                    LISTENER,
+                    99,
+                ),
+            ),
+            (
+                "another address",
+                answer(
+                    libc::AF_INET,
+                    TCP_ESTABLISHED,
+                    "127.0.0.2:40000",
+                    LISTENER,
+                    99,
+                ),
+            ),
+            (
+                "another peer",
+                answer(libc::AF_INET, TCP_ESTABLISHED, CALLER, "127.0.0.1:7524", 99),
+            ),
+            (
+                "another family",
+                answer(libc::AF_UNIX, TCP_ESTABLISHED, CALLER, LISTENER, 99),
+            ),
+        ] {
+            assert_eq!(read(&answer), None, "{what}");
+        }
+        assert_eq!(read(&good), Some(socket));
+    }
+
+    #[test]
+    fn a_mapped_address_is_the_address() {
+        let mapped = answer(
+            libc::AF_INET6,
+            TCP_ESTABLISHED,
+            "[::ffff:127.0.0.1]:40000",
+            "[::ffff:127.0.0.1]:7523",
+            99,
+        );
+        assert!(read(&mapped).is_some());
+    }
+
+    #[test]
+    fn an_error_of_the_kernel_is_told_from_no_such_socket() {
+        let error = |errno: i32| {
+            let mut message = 36_u32.to_ne_bytes().to_vec();
+            message.extend(NLMSG_ERROR.to_ne_bytes());
+            message.extend([0; 10]);
+            message.extend((-errno).to_ne_bytes());
+            message.extend([0; 16]);
+            message
+        };
+        assert_eq!(read_header(&error(libc::ENOENT)).unwrap(), None);
+        let denied = read_header(&error(libc::EPERM)).unwrap_err();
+        assert_eq!(denied.raw_os_error(), Some(libc::EPERM));
+        assert!(read_header(&[0; 15]).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn no_answer_makes_it_panic(answer in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = (read(&answer), read_header(&answer), attribute(&answer, 0, 1));
+        }
+    }
+}
