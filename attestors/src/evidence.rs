@@ -2,9 +2,8 @@
 
 use std::fmt;
 use std::io;
-#[cfg(target_os = "linux")]
 use std::net::SocketAddr;
-#[cfg(target_os = "linux")]
+#[cfg(unix)]
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
@@ -26,28 +25,27 @@ impl PeerEvidence {
     }
 
     /// Evidence of the peer of a connected Unix stream socket, by SO_PEERPIDFD (unix(7)), or by
-    /// SO_PEERCRED and sock_diag(7) where the kernel lacks it. Blocks on procfs.
-    #[cfg(target_os = "linux")]
+    /// SO_PEERCRED and sock_diag(7) where the kernel lacks it. Blocks on procfs. Systems other than
+    /// Linux have none.
+    #[cfg(unix)]
     pub fn of_unix_stream(stream: BorrowedFd<'_>) -> Result<Self, EvidenceError> {
-        Peer::of_unix_stream(stream).map(Self::some)
+        let peer = Peer::of_unix_stream(stream)?;
+        Ok(Self { peer })
     }
 
     /// As [`PeerEvidence::of_unix_stream`] on a kernel without SO_PEERPIDFD.
     #[cfg(all(target_os = "linux", any(test, feature = "test-support")))]
     pub fn of_unix_stream_by_credentials(stream: BorrowedFd<'_>) -> Result<Self, EvidenceError> {
-        Peer::of_unix_stream_by_credentials(stream).map(Self::some)
+        let peer = Some(Peer::of_unix_stream_by_credentials(stream)?);
+        Ok(Self { peer })
     }
 
     /// Evidence of the process that connected from `peer` to our `local` over loopback TCP, by
-    /// sock_diag(7) in the network namespace of the calling thread. Blocks on procfs.
-    #[cfg(target_os = "linux")]
+    /// sock_diag(7) in the network namespace of the calling thread. Blocks on procfs. Systems other
+    /// than Linux have none.
     pub fn of_loopback_tcp(local: SocketAddr, peer: SocketAddr) -> Result<Self, EvidenceError> {
-        Peer::of_loopback_tcp(local, peer).map(Self::some)
-    }
-
-    #[cfg(target_os = "linux")]
-    fn some(peer: Peer) -> Self {
-        Self { peer: Some(peer) }
+        let peer = Peer::of_loopback_tcp(local, peer)?;
+        Ok(Self { peer })
     }
 
     /// The calling process; `None` without kernel evidence.

@@ -34,8 +34,8 @@ pub(crate) struct Peer {
 
 impl Peer {
     /// The peer of a connected Unix stream socket.
-    pub(crate) fn of_unix_stream(stream: BorrowedFd<'_>) -> Result<Self, EvidenceError> {
-        match getsockopt(&stream, sockopt::PeerPidfd) {
+    pub(crate) fn of_unix_stream(stream: BorrowedFd<'_>) -> Result<Option<Self>, EvidenceError> {
+        let peer = match getsockopt(&stream, sockopt::PeerPidfd) {
             Ok(pidfd) => {
                 let process = Process::of_pidfd(pidfd)?.ok_or(EvidenceError::CallerGone)?;
                 Self::of_connecting_process(stream, process, vec!["pidfd"])
@@ -45,7 +45,8 @@ impl Peer {
             // The kernel has no process for this peer, or it was reaped before it could be asked.
             Err(Errno::ENODATA | Errno::ESRCH) => Err(EvidenceError::CallerGone),
             Err(errno) => Err(io::Error::from(errno).into()),
-        }
+        };
+        peer.map(Some)
     }
 
     /// The other path, for kernels that cannot give a pidfd of the peer: the number that connected,
@@ -97,7 +98,7 @@ impl Peer {
     pub(crate) fn of_loopback_tcp(
         local: SocketAddr,
         peer: SocketAddr,
-    ) -> Result<Self, EvidenceError> {
+    ) -> Result<Option<Self>, EvidenceError> {
         if !peer.ip().to_canonical().is_loopback() || !local.ip().to_canonical().is_loopback() {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -106,14 +107,16 @@ impl Peer {
             .into());
         }
         let socket = socket_diagnostics::find_tcp(peer, local)?.ok_or(EvidenceError::CallerGone)?;
-        let processes = holders_of(&socket)?;
+        let processes = holders_of(&socket);
         // Asked again: between the two answers the socket was this one, so that what was read of
-        // `/proc` in between belongs to it.
+        // `/proc` in between belongs to it. Before an error counts, too: of a caller that has just
+        // gone there may be something left that cannot be read.
         match socket_diagnostics::find_tcp(peer, local)? {
             Some(again) if (again.cookie, again.inode) == (socket.cookie, socket.inode) => {}
             _ => return Err(EvidenceError::CallerGone),
         }
-        Ok(Self::new(processes, vec!["sock_diag", "pidfd"]))
+        let processes = processes?;
+        Ok(Some(Self::new(processes, vec!["sock_diag", "pidfd"])))
     }
 
     fn new(processes: Vec<Process>, mut words: Vec<&'static str>) -> Self {
