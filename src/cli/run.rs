@@ -73,7 +73,6 @@ async fn serve(config: Config, mut watcher: Watcher) -> ExitCode {
     for (name, address) in &app.bound().listeners {
         tracing::info!(listener = name, %address, "listening");
     }
-    watcher.follow(&app.agent().snapshot.load().config);
     loop {
         tokio::select! {
             _ = terminate.recv() => break,
@@ -83,7 +82,6 @@ async fn serve(config: Config, mut watcher: Watcher) -> ExitCode {
         }
         // A failure is logged, counted and audited; the last good configuration stays in force.
         let _ = app.reload().await;
-        watcher.follow(&app.agent().snapshot.load().config);
     }
     app.shutdown().await;
     ExitCode::SUCCESS

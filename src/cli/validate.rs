@@ -26,6 +26,7 @@ pub fn run(arguments: &ValidateArguments, out: &mut dyn Write, errors: &mut dyn 
     let Checked {
         config,
         mut diagnostics,
+        ..
     } = config::check(&arguments.config);
     let config = config.filter(|config| {
         let loaded = PolicyEngine::load(config, &config.attestors.declarations());

@@ -1,6 +1,6 @@
 //! From a path to a [`Config`]: reads the file and those that it includes, and joins them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
@@ -17,6 +17,9 @@ pub struct Checked {
     pub config: Option<Config>,
     /// Errors and warnings, in the order of files and places.
     pub diagnostics: Diagnostics,
+    /// Every file and directory that was read or named, those of a wrong configuration too: where a
+    /// key is missing, its coming is a reason to read again.
+    pub files: Vec<PathBuf>,
 }
 
 impl Config {
@@ -28,6 +31,7 @@ impl Config {
         let Checked {
             config,
             diagnostics,
+            ..
         } = check(path);
         match config {
             Some(config) => {
@@ -163,13 +167,14 @@ pub fn check(path: &Path) -> Checked {
         files,
         mut diagnostics,
         misfits,
-        watched,
+        mut watched,
     } = loader;
-    let config = convert::convert(&files, document, misfits, watched, &mut diagnostics);
+    let config = convert::convert(&files, document, misfits, &mut watched, &mut diagnostics);
     diagnostics.sort();
     Checked {
         config: config.filter(|_| !diagnostics.has_errors()),
         diagnostics,
+        files: watched.into_iter().collect(),
     }
 }
 
@@ -179,13 +184,13 @@ struct Loader {
     diagnostics: Diagnostics,
     /// Where something did not fit: what is missing there is not reported again.
     misfits: Vec<Place>,
-    watched: Vec<PathBuf>,
+    watched: BTreeSet<PathBuf>,
 }
 
 impl Loader {
     /// Reads one file; `named_at` says where another names it.
     fn read(&mut self, path: &Path, named_at: Option<(&Path, Place)>) {
-        self.watched.push(path.to_owned());
+        self.watched.insert(path.to_owned());
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) => {
@@ -264,7 +269,7 @@ impl Loader {
             .and_then(|document| document.include.clone())
             .unwrap_or_default();
         let (main_path, directory) = (main.path.clone(), main.directory.clone());
-        let mut included = vec![main_path.clone()];
+        let mut included = vec![canonical(&main_path)];
         for pattern in patterns {
             match self.matching(&directory, &pattern.value) {
                 Ok(paths) if paths.is_empty() => self.diagnostics.push(
@@ -277,9 +282,10 @@ impl Loader {
                 ),
                 Ok(paths) => {
                     for path in paths {
-                        if !included.contains(&path) {
+                        let identity = canonical(&path);
+                        if !included.contains(&identity) {
                             self.read(&path, Some((&main_path, pattern.place)));
-                            included.push(path);
+                            included.push(identity);
                         }
                     }
                 }
@@ -325,10 +331,15 @@ impl Loader {
         if !name.contains('*') {
             return Ok(vec![whole]);
         }
+        let parent = if parent.as_os_str().is_empty() {
+            Path::new(".")
+        } else {
+            parent
+        };
         let glob = globset::Glob::new(name)
             .map_err(|_| format!("`{pattern}` is no pattern"))?
             .compile_matcher();
-        self.watched.push(parent.to_owned());
+        self.watched.insert(parent.to_owned());
         let Ok(entries) = std::fs::read_dir(parent) else {
             return Ok(Vec::new());
         };
@@ -421,6 +432,11 @@ fn inline_secrets(text: &str) -> Vec<std::ops::Range<usize>> {
             colon + 1..colon + 1 + length
         })
         .collect()
+}
+
+/// The path that all names of a file have in common.
+fn canonical(path: &Path) -> PathBuf {
+    std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())
 }
 
 fn append<T>(whole: &mut Option<Vec<T>>, part: Option<Vec<T>>) {

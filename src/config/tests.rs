@@ -188,6 +188,22 @@ fn included_lists_append_and_sections_stand_once() {
 }
 
 #[test]
+fn a_file_beside_the_first_is_included_and_the_first_is_not_again() {
+    let directory = directory();
+    fs::write(
+        directory.path().join("b.yaml"),
+        "{listeners: [], credentials: [], destinations: []}",
+    )
+    .unwrap();
+    let config = load(directory.path(), "{version: 1, include: [\"*.yaml\"]}").unwrap();
+    assert!(
+        config
+            .watched_files
+            .contains(&directory.path().join("b.yaml"))
+    );
+}
+
+#[test]
 fn warnings_do_not_stop_a_load() {
     let directory = directory();
     fs::set_permissions(

@@ -3,14 +3,14 @@
 //! By asking for their metadata: that also works where notification does not (network file systems,
 //! and a ConfigMap, whose files are symbolic links through a directory that is swapped).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
-use super::Config;
+use super::check;
 
 /// How often metadata is asked for.
 const TICK: Duration = Duration::from_millis(250);
@@ -25,49 +25,34 @@ struct Mark {
     changed: (i64, i64),
 }
 
-type Marks = BTreeMap<PathBuf, Option<Mark>>;
+/// No mark: there is no such file.
+type Marks = BTreeMap<PathBuf, Vec<Mark>>;
 
 /// Watches the files of a configuration: itself, what it includes (new files that a pattern matches
 /// too), keys, certificates, and the policy directory.
 #[derive(Debug)]
 pub struct Watcher {
-    paths: BTreeSet<PathBuf>,
+    path: PathBuf,
     seen: Marks,
     unsettled: Option<Marks>,
     interval: Option<Interval>,
 }
 
 impl Watcher {
-    /// Watches one configuration file as it is now. Made before the file is loaded, so that no change
-    /// falls between.
+    /// Watches the files of the configuration at `path` as they are now. Made before the configuration
+    /// is loaded, so that no change falls between. Blocks: it reads the configuration to know its files.
     pub fn new(path: &Path) -> Self {
-        let paths = BTreeSet::from([path.to_owned()]);
         Self {
-            seen: marks(&paths),
-            paths,
+            path: path.to_owned(),
+            seen: renewed(path, &Marks::new()),
             unsettled: None,
             interval: None,
         }
     }
 
-    /// Watches the files of a loaded configuration from now on. What is already watched is compared
-    /// with what it was *before* the load, so that a change during the load is noticed.
-    pub fn follow(&mut self, config: &Config) {
-        self.paths = config.watched_files.iter().cloned().collect();
-        self.paths.insert(config.path.clone());
-        self.paths.insert(config.policy_directory.clone());
-        let mut seen = marks(&self.paths);
-        for (path, mark) in &mut seen {
-            if let Some(before) = self.seen.get(path) {
-                *mark = *before;
-            }
-        }
-        self.seen = seen;
-        self.unsettled = None;
-    }
-
     /// Waits until something changed and then stayed the same for a tick of 250 ms. May be dropped and
-    /// called again without losing a change. Needs a tokio runtime with time.
+    /// called again without losing a change. A configuration that is loaded afterwards is watched from
+    /// before its load. Needs a tokio runtime with time.
     pub async fn changed(&mut self) {
         loop {
             self.interval
@@ -78,14 +63,19 @@ impl Watcher {
                 })
                 .tick()
                 .await;
-            let paths = self.paths.clone();
+            let paths: Vec<PathBuf> = self.seen.keys().cloned().collect();
             let Ok(now) = tokio::task::spawn_blocking(move || marks(&paths)).await else {
                 continue;
             };
             if now == self.seen {
                 self.unsettled = None;
             } else if self.unsettled.as_ref() == Some(&now) {
-                self.seen = now;
+                let path = self.path.clone();
+                let Ok(seen) = tokio::task::spawn_blocking(move || renewed(&path, &now)).await
+                else {
+                    continue;
+                };
+                self.seen = seen;
                 self.unsettled = None;
                 return;
             } else {
@@ -95,32 +85,54 @@ impl Watcher {
     }
 }
 
-/// The marks of files, and of the entries of directories.
-fn marks(paths: &BTreeSet<PathBuf>) -> Marks {
-    let mut marks = Marks::new();
-    for path in paths {
-        marks.insert(path.clone(), mark(path));
-        if let Ok(entries) = std::fs::read_dir(path) {
-            for entry in entries.filter_map(Result::ok) {
-                let path = entry.path();
-                let mark = mark(&path);
-                marks.insert(path, mark);
-            }
+/// The marks of the files that the configuration names by now. What had a mark keeps it, so that a
+/// change that happens meanwhile is noticed.
+fn renewed(path: &Path, before: &Marks) -> Marks {
+    let first = mark(path);
+    let files = check(path).files;
+    let mut marks = marks(&files);
+    marks.insert(path.to_owned(), first);
+    for (path, mark) in &mut marks {
+        if let Some(before) = before.get(path) {
+            mark.clone_from(before);
         }
     }
     marks
 }
 
-/// Follows symbolic links: a swapped link leads to another inode.
-fn mark(path: &Path) -> Option<Mark> {
-    let metadata = std::fs::metadata(path).ok()?;
-    Some(Mark {
-        device: metadata.dev(),
-        inode: metadata.ino(),
-        size: metadata.len(),
-        modified: (metadata.mtime(), metadata.mtime_nsec()),
-        changed: (metadata.ctime(), metadata.ctime_nsec()),
-    })
+fn marks(paths: &[PathBuf]) -> Marks {
+    paths
+        .iter()
+        .map(|path| (path.clone(), mark(path)))
+        .collect()
+}
+
+/// What a path leads to: a file's identity and times, and for a directory those of its entries.
+fn mark(path: &Path) -> Vec<Mark> {
+    let mut marks: Vec<Mark> = Mark::of(path).into_iter().collect();
+    if let Ok(entries) = std::fs::read_dir(path) {
+        let mut entries: Vec<PathBuf> = entries
+            .filter_map(Result::ok)
+            .map(|entry| entry.path())
+            .collect();
+        entries.sort();
+        marks.extend(entries.iter().filter_map(|entry| Mark::of(entry)));
+    }
+    marks
+}
+
+impl Mark {
+    /// Follows symbolic links: a swapped link leads to another inode.
+    fn of(path: &Path) -> Option<Self> {
+        let metadata = std::fs::metadata(path).ok()?;
+        Some(Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size: metadata.len(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        })
+    }
 }
 
 #[cfg(test)]
@@ -155,9 +167,7 @@ mod tests {
             root.join("policies/default.cedar"),
         )
         .unwrap();
-        let path = root.join("agent.yaml");
-        let mut watcher = Watcher::new(&path);
-        watcher.follow(&Config::load(&path).unwrap());
+        let watcher = Watcher::new(&root.join("agent.yaml"));
         (directory, watcher)
     }
 
@@ -196,13 +206,23 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_change_during_a_load_is_noticed_after_it() {
+    async fn what_a_wrong_configuration_names_is_watched() {
         let (directory, mut watcher) = laid();
-        let path = directory.path().join("agent.yaml");
-        let loaded = Config::load(&path).unwrap();
-        config_map(directory.path(), "..2026_02", CONFIG);
-        watcher.follow(&loaded);
-        assert!(is_noticed(&mut watcher).await);
+        let root = directory.path();
+        let names_a_key = CONFIG.replace(
+            "credentials: []",
+            "credentials: [{name: a, type: oauth_client_credentials, issuer: \"https://a.example.com\", client_id: a, \
+             client_authentication: {method: client_secret_basic, secret_file: secret}}]",
+        );
+        config_map(root, "..2026_02", &names_a_key);
+        assert!(is_noticed(&mut watcher).await, "the new configuration");
+        assert!(check(&root.join("agent.yaml")).config.is_none());
+        fs::write(root.join("secret"), "a secret").unwrap();
+        assert!(
+            is_noticed(&mut watcher).await,
+            "the secret that was missing"
+        );
+        assert!(check(&root.join("agent.yaml")).config.is_some());
         assert!(is_quiet(&mut watcher).await);
     }
 
