@@ -262,7 +262,8 @@ mod tests {
 
     #[test]
     fn removes_what_concerns_one_connection() {
-        let rows: &[(&[(&str, &str)], bool, &[&str])] = &[
+        type Row<'a> = (&'a [(&'a str, &'a str)], bool, &'a [&'a str]);
+        let rows: &[Row<'_>] = &[
             (&[("accept", "*/*")], false, &["accept: */*"]),
             (
                 &[

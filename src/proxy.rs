@@ -206,7 +206,7 @@ impl Caller {
         }
         let time = agent.clock.wall();
         let id = SessionId::new(time);
-        let summary: Arc<str> = Arc::from(workload_summary(workload.facts()));
+        let summary = workload_summary(workload.facts());
         agent
             .audit
             .record(Record::Attested(Box::new(AttestedRecord {

@@ -5,10 +5,13 @@ use std::sync::Arc;
 
 use crate::config::{Config, Destination, Scheme, Unmatched};
 
+/// A host's ports, each with its destinations in the order of the configuration.
+type Ports = Vec<(u16, Vec<Arc<Destination>>)>;
+
 /// Destinations by host and port.
 #[derive(Debug)]
 pub struct Routes {
-    by_host: HashMap<String, Vec<(u16, Vec<Arc<Destination>>)>>,
+    by_host: HashMap<String, Ports>,
     unmatched: Unmatched,
 }
 
@@ -26,7 +29,7 @@ pub enum Route<'a> {
 impl Routes {
     /// Indexes a configuration's destinations.
     pub fn new(config: &Config) -> Self {
-        let mut by_host: HashMap<String, Vec<(u16, Vec<Arc<Destination>>)>> = HashMap::new();
+        let mut by_host: HashMap<String, Ports> = HashMap::new();
         for destination in &config.destinations {
             for host in &destination.hosts {
                 let ports = by_host.entry(host.clone()).or_default();

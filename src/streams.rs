@@ -101,8 +101,10 @@ pub trait Permission {
 /// A data worker's open streams.
 #[derive(Default)]
 pub struct OpenStreams {
-    entries: RefCell<Vec<(Weak<Stream>, Rc<dyn Permission>)>>,
+    entries: RefCell<Vec<Watched>>,
 }
+
+type Watched = (Weak<Stream>, Rc<dyn Permission>);
 
 impl OpenStreams {
     /// Watches `stream` for as long as anybody holds it.
