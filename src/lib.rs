@@ -2,10 +2,12 @@
 //! short-lived tokens into their requests.
 
 pub mod address;
+pub mod admin;
 pub mod agent;
 pub mod app;
 pub mod audit;
 pub mod cli;
+pub mod client;
 pub mod clock;
 pub mod config;
 pub mod credentials;

@@ -1,8 +1,13 @@
 //! The command line: one file for each verb.
 
+pub mod admin;
+pub mod audit;
+pub mod credentials;
 pub mod output;
+pub mod revoke;
 pub mod run;
 pub mod schema;
+pub mod status;
 pub mod validate;
 
 use std::process::ExitCode;
@@ -28,6 +33,14 @@ enum Verb {
     Validate(validate::ValidateArguments),
     /// Prints the JSON Schema of the configuration.
     Schema(schema::SchemaArguments),
+    /// Shows the state of every part of a running agent.
+    Status(status::StatusArguments),
+    /// The tokens that a running agent holds.
+    Credentials(credentials::CredentialsArguments),
+    /// Refuses a workload, a credential or a token from the next request on.
+    Revoke(revoke::RevokeArguments),
+    /// Verifies and shows audit files.
+    Audit(audit::AuditArguments),
 }
 
 /// Runs the verb that the process's arguments name.
@@ -47,5 +60,9 @@ pub fn main() -> ExitCode {
         Verb::Run(arguments) => run::run(&arguments),
         Verb::Validate(arguments) => validate::run(&arguments, &mut out, &mut errors),
         Verb::Schema(arguments) => schema::run(&arguments, &mut out),
+        Verb::Status(arguments) => status::run(&arguments, &mut out, &mut errors),
+        Verb::Credentials(arguments) => credentials::run(&arguments, &mut out, &mut errors),
+        Verb::Revoke(arguments) => revoke::run(&arguments, &mut out, &mut errors),
+        Verb::Audit(arguments) => audit::run(&arguments, &mut out, &mut errors),
     }
 }
