@@ -9,6 +9,8 @@ pub mod attribute;
 pub mod catalog;
 mod cgroup;
 pub mod clock;
+#[cfg(test)]
+mod counts;
 pub mod evidence;
 pub mod fetch;
 pub mod oidc;

@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::unistd::Uid;
 
+use crate::counts;
 use crate::{
     AttestationEnded, AttestedWorkload, Attestor, AttributeSelection, Catalog,
     ConnectionAttestation, EvidenceError, PeerEvidence, SystemClock, SystemdAttestor, UnixAttestor,
@@ -33,7 +34,7 @@ use crate::{
 /// What the helper is to do: `ROLE ADDRESS`.
 const HELPER: &str = "COUNTERSIGN_TEST_HELPER";
 const SLEEPING_HELPER: &str = "COUNTERSIGN_TEST_SLEEPING_HELPER";
-/// How many callers connect, send and exit. More by `COUNTERSIGN_TEST_REPEATS`.
+/// How many callers connect, send and exit.
 const REPEATS: usize = 10_000;
 /// The user that the attackers are when the tests run as root: `nobody`.
 const NOBODY: u32 = 65_534;
@@ -361,13 +362,11 @@ fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
 fn who_connects_sends_and_exits_is_never_taken_for_root() {
     let node = Node::new();
     node.serves_the_honest();
-    let repeats = std::env::var("COUNTERSIGN_TEST_REPEATS")
-        .ok()
-        .and_then(|repeats| repeats.parse().ok())
-        .unwrap_or(REPEATS);
     let port = node.tcp.local_addr().unwrap().port();
+    // Every twentieth lingers until it is hung up on, so that the living and the dying alternate.
     let script = format!(
-        "for ((i = 0; i < {repeats}; i++)); do (exec 3<>/dev/tcp/127.0.0.1/{port} && printf x >&3); done"
+        "for ((i = 0; i < {REPEATS}; i++)); do \
+         (exec 3<>/dev/tcp/127.0.0.1/{port} && printf x >&3 && ((i % 20)) || read -t 0.5 -u 3); done"
     );
     let mut command = bash(&script);
     if is_root() {
@@ -376,7 +375,7 @@ fn who_connects_sends_and_exits_is_never_taken_for_root() {
     let mut children = command.stderr(Stdio::null()).spawn().unwrap();
 
     let (mut attested, mut gone) = (0, 0);
-    for number in 0..repeats {
+    for number in 0..REPEATS {
         let (mut stream, _) = node.tcp.accept().unwrap();
         // Every second one is asked about when it has surely gone, the others while it may live.
         let waited = number % 2 == 1;
@@ -398,8 +397,9 @@ fn who_connects_sends_and_exits_is_never_taken_for_root() {
         }
     }
     children.wait().unwrap();
-    println!("{repeats} callers: {attested} attested, {gone} gone, none taken for another");
-    assert!(gone >= repeats / 2);
+    println!("{attested} attested, {gone} gone, none taken for another");
+    counts::expect("callers-that-exit", attested + gone);
+    assert!(gone >= REPEATS / 2);
     node.serves_the_honest();
 }
 
@@ -844,10 +844,7 @@ fn no_name_of_a_cgroup_makes_a_user_something_of_the_hosts() {
             assert!(!key.contains("unit orders.service"), "{name}: {key}");
         }
     }
-    println!(
-        "{} hostile cgroups, each by TCP and by a Unix socket",
-        HOSTILE_CGROUPS.len()
-    );
+    counts::expect("cgroups-hostile-real", HOSTILE_CGROUPS.len());
 }
 
 /// The attacker makes the directories, as anybody may below what is delegated.
