@@ -314,6 +314,12 @@ impl PolicyEngine {
         read
     }
 
+    /// The same policies with another time zone for `context.local` than the node's.
+    #[must_use]
+    pub fn in_time_zone(self, time_zone: TimeZone) -> Self {
+        Self { time_zone, ..self }
+    }
+
     /// The first 16 hexadecimal digits of the SHA-256 of the policy files.
     pub fn version(&self) -> &Arc<str> {
         &self.version
@@ -823,7 +829,7 @@ fn permission(
 }
 
 /// The groups that an attestor states. The attestor of processes states the container's as well.
-fn groups_of_attestor(name: &str) -> impl Iterator<Item = &str> {
+pub(super) fn groups_of_attestor(name: &str) -> impl Iterator<Item = &str> {
     let also = (name == "unix").then_some("container");
     std::iter::once(name).chain(also)
 }

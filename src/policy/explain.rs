@@ -82,9 +82,28 @@ pub fn explanation(
     facts: &WorkloadFacts,
     question: &Question<'_>,
 ) -> Explanation {
-    let principal = Principal::new(facts, engine);
-    let decision = engine.evaluate_for(facts, &principal, question);
-    explain(engine, facts, &principal, question, &decision)
+    explanation_for(engine, facts, &Principal::new(facts, engine), question)
+}
+
+/// As [`explanation`], of a workload whose environment is given and not looked up.
+pub fn explanation_in(
+    engine: &PolicyEngine,
+    facts: &WorkloadFacts,
+    environment: &str,
+    question: &Question<'_>,
+) -> Explanation {
+    let principal = Principal::in_environment(facts, Arc::from(environment), engine);
+    explanation_for(engine, facts, &principal, question)
+}
+
+pub(super) fn explanation_for(
+    engine: &PolicyEngine,
+    facts: &WorkloadFacts,
+    principal: &Principal,
+    question: &Question<'_>,
+) -> Explanation {
+    let decision = engine.evaluate_for(facts, principal, question);
+    explain(engine, facts, principal, question, &decision)
 }
 
 /// Explains a decision that was made, as it was made: a revocation or an attestation that had ended counts.

@@ -6,8 +6,10 @@
 //! `explain`, `cases`, `schema`.
 
 mod cache;
+pub mod cases;
 mod conditions;
 mod decision;
+pub mod described;
 mod engine;
 pub mod explain;
 mod grant;

@@ -28,7 +28,15 @@ pub(super) struct Principal {
 
 impl Principal {
     pub(super) fn new(facts: &WorkloadFacts, engine: &PolicyEngine) -> Self {
-        let environment = environment_of(facts, engine.environments());
+        Self::in_environment(facts, environment_of(facts, engine.environments()), engine)
+    }
+
+    /// A workload whose environment is given and not looked up.
+    pub(super) fn in_environment(
+        facts: &WorkloadFacts,
+        environment: Arc<str>,
+        engine: &PolicyEngine,
+    ) -> Self {
         let entity = entity_of(facts, &environment, engine.repository_hosts())
             .map_err(|error| error.to_string());
         Self {
