@@ -5,6 +5,7 @@ pub mod audit;
 pub mod credentials;
 pub mod output;
 pub mod revoke;
+pub mod policy;
 pub mod run;
 pub mod schema;
 pub mod status;

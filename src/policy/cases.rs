@@ -18,7 +18,7 @@ use super::engine::PolicyEngine;
 use super::explain::{self, Explanation};
 use super::principal::Principal;
 use super::question::{Action, OwnedQuestion, Question, Resource};
-use super::selection::{first_permitted, questions, unmatched};
+use super::selection::{first_permitted, questions, route, unmatched};
 use super::source::{PolicyFile, duration, duration_text, files_with_suffix};
 use crate::config::{Config, Unmatched};
 use crate::diagnostics::{Diagnostic, Diagnostics, did_you_mean};
@@ -321,14 +321,11 @@ impl Tester<'_> {
             None => None,
         };
         let asked = self.asked(case)?;
-        let principal = match &workload.environment {
-            Some(environment) => Principal::in_environment(
-                &workload.facts,
-                Arc::from(environment.as_str()),
-                &self.engine,
-            ),
-            None => Principal::new(&workload.facts, &self.engine),
-        };
+        let principal = Principal::described(
+            &workload.facts,
+            workload.environment.as_deref(),
+            &self.engine,
+        );
         let answer = self.ask(&asked, &workload.facts, &principal, wall)?;
 
         let passed = matches(case, expected_lifetime, &answer);
@@ -464,38 +461,26 @@ impl Tester<'_> {
                 request: None,
                 wall,
             })),
-            Asked::Request(request) => {
-                let route = self.routes.find(
-                    request.scheme,
-                    request.target.host(),
-                    request.target.port(),
-                    |destination| {
-                        request
-                            .path
-                            .all_readings(|path| destination.paths.compiled.is_match(path))
-                    },
-                );
-                match route {
-                    Route::Destination(destination) => {
-                        let asking = questions(destination, Some(request), wall);
-                        match first_permitted(asking, decide) {
-                            Ok((permission, question, _)) => {
-                                Ok(Answer::Allow(permission, question.to_owned()))
-                            }
-                            Err(Some(refused)) => {
-                                Ok(Answer::Deny(refused.denial, refused.question.to_owned()))
-                            }
-                            Err(None) => Ok(Answer::NotConfigured),
+            Asked::Request(request) => match route(&self.routes, request) {
+                Route::Destination(destination) => {
+                    let asking = questions(destination, Some(request), wall);
+                    match first_permitted(asking, decide) {
+                        Ok((permission, question, _)) => {
+                            Ok(Answer::Allow(permission, question.to_owned()))
                         }
-                    }
-                    Route::Unmatched(Unmatched::Tunnel) => {
-                        Ok(decide_one(unmatched(Some(request), wall)))
-                    }
-                    Route::NotCovered(_) | Route::Unmatched(Unmatched::Refuse) => {
-                        Ok(Answer::NotConfigured)
+                        Err(Some(refused)) => {
+                            Ok(Answer::Deny(refused.denial, refused.question.to_owned()))
+                        }
+                        Err(None) => Ok(Answer::NotConfigured),
                     }
                 }
-            }
+                Route::Unmatched(Unmatched::Tunnel) => {
+                    Ok(decide_one(unmatched(Some(request), wall)))
+                }
+                Route::NotCovered(_) | Route::Unmatched(Unmatched::Refuse) => {
+                    Ok(Answer::NotConfigured)
+                }
+            },
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use countersign_attestors::AttestationEnded;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::question::{Question, Resource};
 use crate::refusal::{Refusal, RefusalCode};
@@ -231,7 +231,7 @@ pub struct NearestMiss {
 }
 
 /// One condition of a policy, evaluated.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Condition {
     /// Cedar text.
     pub text: String,

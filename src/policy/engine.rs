@@ -370,6 +370,17 @@ impl PolicyEngine {
         self.evaluate_for(facts, &Principal::new(facts, self), question)
     }
 
+    /// As [`evaluate`](Self::evaluate), of a workload whose environment may be given instead of looked up.
+    pub fn evaluate_in(
+        &self,
+        facts: &WorkloadFacts,
+        environment: Option<&str>,
+        question: &Question<'_>,
+    ) -> Decision {
+        let principal = Principal::described(facts, environment, self);
+        self.evaluate_for(facts, &principal, question)
+    }
+
     /// The policies that can apply; `None` for a resource that is not in this configuration.
     pub(super) fn slice(&self, question: &Question<'_>) -> Option<&Slice> {
         self.resource(question)?

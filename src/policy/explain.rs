@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::Arc;
 
-use countersign_attestors::{FailedAttestor, FailureKind, WorkloadFacts};
-use serde::Serialize;
+use countersign_attestors::{FailureKind, WorkloadFacts};
+use serde::{Deserialize, Serialize};
 
 use super::conditions;
 use super::decision::{Condition, Decision, Denial, DenialKind};
@@ -14,22 +14,23 @@ use super::principal::Principal;
 use super::question::{Action, Question, Resource, UNMATCHED};
 use super::ring::RecordedDecision;
 use super::source::duration_text;
+use super::suggest::{self, Suggestion};
 
 /// A decision, explained. Serialises as `policy explain --output json` prints it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Explanation {
     /// The request; `None` for a described one.
     pub request_id: Option<String>,
     /// Whether it was allowed.
     pub allowed: bool,
     /// The refusal's stable code, or `allowed`.
-    pub code: &'static str,
+    pub code: String,
     /// Which kind of no.
-    pub reason: Option<&'static str>,
+    pub reason: Option<String>,
     /// What the caller was told; `None` for a yes.
     pub detail: Option<String>,
     /// The version of the policies.
-    pub policy_version: Arc<str>,
+    pub policy_version: String,
     /// The action.
     pub action: Action,
     /// `credential NAME` or `destination NAME`.
@@ -48,28 +49,41 @@ pub struct Explanation {
     pub max_lifetime: Option<String>,
     /// The scopes granted.
     pub scopes: Vec<String>,
+    /// A policy that would allow exactly this, and its test; where no permit is satisfied.
+    pub suggestion: Option<Suggestion>,
 }
 
 /// The workload, as far as the policies that apply read it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExplainedWorkload {
     /// Attributes by group.
     pub attributes: BTreeMap<String, BTreeMap<String, String>>,
     /// `principal.environment`.
-    pub environment: Arc<str>,
+    pub environment: String,
     /// What the attributes rest on.
     pub evidence: Vec<String>,
     /// Issuers of which the policies that apply read a token that was not presented.
     pub not_presented: Vec<String>,
     /// Attestors that failed.
-    pub failed_attestors: Vec<FailedAttestor>,
+    pub failed_attestors: Vec<ExplainedFailure>,
+}
+
+/// An attestor that failed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExplainedFailure {
+    /// Its name.
+    pub name: String,
+    /// Whether it could not run; else the evidence is wrong.
+    pub could_not_run: bool,
+    /// Why.
+    pub detail: String,
 }
 
 /// A policy and its conditions.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExplainedPolicy {
     /// Its id.
-    pub id: Arc<str>,
+    pub id: String,
     /// `FILE:LINE:COLUMN`.
     pub location: String,
     /// Each condition, and whether it held.
@@ -82,17 +96,17 @@ pub fn explanation(
     facts: &WorkloadFacts,
     question: &Question<'_>,
 ) -> Explanation {
-    explanation_for(engine, facts, &Principal::new(facts, engine), question)
+    explanation_in(engine, facts, None, question)
 }
 
-/// As [`explanation`], of a workload whose environment is given and not looked up.
+/// As [`explanation`], of a workload whose environment may be given instead of looked up.
 pub fn explanation_in(
     engine: &PolicyEngine,
     facts: &WorkloadFacts,
-    environment: &str,
+    environment: Option<&str>,
     question: &Question<'_>,
 ) -> Explanation {
-    let principal = Principal::in_environment(facts, Arc::from(environment), engine);
+    let principal = Principal::described(facts, environment, engine);
     explanation_for(engine, facts, &principal, question)
 }
 
@@ -136,7 +150,7 @@ fn explain(
     let explained = |id: &Arc<str>| -> Option<ExplainedPolicy> {
         let policy: &LoadedPolicy = slice?.policies.iter().find(|policy| policy.id == *id)?;
         Some(ExplainedPolicy {
-            id: Arc::clone(&policy.id),
+            id: policy.id.to_string(),
             location: policy.location.clone(),
             conditions: conditions::evaluate(policy, prepared.as_ref()?, question),
         })
@@ -144,10 +158,10 @@ fn explain(
     let mut explanation = Explanation {
         request_id: None,
         allowed: false,
-        code: "allowed",
+        code: "allowed".to_owned(),
         reason: None,
         detail: None,
-        policy_version: Arc::clone(engine.version()),
+        policy_version: engine.version().to_string(),
         action: question.action,
         resource: match question.resource {
             Resource::Credential { credential, .. } => format!("credential {}", credential.name),
@@ -171,6 +185,7 @@ fn explain(
         forbids: Vec::new(),
         max_lifetime: None,
         scopes: Vec::new(),
+        suggestion: None,
     };
     match decision {
         Decision::Allow(permission) => {
@@ -181,16 +196,19 @@ fn explain(
         }
         Decision::Deny(denial) => {
             let refusal = denial.to_refusal(question);
-            explanation.code = refusal.code.as_str();
-            explanation.reason = Some(denial.kind.as_str());
+            explanation.code = refusal.code.as_str().to_owned();
+            explanation.reason = Some(denial.kind.as_str().to_owned());
             explanation.detail = Some(match refusal.internal {
                 Some(internal) => format!("{}: {internal}", refusal.detail),
                 None => refusal.detail,
             });
+            if denial.kind == DenialKind::NoPermit {
+                explanation.suggestion = Some(suggest::suggestion(facts, question));
+            }
             explanation.forbids = denial.policies.iter().filter_map(explained).collect();
             explanation.permits = match &denial.nearest {
                 Some(nearest) => vec![ExplainedPolicy {
-                    id: Arc::clone(&nearest.policy),
+                    id: nearest.policy.to_string(),
                     location: nearest.location.clone(),
                     conditions: nearest.conditions.clone(),
                 }],
@@ -217,7 +235,7 @@ fn nearest_of(
         .and_then(|(slice, prepared)| conditions::nearest_miss(slice, prepared, question));
     nearest
         .map(|nearest| ExplainedPolicy {
-            id: nearest.policy,
+            id: nearest.policy.to_string(),
             location: nearest.location,
             conditions: nearest.conditions,
         })
@@ -249,7 +267,7 @@ fn describe(
     }
     ExplainedWorkload {
         attributes,
-        environment: Arc::clone(&principal.environment),
+        environment: principal.environment.to_string(),
         evidence: facts.evidence.clone(),
         not_presented: engine
             .issuer_groups()
@@ -257,14 +275,22 @@ fn describe(
             .filter(|issuer| !facts.groups.contains_key(*issuer))
             .cloned()
             .collect(),
-        failed_attestors: facts.failed_attestors.clone(),
+        failed_attestors: facts
+            .failed_attestors
+            .iter()
+            .map(|failed| ExplainedFailure {
+                name: failed.name.clone(),
+                could_not_run: failed.kind == FailureKind::CouldNotRun,
+                detail: failed.detail.clone(),
+            })
+            .collect(),
     }
 }
 
 impl Explanation {
     /// The name of what decided or came nearest, for a log line.
     pub fn nearest(&self) -> Option<&str> {
-        self.permits.first().map(|policy| &*policy.id)
+        self.permits.first().map(|policy| policy.id.as_str())
     }
 
     /// For a terminal.
@@ -290,9 +316,9 @@ impl Explanation {
         }
         writeln!(text, "  workload   {}", self.workload.line())?;
         for failed in &self.workload.failed_attestors {
-            let how = match failed.kind {
-                FailureKind::CouldNotRun => "could not run",
-                FailureKind::InvalidEvidence => "invalid evidence",
+            let how = match failed.could_not_run {
+                true => "could not run",
+                false => "invalid evidence",
             };
             writeln!(
                 text,
@@ -322,12 +348,15 @@ impl Explanation {
         if !self.scopes.is_empty() {
             writeln!(text, "  scopes     {}", self.scopes.join(" "))?;
         }
-        if self.reason.is_some_and(|reason| reason != "no_permit")
+        if self
+            .reason
+            .as_deref()
+            .is_some_and(|reason| reason != "no_permit")
             && let Some(detail) = &self.detail
         {
             writeln!(text, "  cause      {detail}")?;
         }
-        if self.reason == Some("no_permit")
+        if self.reason.as_deref() == Some("no_permit")
             && let Some(id) = &self.request_id
         {
             writeln!(
@@ -339,7 +368,7 @@ impl Explanation {
     }
 
     fn no_permit(&self) -> &'static str {
-        match self.reason {
+        match self.reason.as_deref() {
             Some("no_permit") => "none is for this resource",
             _ => "not evaluated",
         }

@@ -3,7 +3,7 @@
 //! Read in this order: [`question`](Question) (what is asked), [`PolicyEngine`] (a loaded set of policies,
 //! immutable), [`PolicySnapshot`] (policies and revocations in force at one time), [`Grant`] and its
 //! [`Lease`] (what a yes is worth, and how long), [`DecisionCache`] (yes and no remembered), and the tools:
-//! `explain`, `cases`, `schema`.
+//! [`explain`], [`suggest`], [`cases`], [`schema`].
 
 mod cache;
 pub mod cases;
@@ -24,6 +24,7 @@ pub mod schema;
 mod selection;
 mod snapshot;
 mod source;
+pub mod suggest;
 
 pub use cache::{CAPACITY, DecisionCache};
 pub use decision::{Condition, Decision, Denial, DenialKind, NearestMiss, Permission};
@@ -33,6 +34,6 @@ pub use principal::UNKNOWN_ENVIRONMENT;
 pub use question::{Action, OwnedQuestion, OwnedResource, Question, Resource, UNMATCHED};
 pub use revocations::{Revocation, Revocations, Revoked, Selector, SelectorError};
 pub use ring::{DecisionRing, RING_CAPACITY, RecordedDecision};
-pub use selection::{Refused, first_permitted, questions, unmatched};
+pub use selection::{Refused, first_permitted, questions, route, unmatched};
 pub use snapshot::PolicySnapshot;
 pub use source::PolicyFile;

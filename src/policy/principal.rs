@@ -28,15 +28,19 @@ pub(super) struct Principal {
 
 impl Principal {
     pub(super) fn new(facts: &WorkloadFacts, engine: &PolicyEngine) -> Self {
-        Self::in_environment(facts, environment_of(facts, engine.environments()), engine)
+        Self::described(facts, None, engine)
     }
 
-    /// A workload whose environment is given and not looked up.
-    pub(super) fn in_environment(
+    /// A workload whose environment may be given instead of looked up.
+    pub(super) fn described(
         facts: &WorkloadFacts,
-        environment: Arc<str>,
+        environment: Option<&str>,
         engine: &PolicyEngine,
     ) -> Self {
+        let environment = match environment {
+            Some(environment) => Arc::from(environment),
+            None => environment_of(facts, engine.environments()),
+        };
         let entity = entity_of(facts, &environment, engine.repository_hosts())
             .map_err(|error| error.to_string());
         Self {

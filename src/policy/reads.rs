@@ -143,6 +143,16 @@ pub(super) struct PathRead {
 }
 
 impl PathRead {
+    /// `principal.NAME.NAME`.
+    pub(super) fn of_principal(names: &[&str]) -> Self {
+        Self {
+            variable: "principal".to_owned(),
+            names: names.iter().map(|name| (*name).to_owned()).collect(),
+            existence: false,
+            usage: Usage::Value,
+        }
+    }
+
     /// As written in a policy.
     pub(super) fn text(&self) -> String {
         let mut text = self.variable.clone();

@@ -8,6 +8,21 @@ use super::decision::{Denial, DenialKind};
 use super::question::{Action, Question, Resource};
 use crate::config::{CredentialUse, Destination};
 use crate::request::EgressRequest;
+use crate::routing::{Route, Routes};
+
+/// The destination of a request: every reading of its path must be covered.
+pub fn route<'a>(routes: &'a Routes, request: &EgressRequest) -> Route<'a> {
+    routes.find(
+        request.scheme,
+        request.target.host(),
+        request.target.port(),
+        |destination| {
+            request
+                .path
+                .all_readings(|path| destination.paths.compiled.is_match(path))
+        },
+    )
+}
 
 /// The questions that a request to a destination raises, in order, each with the credential's use: one
 /// `inject` for each credential; one `connect` for a destination without.

@@ -1,0 +1,386 @@
+//! `countersign policy check|test|explain|schema`.
+
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use countersign_attestors::AttributeDeclaration;
+
+use super::output::{EXIT_CONFIGURATION, OutputFormat};
+use crate::config::{self, Attestors, Config, Unmatched};
+use crate::diagnostics::Diagnostics;
+use crate::policy::explain::{self, Explanation};
+use crate::policy::{
+    Action, Decision, OwnedQuestion, PolicyEngine, Question, Resource, cases, described,
+    first_permitted, questions, route, schema, unmatched,
+};
+use crate::routing::{Route, Routes};
+
+/// `EX_USAGE` of sysexits.h.
+const EXIT_USAGE: u8 = 64;
+
+/// Checks, tests and explains policies.
+#[derive(Debug, Clone, clap::Args)]
+pub struct PolicyArguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: PolicyCommand,
+}
+
+/// What to do with policies.
+#[derive(Debug, Clone, clap::Subcommand)]
+pub enum PolicyCommand {
+    /// Loads the policies as `run` would, and says everything that is wrong with them.
+    Check(CheckArguments),
+    /// Runs the cases beside the policies (`*.test.yaml`).
+    Test(TestArguments),
+    /// Says why a request was or would be decided as it was.
+    Explain(ExplainArguments),
+    /// Prints the schema that policies are checked against, as Cedar text.
+    Schema(SchemaArguments),
+}
+
+/// The arguments of `policy check`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct CheckArguments {
+    /// The configuration file.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// The form of the answer.
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub output: OutputFormat,
+}
+
+/// The arguments of `policy test`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct TestArguments {
+    /// The configuration file.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// The files of cases; without any, every `*.test.yaml` in the policy directory.
+    #[arg(value_name = "TEST")]
+    pub files: Vec<PathBuf>,
+    /// The form of the answer.
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub output: OutputFormat,
+}
+
+/// The arguments of `policy explain`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ExplainArguments {
+    /// The request id of a decision that the agent made lately.
+    #[arg(value_name = "ID", required_unless_present_any = ["request", "issue"], conflicts_with_all = ["request", "issue", "workload"])]
+    pub id: Option<String>,
+    /// Where the agent is asked about ID: its workload API, or its admin socket.
+    #[arg(long, value_name = "ADDRESS", conflicts_with_all = ["request", "issue"])]
+    pub agent: Option<String>,
+    /// The configuration file, for a described request.
+    #[arg(long, value_name = "FILE", required_unless_present = "id")]
+    pub config: Option<PathBuf>,
+    /// An attribute of the workload, as in `unix.uid=1000` or `environment=prod`; once for each.
+    #[arg(long = "as", value_name = "GROUP.NAME=VALUE")]
+    pub workload: Vec<String>,
+    /// The request, as in `GET https://orders.example.com/v1/orders`.
+    #[arg(long, value_name = "METHOD URL", conflicts_with = "issue")]
+    pub request: Option<String>,
+    /// A credential of which a token is asked for, instead of a request.
+    #[arg(long, value_name = "CREDENTIAL")]
+    pub issue: Option<String>,
+    /// Prints a policy that would allow exactly this, and its test.
+    #[arg(long)]
+    pub suggest: bool,
+    /// The form of the answer.
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub output: OutputFormat,
+}
+
+/// The arguments of `policy schema`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct SchemaArguments {
+    /// The configuration file, whose attestors and issuers are in the schema; without one, the attestors that need no settings.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+/// Why the agent gave no explanation: an exit code and a message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NoExplanation {
+    /// The exit code.
+    pub exit_code: u8,
+    /// What to print.
+    pub message: String,
+}
+
+/// Runs the verb. `ask_agent` gets the value of `--agent` and a request id.
+pub fn run(
+    arguments: &PolicyArguments,
+    ask_agent: &dyn Fn(Option<&str>, &str) -> Result<Explanation, NoExplanation>,
+    out: &mut dyn Write,
+    errors: &mut dyn Write,
+) -> ExitCode {
+    let done = match &arguments.command {
+        PolicyCommand::Check(arguments) => check(arguments, out, errors),
+        PolicyCommand::Test(arguments) => test(arguments, out, errors),
+        PolicyCommand::Explain(arguments) => explain_decision(arguments, ask_agent, out, errors),
+        PolicyCommand::Schema(arguments) => print_schema(arguments, out, errors),
+    };
+    // An answer that could not be written is no answer.
+    done.unwrap_or(ExitCode::FAILURE)
+}
+
+/// A configuration and what its attestors may state; else the exit code, the problems already printed.
+fn configuration(
+    path: &Path,
+    output: OutputFormat,
+    out: &mut dyn Write,
+    errors: &mut dyn Write,
+) -> std::io::Result<Result<(Config, Vec<AttributeDeclaration>), ExitCode>> {
+    let checked = config::check(path);
+    match checked.config {
+        Some(config) => {
+            let declarations = schema::declarations(&config.attestors);
+            Ok(Ok((config, declarations)))
+        }
+        None => {
+            print_problems(&checked.diagnostics, output, out, errors)?;
+            Ok(Err(ExitCode::from(EXIT_CONFIGURATION)))
+        }
+    }
+}
+
+fn print_problems(
+    diagnostics: &Diagnostics,
+    output: OutputFormat,
+    out: &mut dyn Write,
+    errors: &mut dyn Write,
+) -> std::io::Result<()> {
+    match output {
+        OutputFormat::Json => writeln!(
+            out,
+            "{:#}",
+            serde_json::json!({"valid": !diagnostics.has_errors(), "diagnostics": diagnostics.to_json()})
+        ),
+        OutputFormat::Text => write!(
+            errors,
+            "{}",
+            diagnostics.render(std::io::stderr().is_terminal())
+        ),
+    }
+}
+
+fn check(
+    arguments: &CheckArguments,
+    out: &mut dyn Write,
+    errors: &mut dyn Write,
+) -> std::io::Result<ExitCode> {
+    let (config, declarations) =
+        match configuration(&arguments.config, arguments.output, out, errors)? {
+            Ok(found) => found,
+            Err(code) => return Ok(code),
+        };
+    match PolicyEngine::load(&config, &declarations) {
+        Ok((engine, warnings)) => {
+            match arguments.output {
+                OutputFormat::Json => writeln!(
+                    out,
+                    "{:#}",
+                    serde_json::json!({
+                        "valid": true,
+                        "version": &**engine.version(),
+                        "policies": engine.policies().map(|(id, location)| serde_json::json!({"id": id, "location": location})).collect::<Vec<_>>(),
+                        "diagnostics": warnings.to_json(),
+                    })
+                )?,
+                OutputFormat::Text => {
+                    print_problems(&warnings, OutputFormat::Text, out, errors)?;
+                    writeln!(
+                        out,
+                        "{} policies are valid, version {}, {} warnings",
+                        engine.policies().count(),
+                        engine.version(),
+                        warnings.len()
+                    )?;
+                }
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(diagnostics) => {
+            print_problems(&diagnostics, arguments.output, out, errors)?;
+            Ok(ExitCode::FAILURE)
+        }
+    }
+}
+
+fn test(
+    arguments: &TestArguments,
+    out: &mut dyn Write,
+    errors: &mut dyn Write,
+) -> std::io::Result<ExitCode> {
+    let (config, declarations) =
+        match configuration(&arguments.config, arguments.output, out, errors)? {
+            Ok(found) => found,
+            Err(code) => return Ok(code),
+        };
+    let report = PolicyEngine::load(&config, &declarations)
+        .and_then(|(engine, _)| cases::run(&config, &declarations, engine, &arguments.files));
+    let report = match report {
+        Ok(report) => report,
+        Err(diagnostics) => {
+            print_problems(&diagnostics, arguments.output, out, errors)?;
+            return Ok(ExitCode::FAILURE);
+        }
+    };
+    match arguments.output {
+        OutputFormat::Json => writeln!(out, "{:#}", serde_json::json!(report))?,
+        OutputFormat::Text => write!(out, "{}", report.to_text())?,
+    }
+    Ok(match report.failed {
+        0 => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    })
+}
+
+fn print_schema(
+    arguments: &SchemaArguments,
+    out: &mut dyn Write,
+    errors: &mut dyn Write,
+) -> std::io::Result<ExitCode> {
+    let declarations = match &arguments.config {
+        Some(path) => match configuration(path, OutputFormat::Text, out, errors)? {
+            Ok((_, declarations)) => declarations,
+            Err(code) => return Ok(code),
+        },
+        None => schema::declarations(&Attestors {
+            unix: true,
+            systemd: true,
+            oidc_issuers: Vec::new(),
+        }),
+    };
+    write!(out, "{}", schema::text(&declarations))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn explain_decision(
+    arguments: &ExplainArguments,
+    ask_agent: &dyn Fn(Option<&str>, &str) -> Result<Explanation, NoExplanation>,
+    out: &mut dyn Write,
+    errors: &mut dyn Write,
+) -> std::io::Result<ExitCode> {
+    let explanation = match &arguments.id {
+        Some(id) => match ask_agent(arguments.agent.as_deref(), id) {
+            Ok(explanation) => explanation,
+            Err(none) => {
+                writeln!(errors, "{}", none.message)?;
+                return Ok(ExitCode::from(none.exit_code));
+            }
+        },
+        None => {
+            let Some(path) = &arguments.config else {
+                writeln!(errors, "`--config` is required for a described request")?;
+                return Ok(ExitCode::from(EXIT_USAGE));
+            };
+            let (config, declarations) = match configuration(path, arguments.output, out, errors)? {
+                Ok(found) => found,
+                Err(code) => return Ok(code),
+            };
+            let engine = match PolicyEngine::load(&config, &declarations) {
+                Ok((engine, _)) => engine,
+                Err(diagnostics) => {
+                    print_problems(&diagnostics, arguments.output, out, errors)?;
+                    return Ok(ExitCode::from(EXIT_CONFIGURATION));
+                }
+            };
+            match explain_described(arguments, &config, &declarations, &engine) {
+                Ok(explanation) => explanation,
+                Err(message) => {
+                    writeln!(errors, "{message}")?;
+                    return Ok(ExitCode::from(EXIT_USAGE));
+                }
+            }
+        }
+    };
+    match (arguments.output, arguments.suggest) {
+        (OutputFormat::Json, _) => writeln!(out, "{:#}", serde_json::json!(explanation))?,
+        (OutputFormat::Text, false) => write!(out, "{}", explanation.to_text())?,
+        (OutputFormat::Text, true) => match &explanation.suggestion {
+            Some(suggestion) => write!(out, "{}", suggestion.to_text())?,
+            None => {
+                write!(out, "{}", explanation.to_text())?;
+                let why = match explanation.allowed {
+                    true => "it is allowed already",
+                    false => "it was not denied for want of a permit",
+                };
+                writeln!(errors, "there is no policy to suggest: {why}")?;
+                return Ok(ExitCode::FAILURE);
+            }
+        },
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Routes and decides a described request as the agent would.
+fn explain_described(
+    arguments: &ExplainArguments,
+    config: &Config,
+    declarations: &[AttributeDeclaration],
+    engine: &PolicyEngine,
+) -> Result<Explanation, String> {
+    let (facts, environment) = described::workload(&arguments.workload, declarations)?;
+    let wall = SystemTime::now();
+    let explain = |question: &Question<'_>| {
+        explain::explanation_in(engine, &facts, environment.as_deref(), question)
+    };
+    let Some(text) = &arguments.request else {
+        let name = arguments.issue.as_deref().unwrap_or_default();
+        let credential = config
+            .credentials
+            .iter()
+            .find(|credential| credential.name == name)
+            .ok_or_else(|| format!("credential `{name}` is not in the configuration"))?;
+        let config::TokenSource::OauthClientCredentials(settings) = &credential.source;
+        return Ok(explain(&Question {
+            action: Action::Issue,
+            resource: Resource::Credential {
+                credential,
+                scopes: &settings.scopes,
+                audience: None,
+            },
+            destination: None,
+            request: None,
+            wall,
+        }));
+    };
+    let request = described::request(text)?;
+    let routes = Routes::new(config);
+    let question: OwnedQuestion = match route(&routes, &request) {
+        Route::Destination(destination) => {
+            let asking = questions(destination, Some(&request), wall);
+            let decided = first_permitted(asking, |question| {
+                match engine.evaluate_in(&facts, environment.as_deref(), question) {
+                    Decision::Allow(permission) => Ok(permission),
+                    Decision::Deny(denial) => Err(denial),
+                }
+            });
+            match decided {
+                Ok((_, question, _)) => question.to_owned(),
+                Err(Some(refused)) => refused.question.to_owned(),
+                Err(None) => return Err(not_covered(text)),
+            }
+        }
+        Route::Unmatched(Unmatched::Tunnel) => unmatched(Some(&request), wall).to_owned(),
+        Route::NotCovered(destination) => {
+            return Err(format!(
+                "destination `{}` does not cover the scheme or path of `{text}`",
+                Arc::clone(destination).name
+            ));
+        }
+        Route::Unmatched(Unmatched::Refuse) => return Err(not_covered(text)),
+    };
+    Ok(explain(&question.as_question()))
+}
+
+fn not_covered(request: &str) -> String {
+    format!("no destination of the configuration covers `{request}`")
+}
