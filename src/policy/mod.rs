@@ -25,6 +25,14 @@ mod selection;
 mod snapshot;
 mod source;
 pub mod suggest;
+#[cfg(test)]
+#[expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test may fail by panicking"
+)]
+mod tests;
 
 pub use cache::{CAPACITY, DecisionCache};
 pub use decision::{Condition, Decision, Denial, DenialKind, NearestMiss, Permission};

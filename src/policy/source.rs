@@ -108,15 +108,19 @@ impl ParsedPolicy {
         self.policy.effect() == Effect::Permit
     }
 
-    /// The place of the first `needle` after the annotations, else of the effect.
+    /// The place of the first `needle` after the annotations, without the blanks around it; else of the effect.
     pub(super) fn place_of(&self, needle: &str) -> Range<usize> {
         let body = self.body();
-        match self
+        let found = self
             .text
             .get(body.clone())
-            .and_then(|text| text.find(needle))
-        {
-            Some(offset) => self.place(body.start + offset..body.start + offset + needle.len()),
+            .and_then(|text| text.find(needle));
+        match found {
+            Some(offset) => {
+                let blanks = needle.len() - needle.trim_start().len();
+                let start = body.start + offset + blanks;
+                self.place(start..start + needle.trim().len())
+            }
             None => self.effect_place(),
         }
     }
