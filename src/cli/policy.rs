@@ -140,7 +140,7 @@ fn configuration(
     let checked = config::check(path);
     match checked.config {
         Some(config) => {
-            let declarations = schema::declarations(&config.attestors);
+            let declarations = config.attestors.declarations();
             Ok(Ok((config, declarations)))
         }
         None => {
@@ -252,11 +252,12 @@ fn print_schema(
             Ok((_, declarations)) => declarations,
             Err(code) => return Ok(code),
         },
-        None => schema::declarations(&Attestors {
+        None => Attestors {
             unix: true,
             systemd: true,
             oidc_issuers: Vec::new(),
-        }),
+        }
+        .declarations(),
     };
     write!(out, "{}", schema::text(&declarations))?;
     Ok(ExitCode::SUCCESS)

@@ -12,7 +12,7 @@ use super::engine::groups_of_attestor;
 use super::principal::LABELS;
 use crate::config::Scheme;
 use crate::diagnostics::did_you_mean;
-use crate::request::{EgressRequest, RequestPath, target_of};
+use crate::request::{EgressRequest, RequestPath, Target};
 
 /// `METHOD URL`, as in `GET https://orders.example.com/v1/orders`. The error says what is wrong.
 pub fn request(text: &str) -> Result<EgressRequest, String> {
@@ -36,8 +36,8 @@ pub fn request(text: &str) -> Result<EgressRequest, String> {
     let authority = uri
         .authority()
         .ok_or_else(|| format!("`{url}` has no host"))?;
-    let target =
-        target_of(authority, Some(scheme.default_port())).map_err(|refusal| refusal.detail)?;
+    let target = Target::parse(authority.as_str(), Some(scheme.default_port()))
+        .map_err(|refusal| refusal.detail)?;
     Ok(EgressRequest {
         method,
         scheme,

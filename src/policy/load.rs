@@ -5,10 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use cedar_policy::{PolicyId, PolicySet, ValidationMode, Validator};
 use countersign_attestors::AttributeDeclaration;
 
-use super::question::UNMATCHED;
+use super::question::{Action, UNMATCHED};
+use super::reads::{conditions, paths};
 use super::source::{self, ParsedPolicy, PolicyFile, first_label, sentence};
 use super::{lint, schema};
-use crate::config::{Config, TemplatePart, TokenSource};
+use crate::config::Config;
 use crate::diagnostics::{Diagnostic, Diagnostics, did_you_mean};
 
 /// Parses and checks every policy. The policies are to be used only if no diagnostic is an error.
@@ -38,7 +39,8 @@ pub(super) fn check(
     }
     check_ids(&policies, &mut diagnostics);
     check_names(config, &policies, &mut diagnostics);
-    check_attributes(config, declarations, &mut diagnostics);
+    check_groups(config, declarations, &mut diagnostics);
+    check_existence(declarations, &policies, &mut diagnostics);
     validate(config, declarations, &policies, &mut diagnostics);
     for policy in &policies {
         lint::check(config, policy, &mut diagnostics);
@@ -135,9 +137,8 @@ fn check_names(config: &Config, policies: &[ParsedPolicy], diagnostics: &mut Dia
     }
 }
 
-/// Environment rules and templates must read what an attestor may state, and groups must not be
-/// named like something else in `principal`.
-fn check_attributes(
+/// A group must not be named like something else in `principal`.
+fn check_groups(
     config: &Config,
     declarations: &[AttributeDeclaration],
     diagnostics: &mut Diagnostics,
@@ -155,54 +156,6 @@ fn check_attributes(
                 )
                 .next("give it another name"),
             );
-        }
-    }
-    let known: BTreeSet<String> = groups
-        .iter()
-        .flat_map(|(group, attributes)| {
-            attributes.keys().map(move |name| format!("{group}.{name}"))
-        })
-        .collect();
-    let mut require = |reader: String, attribute: &str| {
-        if known.contains(attribute) {
-            return;
-        }
-        diagnostics.push(
-            Diagnostic::error(
-                "attribute_unknown",
-                &config.path,
-                format!("{reader} reads `{attribute}`, which no configured attestor states"),
-            )
-            .next(
-                did_you_mean(attribute, known.iter().map(String::as_str)).unwrap_or_else(|| {
-                    "configure the attestor; `countersign policy schema` prints what there is"
-                        .to_owned()
-                }),
-            ),
-        );
-    };
-    for rule in &config.environments {
-        for attribute in rule.when.keys() {
-            require(format!("environment rule `{}`", rule.name), attribute);
-        }
-    }
-    for credential in &config.credentials {
-        let TokenSource::OauthClientCredentials(settings) = &credential.source;
-        let templates = std::iter::once(("client_id", &settings.client_id)).chain(
-            settings
-                .assertion_claims
-                .iter()
-                .map(|(claim, template)| (claim.as_str(), template)),
-        );
-        for (setting, template) in templates {
-            for part in &template.parts {
-                if let TemplatePart::Attribute { group, name } = part {
-                    require(
-                        format!("`{setting}` of credential `{}`", credential.name),
-                        &format!("{group}.{name}"),
-                    );
-                }
-            }
         }
     }
 }
@@ -244,19 +197,128 @@ fn validate(
     let warnings = result
         .validation_warnings()
         .map(|warning| (warning.policy_id(), warning as &dyn miette::Diagnostic));
-    for (id, problem) in errors.chain(warnings) {
-        let index: Option<usize> = AsRef::<str>::as_ref(id).parse().ok();
-        let Some(policy) = index.and_then(|index| policies.get(index)) else {
+    let mut problems: Vec<_> = errors.chain(warnings).collect();
+    // Cedar's order is that of a hash map.
+    problems.sort_by_key(|(_, problem)| problem.to_string());
+    let mut told: BTreeSet<(usize, usize)> = BTreeSet::new();
+    for (id, problem) in problems {
+        let number = AsRef::<str>::as_ref(id);
+        let Some((index, policy)) = number
+            .parse::<usize>()
+            .ok()
+            .and_then(|index| Some((index, policies.get(index)?)))
+        else {
             continue;
         };
-        let message = problem.to_string();
-        let prefix = format!("for policy `{}`, ", AsRef::<str>::as_ref(id));
-        let message = message.strip_prefix(&prefix).unwrap_or(&message);
-        let mut diagnostic =
-            Diagnostic::error("policy_validation", &policy.path, sentence(message))
-                .at(first_label(problem, policy.span.start)
-                    .unwrap_or_else(|| policy.effect_place()));
-        diagnostic.next = problem.help().map(|help| sentence(&help.to_string()));
-        diagnostics.push(diagnostic);
+        let label = first_label(problem, policy.span.start);
+        let place = label
+            .filter(|label| *label != policy.span)
+            .unwrap_or_else(|| policy.effect_place());
+        // The same is told for each action and resource type, and what is wrong makes the whole impossible.
+        let is_about_the_whole = place == policy.effect_place();
+        let is_told = told.contains(&(index, place.start))
+            || (is_about_the_whole && told.iter().any(|(known, _)| *known == index))
+            || (is_about_the_whole
+                && diagnostics.iter().any(|known| {
+                    known.code == "policy_attribute_unknown"
+                        && known.path == policy.path
+                        && known
+                            .span
+                            .as_ref()
+                            .is_some_and(|span| policy.span.contains(&span.start))
+                }));
+        if is_told {
+            continue;
+        }
+        told.insert((index, place.start));
+        let prefix = format!("for policy `{number}`, ");
+        let words = |text: String| {
+            let text = text.strip_prefix(&prefix).unwrap_or(&text);
+            let mut text = sentence(text);
+            for action in Action::ALL {
+                text = text.replace(&format!(" for Action::\"{}\"", action.as_str()), "");
+            }
+            text
+        };
+        let next = match problem.help() {
+            Some(help) => words(help.to_string()),
+            None => "`countersign policy schema` prints every name and type".to_owned(),
+        };
+        diagnostics.push(
+            Diagnostic::error(
+                "policy_validation",
+                &policy.path,
+                words(problem.to_string()),
+            )
+            .at(place)
+            .next(next),
+        );
+    }
+}
+
+/// `has` on a name that does not exist is never true: Cedar warns only where the whole policy becomes
+/// impossible by it, not where one branch does, and that branch may be what forbids.
+fn check_existence(
+    declarations: &[AttributeDeclaration],
+    policies: &[ParsedPolicy],
+    diagnostics: &mut Diagnostics,
+) {
+    const CONTEXT: [&str; 13] = [
+        "destination",
+        "request",
+        "request.method",
+        "request.path",
+        "request.safe",
+        "scopes",
+        "audience",
+        "time",
+        "local",
+        "evidence",
+        "node",
+        "posture",
+        "break_glass",
+    ];
+    let groups = schema::by_group(declarations);
+    let principal: BTreeSet<String> = groups
+        .iter()
+        .flat_map(|(group, attributes)| {
+            attributes
+                .keys()
+                .map(move |name| format!("{group}.{name}"))
+                .chain([(*group).to_owned()])
+        })
+        .chain(["environment".to_owned()])
+        .collect();
+    let context: BTreeSet<String> = CONTEXT.map(str::to_owned).into();
+    for policy in policies {
+        let bodies = conditions(&policy.json).filter_map(|condition| condition.get("body"));
+        for path in bodies.flat_map(paths).filter(|path| path.existence) {
+            let known = match path.variable.as_str() {
+                "principal" => &principal,
+                "context" => &context,
+                _ => continue,
+            };
+            let written = path.names.join(".");
+            if known.contains(&written) {
+                continue;
+            }
+            let last = path.names.last().map(String::as_str).unwrap_or_default();
+            let next = match did_you_mean(&written, known.iter().map(String::as_str)) {
+                Some(suggestion) => suggestion,
+                None if path.variable == "principal" => {
+                    "configure the attestor that states it; `countersign policy schema` prints what there is".to_owned()
+                }
+                None => "`countersign policy schema` prints what there is".to_owned(),
+            };
+            diagnostics.push(
+                Diagnostic::error(
+                    "policy_attribute_unknown",
+                    &policy.path,
+                    format!("`{} has {written}` is never true", path.variable),
+                )
+                .at(policy.place_of(last))
+                .next(next),
+            );
+        }
     }
 }

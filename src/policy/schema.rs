@@ -4,13 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use cedar_policy::Schema;
-use countersign_attestors::{
-    Attestor, AttributeDeclaration, AttributeSelection, AttributeType, OidcIssuerSettings,
-    SystemdAttestor, UnixAttestor,
-};
+use countersign_attestors::{AttributeDeclaration, AttributeType};
 
 use super::principal::LABELS;
-use crate::config::Attestors;
 
 /// Words that Cedar does not take as identifiers.
 const RESERVED: [&str; 10] = [
@@ -19,27 +15,6 @@ const RESERVED: [&str; 10] = [
 
 /// Group names that stand for something else in `principal`.
 pub(super) const RESERVED_GROUPS: [&str; 2] = ["environment", LABELS];
-
-/// Every attribute that the configured attestors may state.
-pub fn declarations(attestors: &Attestors) -> Vec<AttributeDeclaration> {
-    let mut declarations = Vec::new();
-    if attestors.unix {
-        declarations.extend(UnixAttestor::new(AttributeSelection::all()).declarations());
-    }
-    if attestors.systemd {
-        declarations.extend(SystemdAttestor::new().declarations());
-    }
-    for issuer in &attestors.oidc_issuers {
-        let settings = OidcIssuerSettings {
-            name: issuer.name.clone(),
-            issuer: issuer.issuer.as_str().to_owned(),
-            audiences: issuer.audiences.clone(),
-            claims: issuer.claims.clone(),
-        };
-        declarations.extend(settings.declarations());
-    }
-    declarations
-}
 
 /// The declarations by group and attribute. Where two attestors state one attribute, the first counts.
 pub(super) fn by_group(

@@ -253,7 +253,10 @@ pub(super) fn parse(file: &PolicyFile, diagnostics: &mut Diagnostics) -> Vec<Par
                         sentence(&error.to_string()),
                     )
                     .at(place);
-                    diagnostic.next = error.help().map(|help| sentence(&help.to_string()));
+                    diagnostic = diagnostic.next(match error.help() {
+                        Some(help) => sentence(&help.to_string()),
+                        None => "`docs/policies.md` shows the form of a policy".to_owned(),
+                    });
                     diagnostics.push(diagnostic);
                 }
                 continue;

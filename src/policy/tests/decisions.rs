@@ -40,7 +40,10 @@ fn the_design_s_example_decides_as_it_says() {
     assert_eq!(&*permission.environment, "prod");
     assert_eq!(
         permission.attributes_read,
-        [("systemd.system_unit".to_owned(), "orders.service".to_owned())]
+        [(
+            "systemd.system_unit".to_owned(),
+            "orders.service".to_owned()
+        )]
     );
 
     let denied = engine.evaluate(&orders(), &fixture.inject("orders-api", &scopes, &delete));
@@ -71,7 +74,10 @@ fn a_forbid_wins() {
     let decision = engine.evaluate(&stranger(), &fixture.inject("orders-api", &[], &request));
     // A forbid by the environment, which a token of `ci` could change: the caller is asked for one.
     assert_eq!(outcome(&decision), "presented_evidence_required");
-    let token = facts(&[("ci.sub", text("job")), ("ci.ref", text("refs/heads/other"))]);
+    let token = facts(&[
+        ("ci.sub", text("job")),
+        ("ci.ref", text("refs/heads/other")),
+    ]);
     let decision = engine.evaluate(&token, &fixture.inject("orders-api", &[], &request));
     assert_eq!(outcome(&decision), "forbidden");
     assert_eq!(deciding(&decision), ["nonprod-never-prod"]);
@@ -185,7 +191,11 @@ fn a_permit_that_reads_a_token_asks_for_one() {
             panic!()
         };
         let refusal = denial.to_refusal(&question);
-        assert!(refusal.detail.contains("as described"), "{}", refusal.detail);
+        assert!(
+            refusal.detail.contains("as described"),
+            "{}",
+            refusal.detail
+        );
     }
     // The right kind of token with the wrong content is a denial, not a question for another.
     let other = facts(&[("ci.sub", text("other"))]);
@@ -194,7 +204,10 @@ fn a_permit_that_reads_a_token_asks_for_one() {
     assert_eq!(outcome(&engine.evaluate(&right, &question)), "allow");
     // No policy of the other credential reads a token.
     let question = fixture.inject("orders-admin", &[], &request);
-    assert_eq!(outcome(&engine.evaluate(&stranger(), &question)), "no_permit");
+    assert_eq!(
+        outcome(&engine.evaluate(&stranger(), &question)),
+        "no_permit"
+    );
 }
 
 #[test]
@@ -250,10 +263,11 @@ fn scopes_are_capped() {
     let request = request(GET);
     let both = ["orders.read".to_owned(), "orders.write".to_owned()];
     let other = ["orders.admin".to_owned()];
-    let granted = |facts: &WorkloadFacts, question: &Question<'_>| match engine.evaluate(facts, question) {
-        Decision::Allow(permission) => permission.scopes.join(" "),
-        Decision::Deny(denial) => denial.kind.as_str().to_owned(),
-    };
+    let granted =
+        |facts: &WorkloadFacts, question: &Question<'_>| match engine.evaluate(facts, question) {
+            Decision::Allow(permission) => permission.scopes.join(" "),
+            Decision::Deny(denial) => denial.kind.as_str().to_owned(),
+        };
     let asking_both = fixture.inject("orders-api", &both, &request);
     assert_eq!(granted(&stranger(), &asking_both), "orders.read");
     assert_eq!(granted(&orders(), &asking_both), "orders.read orders.write");
@@ -359,7 +373,10 @@ fn traffic_to_no_destination_is_a_question_too() {
     let request = request("GET https://elsewhere.example.net/");
     let question = unmatched(Some(&request), noon());
     assert_eq!(outcome(&engine.evaluate(&orders(), &question)), "allow");
-    assert_eq!(outcome(&engine.evaluate(&stranger(), &question)), "no_permit");
+    assert_eq!(
+        outcome(&engine.evaluate(&stranger(), &question)),
+        "no_permit"
+    );
     let public = Question {
         resource: Resource::Destination(fixture.destination("public")),
         ..question
@@ -384,7 +401,10 @@ fn the_first_credential_that_is_permitted_is_used() {
     };
     let admin = r#"@id("admin") permit (principal, action, resource == Credential::"orders-admin") when { principal has unix };"#;
     assert_eq!(choose(admin, &orders()), "orders-admin");
-    assert_eq!(choose(&format!("{admin}{READS_ORDERS}"), &orders()), "orders-api");
+    assert_eq!(
+        choose(&format!("{admin}{READS_ORDERS}"), &orders()),
+        "orders-api"
+    );
     assert_eq!(choose("", &orders()), "no_permit");
     // An attestor that is away must not lead to another credential.
     let away = with_failure(stranger(), "systemd", FailureKind::CouldNotRun);
@@ -413,7 +433,10 @@ fn a_grant_says_what_was_decided() {
     assert_eq!(grant.scopes(), scopes);
     assert_eq!(grant.audience(), None);
     assert_eq!(grant.max_lifetime(), Some(Duration::from_secs(600)));
-    assert_eq!(&*grant.deciding_policies()[0], "orders-service-reads-orders");
+    assert_eq!(
+        &*grant.deciding_policies()[0],
+        "orders-service-reads-orders"
+    );
     assert_eq!(grant.policy_version().len(), 16);
     assert_eq!(grant.environment(), "prod");
 }
@@ -491,10 +514,7 @@ fn what_is_revoked_is_refused_until_it_is_lifted() {
             Ok(_) => "allow".to_owned(),
             Err(denial) => match &denial.kind {
                 DenialKind::Revoked { id } => {
-                    assert_eq!(
-                        denial.to_refusal(&question).code,
-                        RefusalCode::Revoked
-                    );
+                    assert_eq!(denial.to_refusal(&question).code, RefusalCode::Revoked);
                     id.clone()
                 }
                 other => other.as_str().to_owned(),
@@ -541,7 +561,15 @@ fn a_revocation_with_an_end_is_pruned_after_it() {
 
 #[test]
 fn a_selector_is_group_name_and_value() {
-    for wrong in ["", "unix", "unix.uid", "uid=1", ".uid=1", "unix.=1", "unix.uid="] {
+    for wrong in [
+        "",
+        "unix",
+        "unix.uid",
+        "uid=1",
+        ".uid=1",
+        "unix.=1",
+        "unix.uid=",
+    ] {
         assert!(wrong.parse::<crate::policy::Selector>().is_err(), "{wrong}");
     }
     let selector: crate::policy::Selector = "ci.sub=repo:a/b=c".parse().unwrap();
@@ -608,11 +636,10 @@ fn another_snapshot_empties_the_cache() {
     assert_eq!((cache.hits(), cache.misses()), (1, 1));
     let revoked = PolicySnapshot::new(
         Arc::clone(snapshot.engine()),
-        Arc::new(
-            snapshot
-                .revocations()
-                .with(revocation("r", Revoked::Credential("orders-api".to_owned()))),
-        ),
+        Arc::new(snapshot.revocations().with(revocation(
+            "r",
+            Revoked::Credential("orders-api".to_owned()),
+        ))),
     );
     let denial = cache.decide(&revoked, &workload, &question).unwrap_err();
     assert_eq!(denial.kind.as_str(), "revoked");

@@ -1,0 +1,194 @@
+//! Policies that must not load, and those that load with a warning: each with its code, place and words.
+
+use super::*;
+use crate::diagnostics::{Position, Severity};
+
+/// One of `tests/corpora/policies/*.txt`: `### name`, `>>> code line:column words`, and the policy.
+struct Case {
+    name: String,
+    policy: String,
+    code: String,
+    position: Position,
+    words: String,
+}
+
+fn cases(corpus: &str) -> Vec<Case> {
+    let cases: Vec<Case> = corpus
+        .split("### ")
+        .skip(1)
+        .map(|case| {
+            let (name, rest) = case.split_once('\n').unwrap();
+            let (expected, policy) = rest.split_once('\n').unwrap();
+            let mut fields = expected.strip_prefix(">>> ").unwrap().splitn(3, ' ');
+            let code = fields.next().unwrap().to_owned();
+            let (line, column) = fields.next().unwrap().split_once(':').unwrap();
+            Case {
+                name: name.to_owned(),
+                policy: policy.trim_end().to_owned(),
+                code,
+                position: Position {
+                    line: line.parse().unwrap(),
+                    column: column.parse().unwrap(),
+                },
+                words: fields.next().unwrap().to_owned(),
+            }
+        })
+        .collect();
+    cases
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Problem {
+    code: &'static str,
+    severity: Severity,
+    position: Option<Position>,
+    /// `message (next)`.
+    words: String,
+}
+
+fn problems(text: &str) -> Vec<Problem> {
+    let fixture = Fixture::new();
+    let diagnostics = match fixture.load(text) {
+        Ok((_, warnings)) => warnings,
+        Err(diagnostics) => diagnostics,
+    };
+    diagnostics
+        .iter()
+        .map(|diagnostic| Problem {
+            code: diagnostic.code,
+            severity: diagnostic.severity,
+            position: diagnostics.position(diagnostic),
+            words: format!(
+                "{} ({})",
+                diagnostic.message,
+                diagnostic.next.as_deref().unwrap_or_default()
+            ),
+        })
+        .collect()
+}
+
+fn check(corpus: &str, severity: Severity) -> usize {
+    assert_eq!(problems(READS_ORDERS), [], "the good policy has no problem");
+    let cases = cases(corpus);
+    let mut wrong = Vec::new();
+    for case in &cases {
+        let found = problems(&case.policy);
+        let expected = found.iter().any(|problem| {
+            problem.code == case.code
+                && problem.severity == severity
+                && problem.position == Some(case.position)
+                && problem.words.contains(&case.words)
+        });
+        if !expected {
+            wrong.push(format!(
+                "{}: expected {} {:?} `{}`\n   found {found:?}",
+                case.name, case.code, case.position, case.words
+            ));
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "{} of {}:\n{}",
+        wrong.len(),
+        cases.len(),
+        wrong.join("\n")
+    );
+    assert_eq!(problems(READS_ORDERS), [], "the good policy has no problem");
+    cases.len()
+}
+
+#[test]
+fn malformed_policies_are_refused_in_their_place() {
+    let corpus = include_str!("../../../tests/corpora/policies/errors.txt");
+    let count = check(corpus, Severity::Error);
+    println!("{count} malformed policies refused");
+    assert!(count >= 60, "{count}");
+}
+
+#[test]
+fn policies_that_mean_something_else_are_warned_of() {
+    let corpus = include_str!("../../../tests/corpora/policies/warnings.txt");
+    let count = check(corpus, Severity::Warning);
+    println!("{count} policies warned of");
+    assert!(count >= 13, "{count}");
+}
+
+#[test]
+fn policies_that_mean_what_they_say_load_without_a_word() {
+    let corpus = include_str!("../../../tests/corpora/policies/good.txt");
+    let policies: Vec<&str> = corpus.split("###\n").collect();
+    assert!(policies.len() >= 13, "{}", policies.len());
+    for policy in policies {
+        assert_eq!(problems(policy), [], "{policy}");
+    }
+}
+
+#[test]
+fn all_problems_are_told_at_once() {
+    let found = problems(
+        "permit (principal, action, resource) when { principal has unix };\n\
+         this is no policy;\n\
+         @id(\"b\") permit (principal, action, resource == Credential::\"x\") when { principal has unix };\n\
+         @id(\"c\") forbid (principal, action, resource) unless { principal has unxi };\n",
+    );
+    let told: Vec<(&str, usize)> = found
+        .iter()
+        .map(|problem| (problem.code, problem.position.unwrap().line))
+        .collect();
+    assert_eq!(
+        told,
+        [
+            ("policy_id_missing", 1),
+            ("policy_syntax", 2),
+            ("policy_name_unknown", 3),
+            ("policy_attribute_unknown", 4)
+        ]
+    );
+}
+
+#[test]
+fn a_missing_directory_is_an_error_and_an_empty_one_a_warning() {
+    let fixture = Fixture::new();
+    let (_, warnings) = PolicyEngine::load(&fixture.config, &fixture.declarations).unwrap();
+    assert!(warnings.to_string().contains("everything is denied"));
+    std::fs::remove_dir(fixture.directory.path().join("policies")).unwrap();
+    let diagnostics = PolicyEngine::load(&fixture.config, &fixture.declarations).unwrap_err();
+    assert!(diagnostics.to_string().contains("cannot be read"));
+}
+
+#[test]
+fn what_is_asked_of_cedar_fits_the_schema() {
+    let fixture = Fixture::new();
+    let cedar_schema =
+        crate::policy::schema::parse(&crate::policy::schema::text(&fixture.declarations)).unwrap();
+    let engine = fixture.engine(
+        "@id(\"a\") permit (principal, action, resource) when { principal has unix && context.time > datetime(\"2026-01-01\") && context.local.hour > 0 };",
+    );
+    let mut all = orders();
+    for (group, name, value) in [
+        ("ci", "iss", "https://ci.example.com"),
+        ("ci", "sub", "job"),
+        ("ci", "repository_id", "7"),
+        ("labels", "app", "orders"),
+    ] {
+        all.groups
+            .entry(group.to_owned())
+            .or_default()
+            .insert(name.to_owned(), text(value));
+    }
+    let request = request("GET https://orders.example.com/v1/orders");
+    let question = fixture.inject("orders-api", &[], &request);
+    let principal = crate::policy::principal::Principal::new(&all, &engine);
+    let reads = &engine.slice(&question).unwrap().reads;
+    let prepared = engine.prepare(&all, &principal, &question, reads).unwrap();
+    cedar_policy::Entities::from_entities(prepared.entities.iter().cloned(), Some(&cedar_schema))
+        .unwrap();
+    cedar_policy::Request::new(
+        prepared.request.principal().unwrap().clone(),
+        prepared.request.action().unwrap().clone(),
+        prepared.request.resource().unwrap().clone(),
+        prepared.request.context().unwrap().clone(),
+        Some(&cedar_schema),
+    )
+    .unwrap();
+}

@@ -17,7 +17,7 @@ use countersign_attestors::{
 
 use super::{
     Action, Decision, PolicyEngine, PolicyFile, PolicySnapshot, Question, Resource, Revocations,
-    described, schema,
+    described,
 };
 use crate::config::{Config, CredentialConfig, Destination};
 use crate::diagnostics::Diagnostics;
@@ -88,7 +88,7 @@ impl Fixture {
             Err(diagnostics) => panic!("{}", diagnostics.render(false)),
         };
         Self {
-            declarations: schema::declarations(&config.attestors),
+            declarations: config.attestors.declarations(),
             config,
             directory,
         }
@@ -202,7 +202,11 @@ pub(super) fn stranger() -> WorkloadFacts {
     ])
 }
 
-pub(super) fn with_failure(mut facts: WorkloadFacts, name: &str, kind: FailureKind) -> WorkloadFacts {
+pub(super) fn with_failure(
+    mut facts: WorkloadFacts,
+    name: &str,
+    kind: FailureKind,
+) -> WorkloadFacts {
     facts.failed_attestors.push(FailedAttestor {
         name: name.to_owned(),
         kind,
