@@ -444,6 +444,7 @@ async fn forward(
                     .as_ref()
                     .and_then(credential_name)
                     .map(str::to_owned),
+                token_sha256: credential.as_ref().map(Credential::token_sha256_shared),
             };
             worker.open_streams.watch(&stream, Rc::new(permission));
         }
@@ -830,6 +831,7 @@ struct Granted {
     asked: Rc<EgressRequest>,
     /// The credential that was injected; `None` where `connect` was granted.
     credential: Option<String>,
+    token_sha256: Option<Arc<str>>,
 }
 
 impl Permission for Granted {
@@ -837,6 +839,12 @@ impl Permission for Granted {
         let worker = self.worker.upgrade().ok_or(CutReason::ShuttingDown)?;
         let snapshot = worker.agent.snapshot.load_full();
         let wall = worker.agent.clock.wall();
+        let revocations = snapshot.policy.revocations();
+        if let Some(token) = &self.token_sha256
+            && revocations.token_is_revoked(token).is_some()
+        {
+            return Err(CutReason::PermissionEnded);
+        }
         renew(&self.lease, &snapshot, wall, |workload| {
             let Route::Destination(destination) = find_route(&snapshot, &self.asked) else {
                 return None;

@@ -13,6 +13,7 @@ use crate::clock::SystemClock;
 use crate::config::Config;
 use crate::config::watch::Watcher;
 use crate::diagnostics::Diagnostics;
+use crate::telemetry;
 
 /// Runs the agent until a signal.
 #[derive(Debug, Clone, clap::Args)]
@@ -29,6 +30,10 @@ pub fn run(arguments: &RunArguments) -> ExitCode {
         Ok(config) => config,
         Err(diagnostics) => return refuse(&diagnostics),
     };
+    if let Err(error) = telemetry::logs::init(&config.log) {
+        let _ = writeln!(std::io::stderr(), "error: {error}");
+        return ExitCode::from(EXIT_CONFIGURATION);
+    }
     match control_runtime() {
         Ok(runtime) => runtime.block_on(serve(config, watcher)),
         Err(error) => {

@@ -1,21 +1,26 @@
 //! Builds an agent from a configuration, binds it, and keeps it up to date: reloads, revocations,
 //! shutdown. Everything binds where it is told, port 0 included, and says where ([`Bound`]).
 
+mod operations;
+
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
 use countersign_attestors::{
     Attestor, AttributeSelection, Catalog, OidcAttestor, OidcIssuerSettings, SystemdAttestor,
     UnixAttestor,
 };
+use serde::Serialize;
 use tokio::sync::{Mutex, watch};
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
 use crate::address::AddressGuard;
+use crate::admin::{AdminActions, AdminServer};
 use crate::agent::Agent;
 use crate::audit::{Audit, AuditWriter, LifecycleEvent};
 use crate::clock::Clock;
@@ -71,6 +76,17 @@ pub struct App {
     audit_writer: Mutex<Option<AuditWriter>>,
     /// One reload at a time.
     reloading: Mutex<()>,
+    last_reload: std::sync::Mutex<LastReload>,
+    /// Ends the admin socket, last of all.
+    admin_stop: CancellationToken,
+}
+
+/// What came of the last load.
+#[derive(Debug, Clone, Serialize)]
+pub struct LastReload {
+    at: String,
+    succeeded: bool,
+    problem: Option<String>,
 }
 
 struct Acceptor {
@@ -88,6 +104,7 @@ impl App {
         let metrics = Arc::new(Metrics::new(Arc::clone(&clock)));
         let control = tokio::runtime::Handle::current();
         let config = Arc::new(config);
+        let admin = AdminServer::bind(&config.admin).await?;
 
         let mut bound_listeners = Vec::new();
         let mut bound = Bound::default();
@@ -108,7 +125,7 @@ impl App {
                 Bind::Tcp(address) => Some(*address),
                 Bind::Unix(_) => None,
             })
-            .chain(config.admin.metrics_bind)
+            .chain(admin.metrics_address())
             .collect();
 
         let snapshot = {
@@ -162,6 +179,8 @@ impl App {
             acceptors.insert(key, Acceptor { listener, task });
         }
         bound.admin_socket.clone_from(&config.admin.socket);
+        bound.metrics = admin.metrics_address();
+        let started_at = agent.clock.wall();
         let app = Arc::new(Self {
             agent,
             bound,
@@ -170,7 +189,14 @@ impl App {
             workers,
             audit_writer: Mutex::new(Some(audit_writer)),
             reloading: Mutex::new(()),
+            last_reload: std::sync::Mutex::new(LastReload::new(started_at, None)),
+            admin_stop: CancellationToken::new(),
         });
+        tokio::spawn(admin.run(
+            Arc::clone(&app) as Arc<dyn AdminActions>,
+            app.admin_stop.clone(),
+        ));
+        tokio::spawn(Arc::clone(&app).prune_revocations());
         Ok(app)
     }
 
@@ -195,6 +221,12 @@ impl App {
         self.agent
             .metrics
             .reload(outcome.is_ok(), self.agent.clock.wall());
+        let problem = outcome.as_ref().err().map(ToString::to_string);
+        *self
+            .last_reload
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) =
+            LastReload::new(self.agent.clock.wall(), problem);
         if let Err(diagnostics) = &outcome {
             let first = diagnostics
                 .iter()
@@ -290,6 +322,14 @@ impl App {
         Ok(())
     }
 
+    /// What came of the last load.
+    fn last_reload(&self) -> LastReload {
+        self.last_reload
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
     /// Replaces the revocations; the next request and every open stream are decided under them.
     pub fn replace_revocations(
         &self,
@@ -327,11 +367,24 @@ impl App {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         let _ = self.agent.audit.lifecycle(LifecycleEvent::Stop);
+        self.admin_stop.cancel();
         if let Some(writer) = self.audit_writer.lock().await.take() {
             let written = tokio::task::spawn_blocking(move || writer.stop(AUDIT_FLUSH)).await;
             if !written.unwrap_or(false) {
                 tracing::error!("the audit could not be written to its end");
             }
+        }
+    }
+}
+
+impl LastReload {
+    fn new(at: SystemTime, problem: Option<String>) -> Self {
+        Self {
+            at: jiff::Timestamp::try_from(at)
+                .map(|at| format!("{at:.0}"))
+                .unwrap_or_default(),
+            succeeded: problem.is_none(),
+            problem,
         }
     }
 }

@@ -1,0 +1,204 @@
+//! What operators ask of a running agent: the admin socket's actions.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use serde_json::{Value, json};
+
+use super::App;
+use crate::admin::{
+    ActionRefused, AdminActions, RevocationRequest, audit_value, credentials_value,
+};
+use crate::audit::LifecycleEvent;
+use crate::credentials::{RevokedToken, RevokedTokens};
+use crate::policy::{Revocation, Revoked, explain};
+use crate::request_id::RequestId;
+
+/// How long revoking upstream may hold the answer up.
+const REVOKE_UPSTREAM: Duration = Duration::from_secs(10);
+
+/// How often ended revocations are forgotten; until then they are in force no longer than said, for
+/// the snapshot without them is made then.
+pub(super) const PRUNE: Duration = Duration::from_millis(500);
+
+#[async_trait]
+impl AdminActions for App {
+    fn not_ready(&self) -> Vec<String> {
+        let mut reasons = Vec::new();
+        if *self.agent.draining.borrow() {
+            reasons.push("the agent is shutting down".to_owned());
+        }
+        if !self.agent.audit.is_accepting() {
+            reasons.push("audit records cannot be written".to_owned());
+        }
+        reasons
+    }
+
+    fn metrics(&self) -> String {
+        self.observe();
+        self.agent.metrics.encode()
+    }
+
+    async fn status(&self) -> Value {
+        let snapshot = self.agent.snapshot.load_full();
+        let listeners: Vec<Value> = self
+            .bound
+            .listeners
+            .iter()
+            .map(|(name, bind)| json!({"name": name, "bind": bind.to_string()}))
+            .collect();
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "configuration": snapshot.config.path,
+            "policy_version": &**snapshot.policy.engine().version(),
+            "last_reload": self.last_reload(),
+            "ready": self.not_ready().is_empty(),
+            "not_ready": self.not_ready(),
+            "listeners": listeners,
+            "open_connections": self.workers.open_connections(),
+            "destinations": snapshot.config.destinations.len(),
+            "credentials": snapshot.config.credentials.len(),
+            "revocations": snapshot.policy.revocations().iter().count(),
+            "interception": snapshot.interception.as_ref().map(|authority| json!({"hosts": authority.hosts()})),
+            "audit": audit_value(&self.agent.audit),
+        })
+    }
+
+    async fn reload(&self) -> Result<Value, ActionRefused> {
+        match App::reload(self).await {
+            Ok(()) => Ok(json!({
+                "policy_version": &**self.agent.snapshot.load().policy.engine().version(),
+            })),
+            Err(diagnostics) => Err(ActionRefused::reload_failed(
+                "the files are not valid",
+                diagnostics.to_json(),
+            )),
+        }
+    }
+
+    async fn credentials(&self) -> Value {
+        credentials_value(&self.agent.credentials.list())
+    }
+
+    async fn revocations(&self) -> Value {
+        let snapshot = self.agent.snapshot.load_full();
+        snapshot
+            .policy
+            .revocations()
+            .iter()
+            .map(|revocation| self.revocation_value(revocation))
+            .collect()
+    }
+
+    async fn revoke(&self, request: RevocationRequest) -> Result<Value, ActionRefused> {
+        let for_how_long = request.for_seconds.map(Duration::from_secs);
+        let revocation = Revocation {
+            id: RequestId::new(self.agent.clock.wall()).to_string(),
+            what: request.what,
+            until: for_how_long.map(|length| self.agent.clock.monotonic() + length),
+        };
+        self.replace_revocations(|revocations| Some(revocations.with(revocation.clone())));
+        let _ = self.agent.audit.lifecycle(LifecycleEvent::Revoked {
+            id: revocation.id.clone(),
+            what: words(&revocation.what),
+            until: for_how_long.map(|length| self.agent.clock.wall() + length),
+        });
+        let tokens = match &revocation.what {
+            Revoked::Workload(selector) => RevokedTokens::Workload(selector.clone()),
+            Revoked::Credential(name) => RevokedTokens::Credential(name.clone()),
+            Revoked::TokenSha256(sha256) => RevokedTokens::TokenSha256(sha256.clone()),
+        };
+        let upstream = tokio::time::timeout(
+            REVOKE_UPSTREAM,
+            self.agent.credentials.revoke_upstream(&tokens),
+        )
+        .await
+        .map(|tokens| tokens.iter().map(token_value).collect::<Vec<_>>())
+        .unwrap_or_default();
+        let mut answer = self.revocation_value(&revocation);
+        if let Some(members) = answer.as_object_mut() {
+            members.insert("tokens".to_owned(), Value::Array(upstream));
+        }
+        Ok(answer)
+    }
+
+    async fn lift(&self, id: &str) -> Result<Value, ActionRefused> {
+        match self.replace_revocations(|revocations| revocations.without(id)) {
+            true => {
+                let _ = self
+                    .agent
+                    .audit
+                    .lifecycle(LifecycleEvent::RevocationLifted { id: id.to_owned() });
+                Ok(json!({"lifted": id}))
+            }
+            false => Err(ActionRefused::not_found(
+                format!(
+                    "no revocation `{}` is in force",
+                    crate::request::printable(id)
+                ),
+                "countersign revoke --list",
+            )),
+        }
+    }
+
+    async fn explain(&self, request_id: RequestId) -> Option<Value> {
+        let decision = self.agent.recent_decisions.find(request_id)?;
+        serde_json::to_value(explain::recorded(&decision)).ok()
+    }
+}
+
+impl App {
+    /// Brings up to date what is only looked at: it costs requests nothing.
+    fn observe(&self) {
+        let identities = self
+            .agent
+            .credentials
+            .list()
+            .into_iter()
+            .map(|status| status.identity)
+            .collect::<std::collections::BTreeSet<_>>();
+        self.agent.metrics.active_identities(identities.len());
+    }
+
+    fn revocation_value(&self, revocation: &Revocation) -> Value {
+        let until = revocation.until.map(|until| {
+            let left = until.saturating_sub(self.agent.clock.monotonic());
+            timestamp(self.agent.clock.wall() + left)
+        });
+        let mut value = serde_json::to_value(&revocation.what).unwrap_or_default();
+        if let Some(members) = value.as_object_mut() {
+            members.insert("id".to_owned(), json!(revocation.id));
+            members.insert("until".to_owned(), json!(until));
+        }
+        value
+    }
+
+    /// Forgets revocations that ended, so that the next decision is made without them.
+    pub(super) async fn prune_revocations(self: Arc<Self>) {
+        let mut ticks = tokio::time::interval(PRUNE);
+        loop {
+            ticks.tick().await;
+            let now = self.agent.clock.monotonic();
+            self.replace_revocations(|revocations| revocations.prune(now));
+        }
+    }
+}
+
+fn timestamp(time: SystemTime) -> Option<String> {
+    jiff::Timestamp::try_from(time)
+        .ok()
+        .map(|time| format!("{time:.0}"))
+}
+
+fn words(what: &Revoked) -> String {
+    match what {
+        Revoked::Workload(selector) => format!("workload {selector}"),
+        Revoked::Credential(name) => format!("credential {name}"),
+        Revoked::TokenSha256(sha256) => format!("token {sha256}"),
+    }
+}
+
+fn token_value(token: &RevokedToken) -> Value {
+    serde_json::to_value(token).unwrap_or_default()
+}
