@@ -1,5 +1,24 @@
 //! Countersign: a per-node agent that attests local workloads, decides by policy, and injects
 //! short-lived tokens into their requests.
+//!
+//! # A tour, in the order of a request
+//!
+//! 1. [`listener`] accepts a connection and asks the kernel who is at the other end
+//!    (`countersign_attestors`); a data worker serves it.
+//! 2. [`proxy`] is the path: [`request`] reads the head one way, the attestors make a workload of the
+//!    evidence, [`routing`] finds the destination.
+//! 3. [`policy`] decides. Only a yes makes a [`policy::Grant`].
+//! 4. [`credentials`] turns the grant into a token, from its cache or by one of [`providers`], which
+//!    reach authorization servers through [`fetch`].
+//! 5. [`inject`] checks the grant's lease again and makes an [`inject::UpstreamRequest`], the only thing
+//!    that [`upstream`] sends; [`address`] guards where to.
+//! 6. [`streams`] carries the bodies and cuts them when the lease ends; [`exchange`] writes the one
+//!    [`audit`] record; [`refusal`] and [`problem`] say no.
+//!
+//! Around it: [`cli`] reads arguments, [`config`] reads files, [`app`] builds, binds and reloads an
+//! [`agent`] under immutable [`snapshot`]s, [`tls`] holds the interception authority, [`admin`] and
+//! [`client`] are two ends of the admin socket, [`telemetry`] counts and logs, [`dev`] is the embedded
+//! authorization server and API.
 
 pub mod address;
 pub mod admin;
