@@ -66,7 +66,7 @@ pub struct ActionRefused {
     /// What to do about it.
     pub next: String,
     /// More, for programs: the diagnostics of a failed reload.
-    pub diagnostics: Option<Value>,
+    pub diagnostics: Option<Box<Value>>,
 }
 
 impl ActionRefused {
@@ -100,7 +100,7 @@ impl ActionRefused {
             code: "reload_failed",
             detail: detail.into(),
             next: "mend the files; the last good configuration is in force".to_owned(),
-            diagnostics: Some(diagnostics),
+            diagnostics: Some(Box::new(diagnostics)),
         }
     }
 
@@ -123,7 +123,7 @@ impl ActionRefused {
             "next": self.next,
         });
         if let (Some(diagnostics), Some(members)) = (&self.diagnostics, problem.as_object_mut()) {
-            members.insert("diagnostics".to_owned(), diagnostics.clone());
+            members.insert("diagnostics".to_owned(), Value::clone(diagnostics));
         }
         problem_response(self.status, &problem)
     }

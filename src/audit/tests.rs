@@ -534,13 +534,13 @@ fn a_write_that_does_not_return_stops_requests() {
         !audit.is_accepting()
     });
     assert!(metrics.encode().contains("countersign_audit_accepting 0"));
-    assert!(!writer.stop(Duration::from_millis(50)));
     let mut reading = fs::File::from(reading);
     std::thread::spawn(move || {
         let _ = std::io::copy(&mut reading, &mut std::io::sink());
     });
     wait_until("requests are served again", || audit.is_accepting());
     assert!(metrics.encode().contains("countersign_audit_accepting 1"));
+    assert!(writer.stop(PATIENCE));
 }
 
 #[test]

@@ -187,22 +187,22 @@ impl Collector for AuditCollector {
         let state = self.0.audit_state();
         let gauges: [(&str, &str, u64); 4] = [
             (
-                "countersign_audit_head_sequence",
+                "audit_head_sequence",
                 "Sequence number of the last audit record written",
                 state.head_sequence,
             ),
             (
-                "countersign_audit_head_hash_prefix",
+                "audit_head_hash_prefix",
                 "First 48 bits of the hash of the last audit record written",
                 state.head_hash_prefix,
             ),
             (
-                "countersign_audit_queue_depth",
+                "audit_queue_depth",
                 "Audit records waiting to be written",
                 state.queue_depth,
             ),
             (
-                "countersign_audit_accepting",
+                "audit_accepting",
                 "1 while audit records can be written or may be lost, 0 while requests are refused for it",
                 u64::from(state.accepting),
             ),
@@ -213,12 +213,12 @@ impl Collector for AuditCollector {
         }
         let counters: [(&str, &str, u64); 2] = [
             (
-                "countersign_audit_records_written",
+                "audit_records_written",
                 "Audit records written",
                 state.written,
             ),
             (
-                "countersign_audit_records_dropped",
+                "audit_records_dropped",
                 "Audit records lost because no sink could take them",
                 state.dropped,
             ),
@@ -744,5 +744,162 @@ impl Metrics {
 impl fmt::Debug for Metrics {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.debug_struct("Metrics").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+#[allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+mod tests {
+    use super::*;
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use crate::clock::SystemClock;
+
+    #[derive(Debug)]
+    struct Fixed(AuditState);
+
+    impl AuditStateSource for Fixed {
+        fn audit_state(&self) -> AuditState {
+            self.0
+        }
+    }
+
+    /// Metrics in which everything has happened once.
+    fn eventful() -> Metrics {
+        let metrics = Metrics::new(Arc::new(SystemClock::new()));
+        metrics.observe_audit(Arc::new(Fixed(AuditState {
+            head_sequence: 7,
+            head_hash_prefix: 0xffff_ffff_ffff,
+            queue_depth: 2,
+            written: 6,
+            dropped: 1,
+            accepting: true,
+        })));
+        let duration = Duration::from_millis(3);
+        metrics.token_request("orders-api", None, duration);
+        metrics.token_request("orders-api", Some(RefusalCode::InvalidClient), duration);
+        metrics.token_refresh("orders-api", true);
+        metrics.cache_hit("orders-api");
+        metrics.credential("orders-api").cache_hit();
+        metrics.cache_miss("orders-api");
+        metrics.upstream_status("orders-api", StatusCode::UNAUTHORIZED);
+        metrics.upstream_status("orders-api", StatusCode::FORBIDDEN);
+        metrics.upstream_status("orders-api", StatusCode::OK);
+        metrics.revoked_token_use();
+        metrics.decision("allow");
+        metrics.decision_cache(3, 1);
+        metrics.attestation("unix", "attested");
+        metrics.refusal(RefusalCode::PolicyDenied);
+        metrics.jwks_refreshed("ci");
+        metrics.active_identities(4);
+        metrics.reload(true, UNIX_EPOCH + Duration::from_secs(1_800_000_000));
+        metrics.reload(false, UNIX_EPOCH + Duration::from_secs(1_900_000_000));
+        metrics.destination("orders").request(
+            Duration::from_millis(5),
+            Duration::from_micros(80),
+            Duration::from_millis(4),
+        );
+        metrics
+    }
+
+    #[test]
+    fn what_happened_is_counted_under_its_name() {
+        let metrics = eventful();
+        let open = metrics.listener("workloads").connection();
+        let text = metrics.encode();
+        for line in [
+            r#"countersign_token_requests_total{credential="orders-api",result="success"} 1"#,
+            r#"countersign_token_requests_total{credential="orders-api",result="invalid_client"} 1"#,
+            r#"countersign_token_request_failures_total{credential="orders-api",cause="client_misconfiguration"} 1"#,
+            r#"countersign_token_request_duration_seconds_count{credential="orders-api"} 2"#,
+            r#"countersign_token_request_duration_seconds_bucket{le="0.005",credential="orders-api"} 2"#,
+            r#"countersign_token_request_duration_seconds_bucket{le="0.0025",credential="orders-api"} 0"#,
+            r#"countersign_tokens_minted_total{credential="orders-api"} 1"#,
+            r#"countersign_token_refreshes_total{credential="orders-api",result="success"} 1"#,
+            r#"countersign_token_cache_hits_total{credential="orders-api"} 2"#,
+            r#"countersign_token_cache_misses_total{credential="orders-api"} 1"#,
+            r#"countersign_upstream_rejections_total{credential="orders-api",status="401"} 1"#,
+            r#"countersign_upstream_rejections_total{credential="orders-api",status="403"} 1"#,
+            "countersign_revoked_token_uses_total 1",
+            r#"countersign_decisions_total{effect="allow"} 1"#,
+            r#"countersign_decisions_total{effect="deny"} 0"#,
+            "countersign_decision_cache_hits_total 3",
+            r#"countersign_attestations_total{attestor="unix",result="attested"} 1"#,
+            r#"countersign_refusals_total{code="policy_denied"} 1"#,
+            r#"countersign_open_connections{listener="workloads"} 1"#,
+            r#"countersign_request_duration_seconds_count{destination="orders"} 1"#,
+            r#"countersign_request_own_duration_seconds_bucket{le="0.0001",destination="orders"} 1"#,
+            "countersign_active_identities 4",
+            "countersign_last_reload_success 0",
+            "countersign_last_reload_success_timestamp_seconds 1800000000",
+            "countersign_audit_head_sequence 7",
+            "countersign_audit_head_hash_prefix 281474976710655",
+            "countersign_audit_records_dropped_total 1",
+            "countersign_audit_accepting 1",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+        }
+        drop(open);
+        assert!(
+            metrics
+                .encode()
+                .contains(r#"countersign_open_connections{listener="workloads"} 0"#)
+        );
+        let refusals = text.matches("countersign_refusals_total{").count();
+        assert_eq!(refusals, RefusalCode::ALL.len());
+    }
+
+    #[test]
+    fn the_documentation_lists_the_same_metrics() {
+        let metrics = eventful();
+        let _open = metrics.listener("workloads").connection();
+        let encoded = metrics.encode();
+        let served: BTreeMap<&str, &str> = encoded
+            .lines()
+            .filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '))
+            .collect();
+        let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/metrics.md"))
+            .unwrap();
+        let documented: BTreeMap<&str, &str> = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("| `countersign_"))
+            .map(|row| {
+                let mut cells = row.split('|').map(|cell| cell.trim().trim_matches('`'));
+                let name = cells.next().unwrap().split('{').next().unwrap();
+                (name.trim_end_matches("_total"), cells.next().unwrap())
+            })
+            .collect();
+        let served: BTreeMap<&str, &str> = served
+            .into_iter()
+            .map(|(name, kind)| (name.strip_prefix("countersign_").unwrap(), kind))
+            .collect();
+        let names = |metrics: &BTreeMap<&str, &str>| -> BTreeSet<String> {
+            metrics.keys().map(|name| (*name).to_owned()).collect()
+        };
+        assert_eq!(names(&documented), names(&served));
+        assert_eq!(documented, served);
+    }
+
+    #[test]
+    fn ages_grow_and_begin_anew() {
+        let metrics = Metrics::new(Arc::new(SystemClock::new()));
+        metrics.jwks_refreshed("ci");
+        let age = || -> f64 {
+            let text = metrics.encode();
+            let line = text
+                .lines()
+                .find(|line| line.starts_with("countersign_jwks_age_seconds{"))
+                .unwrap();
+            line.split(' ').next_back().unwrap().parse().unwrap()
+        };
+        std::thread::sleep(Duration::from_millis(60));
+        let before = age();
+        assert!(before >= 0.05, "{before}");
+        metrics.jwks_refreshed("ci");
+        assert!(age() < before);
     }
 }
