@@ -293,13 +293,9 @@ fn build_client(
     };
     Ok(Client::builder(TokioExecutor::new())
         .timer(TokioTimer::new())
-        .pool_timer(TokioTimer::new())
-        // Shorter than the keep-alive of the servers in use (5 s with Node), so that a request is
-        // seldom sent into a connection that the server is closing.
-        .pool_idle_timeout(Duration::from_secs(4))
-        .pool_max_idle_per_host(8)
-        // Only a request of which nothing was sent is tried on another connection.
-        .retry_canceled_requests(true)
+        // A kept connection may break just as a request is sent into it, and nobody could tell whether
+        // the server has taken the assertion. Requests are rare; sessions are resumed.
+        .pool_max_idle_per_host(0)
         .build(connector))
 }
 

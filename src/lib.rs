@@ -51,3 +51,7 @@ pub mod streams;
 pub mod telemetry;
 pub mod tls;
 pub mod upstream;
+
+// The servers under `tests/support` name this crate as tests outside of it do.
+#[cfg(test)]
+extern crate self as countersign;

@@ -209,23 +209,25 @@ impl Credentials {
     /// Takes a configuration in. Tokens of credentials that did not change are kept; what failed may be
     /// tried again. `own_listeners` are the agent's own addresses, which no server may have.
     pub fn configure(&self, config: &Config, own_listeners: &Arc<[SocketAddr]>) {
+        self.configure_credentials(&config.credentials, own_listeners);
+    }
+
+    fn configure_credentials(
+        &self,
+        credentials: &[Arc<CredentialConfig>],
+        own_listeners: &Arc<[SocketAddr]>,
+    ) {
         let known = self.entries.load_full();
         let mut entries = HashMap::new();
-        let mut kept = Vec::new();
-        for credential in &config.credentials {
+        for credential in credentials {
             let certificate_authority_sha256 = certificate_authority_sha256(credential);
-            let before = known.get(&credential.name);
-            if before.is_some_and(|entry| entry.config == *credential) {
-                kept.push(credential.name.as_str());
-            }
-            let entry = match before {
-                Some(entry)
-                    if entry.config == *credential
-                        && entry.certificate_authority_sha256 == certificate_authority_sha256 =>
-                {
-                    Arc::clone(entry)
-                }
-                _ => Arc::new(Entry {
+            let unchanged = known.get(&credential.name).filter(|entry| {
+                entry.config == *credential
+                    && entry.certificate_authority_sha256 == certificate_authority_sha256
+            });
+            let entry = match unchanged {
+                Some(entry) => Arc::clone(entry),
+                None => Arc::new(Entry {
                     config: Arc::clone(credential),
                     certificate_authority_sha256,
                     provider: provider(credential, Arc::clone(&self.clock), |settings| {
@@ -236,9 +238,14 @@ impl Credentials {
             };
             entries.insert(credential.name.clone(), entry);
         }
-        self.entries.store(Arc::new(entries));
+        let entries = Arc::new(entries);
+        self.entries.store(Arc::clone(&entries));
         self.retain(|slot| {
-            let is_kept = kept.contains(&&*slot.credential);
+            let name = &*slot.credential;
+            let is_kept = known
+                .get(name)
+                .zip(entries.get(name))
+                .is_some_and(|(before, now)| before.config == now.config);
             if is_kept {
                 slot.forget_failures();
             }
@@ -688,7 +695,10 @@ impl Credentials {
     async fn mint(&self, slot: &Slot, entry: &Entry) -> Result<MintedToken, MintFailure> {
         let deadline = Deadline::after(entry.provider.timeout());
         let started = Instant::now();
-        let minted = entry.provider.mint(&slot.request, deadline).await;
+        let minted = entry
+            .provider
+            .mint(&slot.request, slot.is_untroubled(), deadline)
+            .await;
         let upstream = started.elapsed();
         let failure = minted.as_ref().err().map(|failure| failure.code);
         self.metrics
@@ -814,3 +824,6 @@ fn drop_least_recently_used(slots: &mut Slots) {
         });
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -151,6 +151,11 @@ impl Slot {
         failure
     }
 
+    /// Whether the last attempt, if any, succeeded.
+    pub(super) fn is_untroubled(&self) -> bool {
+        self.state().failures == 0
+    }
+
     /// Forgets what failed: the configuration has changed.
     pub(super) fn forget_failures(&self) {
         let mut state = self.state();

@@ -27,9 +27,15 @@ pub struct OidcIssuer {
 #[derive(Debug)]
 struct Shared {
     issuer: String,
-    /// The newest last; it signs.
-    keys: Mutex<Vec<Arc<SigningKey>>>,
+    keys: Mutex<Keys>,
     key_set_requests: AtomicUsize,
+}
+
+#[derive(Debug)]
+struct Keys {
+    signing: Arc<SigningKey>,
+    /// Keys that signed before, still in the key set.
+    former: Vec<Arc<SigningKey>>,
 }
 
 impl OidcIssuer {
@@ -41,7 +47,10 @@ impl OidcIssuer {
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             issuer: issuer.to_owned(),
-            keys: Mutex::new(vec![new_key()?]),
+            keys: Mutex::new(Keys {
+                signing: new_key()?,
+                former: Vec::new(),
+            }),
             key_set_requests: AtomicUsize::new(0),
         });
         let serving = Arc::clone(&shared);
@@ -93,16 +102,15 @@ impl OidcIssuer {
 
     /// The key that signs.
     pub fn signing_key(&self) -> Arc<SigningKey> {
-        let keys = self.shared.keys();
-        // INVARIANT: there is always a key.
-        keys.last()
-            .map_or_else(|| unreachable!("the issuer has a key"), Arc::clone)
+        Arc::clone(&self.shared.keys().signing)
     }
 
     /// Signs with a new key from now on; the old ones stay in the key set.
     pub fn rotate(&self) -> io::Result<()> {
         let key = new_key()?;
-        self.shared.keys().push(key);
+        let mut keys = self.shared.keys();
+        let former = std::mem::replace(&mut keys.signing, key);
+        keys.former.push(former);
         Ok(())
     }
 
@@ -118,13 +126,14 @@ impl OidcIssuer {
 }
 
 impl Shared {
-    fn keys(&self) -> std::sync::MutexGuard<'_, Vec<Arc<SigningKey>>> {
+    fn keys(&self) -> std::sync::MutexGuard<'_, Keys> {
         self.keys.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn public_jwks(&self) -> Vec<Value> {
-        self.keys()
-            .iter()
+        let keys = self.keys();
+        std::iter::once(&keys.signing)
+            .chain(&keys.former)
             .filter_map(|key| key.public_jwk().ok())
             .collect()
     }

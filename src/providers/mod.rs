@@ -26,10 +26,12 @@ pub trait Provider: Send + Sync + std::fmt::Debug {
     /// What a token is minted for beside scopes and audience. Tokens of equal [`Subject`]s are shared.
     fn subject_parts(&self) -> &SubjectParts;
 
-    /// Obtains a token. Makes every attempt within `deadline`.
+    /// Obtains a token within `deadline`. `again_if_refused` allows one more attempt with a new
+    /// assertion where the server refuses the first.
     async fn mint(
         &self,
         request: &TokenRequest,
+        again_if_refused: bool,
         deadline: Deadline,
     ) -> Result<MintedToken, MintFailure>;
 

@@ -472,6 +472,7 @@ impl Provider for OauthClientCredentialsProvider {
     async fn mint(
         &self,
         request: &TokenRequest,
+        again_if_refused: bool,
         deadline: Deadline,
     ) -> Result<MintedToken, MintFailure> {
         let endpoint = self.endpoint(deadline).await?;
@@ -481,7 +482,7 @@ impl Provider for OauthClientCredentialsProvider {
         };
         // Only our own assertion can be made anew: with another `jti`, by the key as it is now, and
         // at the time that the server has just told.
-        let is_refused = first.recovery == Recovery::Hold;
+        let is_refused = again_if_refused && first.recovery == Recovery::Hold;
         let outcome = match (&self.authentication, is_refused) {
             (Authentication::PrivateKeyJwt(_), true) => {
                 self.request_token(&endpoint, request, deadline).await
