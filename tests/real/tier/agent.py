@@ -1,5 +1,6 @@
 """The agent under test, its configuration and policies, and the clients that call through it."""
 
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -38,13 +39,17 @@ PRESENTED_POLICIES = """
 @id("main-branch-reads-orders")
 permit (principal, action == Action::"inject", resource == Credential::"orders-api")
 when {{
-    principal has ci && principal.ci.repository_id == "{repository}" && principal.ci.ref == "{branch}" &&
+    principal has ci.repository_id && principal.ci.repository_id == "{repository}" &&
+    principal has ci.ref && principal.ci.ref == "{branch}" &&
     context has request && context.request.safe
 }};
 
 @id("main-branch-is-issued-tokens")
 permit (principal, action == Action::"issue", resource == Credential::"orders-api")
-when {{ principal has ci && principal.ci.repository_id == "{repository}" && principal.ci.ref == "{branch}" }};
+when {{
+    principal has ci.repository_id && principal.ci.repository_id == "{repository}" &&
+    principal has ci.ref && principal.ci.ref == "{branch}"
+}};
 """
 
 
@@ -225,7 +230,9 @@ class Clients:
         held = b"\0".join(argument.encode() for argument in arguments)
         held += b"\0".join(f"{name}={value}".encode() for name, value in self.environment.items())
         for file in ("environ", "cmdline"):
-            held += pathlib.Path("/proc", str(process.pid), file).read_bytes()
+            # A client that has already ended has neither; what it was given stands above.
+            with contextlib.suppress(ProcessLookupError):
+                held += pathlib.Path("/proc", str(process.pid), file).read_bytes()
         stdout, stderr = process.communicate(timeout=60)
         self.held += held
         return Client(process.returncode, stdout.decode(errors="replace"), stderr.decode(errors="replace"), held)
