@@ -291,8 +291,9 @@ impl Exchange {
     }
 
     /// Drops the record: the requests inside a tunnel are recorded one by one.
-    pub fn forget(&mut self) {
+    pub fn forget(&mut self) -> RequestId {
         self.recorded = true;
+        self.request_id
     }
 
     /// Writes the record. `Err` when it cannot be queued; then the response must not be released.

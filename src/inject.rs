@@ -12,10 +12,10 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use http::header::{
-    AUTHORIZATION, CONNECTION, HOST, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
+    AUTHORIZATION, CONNECTION, CONTENT_TYPE, HOST, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
     PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
 };
-use http::{HeaderMap, Request, Version};
+use http::{HeaderMap, Request};
 
 use crate::config::{Destination, Mode};
 use crate::credentials::Credential;
@@ -37,15 +37,22 @@ impl UpstreamRequest {
         self.upgrade
     }
 
-    /// The version in which the workload sent it.
-    pub fn version(&self) -> Version {
-        self.request.version()
+    /// Whether it is gRPC, which is spoken over HTTP/2 only.
+    pub fn is_grpc(&self) -> bool {
+        is_grpc(self.request.headers())
     }
 
     /// The request, for the one place that sends it.
     pub(crate) fn into_http(self) -> Request<RequestBody> {
         self.request
     }
+}
+
+/// Whether a head's content is gRPC's (gRPC over HTTP/2, "Requests").
+pub fn is_grpc(headers: &HeaderMap) -> bool {
+    headers
+        .get(CONTENT_TYPE)
+        .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
 }
 
 /// Why a credential was not put on a request.

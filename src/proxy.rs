@@ -11,7 +11,7 @@ use countersign_attestors::evidence::EvidenceError;
 use countersign_attestors::{
     AttestedWorkload, Catalog, ConnectionAttestation, Generation, PresentedToken,
 };
-use http::header::{ALT_SVC, CONTENT_TYPE, HeaderName, WWW_AUTHENTICATE};
+use http::header::{ALT_SVC, HeaderName, WWW_AUTHENTICATE};
 use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use hyper::body::{Body, Incoming};
 use hyper_util::rt::TokioIo;
@@ -23,7 +23,7 @@ use crate::audit::{AttestedRecord, AuditUnavailable, Record};
 use crate::config::{Destination, Scheme, Unmatched};
 use crate::credentials::Credential;
 use crate::exchange::Exchange;
-use crate::inject::{NotInjected, UpstreamRequest, is_reported, strip_hop_by_hop};
+use crate::inject::{NotInjected, UpstreamRequest, is_grpc, is_reported, strip_hop_by_hop};
 use crate::listener::serve::serve_tunnel;
 use crate::policy::{
     Action, DecisionCache, Denial, Grant, Lease, LeaseEnded, Question, Refused, first_permitted,
@@ -248,8 +248,11 @@ pub async fn answer(
         false => Err(audit_refusal()),
     };
     let (response, outcome) = match answered {
-        Ok(Answer::Unrecorded(response)) => {
-            exchange.forget();
+        Ok(Answer::Unrecorded(mut response)) => {
+            let request_id = exchange.forget();
+            response
+                .headers_mut()
+                .insert(REQUEST_ID, request_id.to_header_value());
             return response;
         }
         Ok(Answer::Response(response)) => {
@@ -287,12 +290,8 @@ pub fn audit_refusal() -> Refusal {
 }
 
 fn surface_of(connection: &Connection, request: &Request<Incoming>) -> Surface {
-    let is_grpc = request
-        .headers()
-        .get(CONTENT_TYPE)
-        .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
     match (&connection.entry.gateway, request.method()) {
-        _ if is_grpc => Surface::Grpc,
+        _ if is_grpc(request.headers()) => Surface::Grpc,
         (_, &Method::CONNECT) => Surface::Connect,
         (Some(_), _) => Surface::Gateway,
         (None, _) => Surface::Proxy,
@@ -452,7 +451,7 @@ async fn forward(
             StatusCode::SWITCHING_PROTOCOLS if is_upgrade => {
                 switch_protocols(answered, upgrade, stream)
             }
-            _ => relay(answered, stream, connection),
+            _ => relay(answered, stream),
         });
     }
     Err(Refusal::new(
@@ -661,21 +660,15 @@ async fn send(
 }
 
 /// Hands a response on: what concerns the upstream connection is removed.
-fn relay(
-    answered: UpstreamResponse,
-    stream: Rc<Stream>,
-    connection: &Connection,
-) -> Response<ResponseBody> {
+fn relay(answered: UpstreamResponse, stream: Rc<Stream>) -> Response<ResponseBody> {
     let UpstreamResponse {
         response,
         connection: lent,
     } = answered;
     let (mut head, incoming) = response.into_parts();
     strip_hop_by_hop(&mut head.headers);
-    if connection.tunnel.is_some() {
-        // It would lead the client past the agent (RFC 7838).
-        head.headers.remove(ALT_SVC);
-    }
+    // It would lead the client past the agent (RFC 7838).
+    head.headers.remove(ALT_SVC);
     head.extensions.clear();
     head.version = Version::HTTP_11;
     Response::from_parts(

@@ -77,6 +77,7 @@ struct PoolKey {
     /// A destination's address identifies its TLS settings and `connect_to`; the pool holds the
     /// destination, so that an address is not used again while it is a key.
     destination: usize,
+    /// In clear there is no ALPN: every HTTP server speaks HTTP/1.1, and only gRPC needs more.
     http2_by_prior_knowledge: bool,
 }
 
@@ -180,7 +181,7 @@ impl Upstreams {
         response_timeout: Duration,
     ) -> Result<UpstreamResponse, Refusal> {
         let upgrade = request.is_upgrade();
-        let inbound_http2 = request.version() == Version::HTTP_2;
+        let needs_http2 = request.is_grpc();
         let key = PoolKey {
             isolation: isolation.clone(),
             scheme: way.scheme,
@@ -188,7 +189,7 @@ impl Upstreams {
             destination: way
                 .destination
                 .map_or(0, |destination| Arc::as_ptr(destination) as usize),
-            http2_by_prior_knowledge: way.scheme == Scheme::Http && inbound_http2 && !upgrade,
+            http2_by_prior_knowledge: way.scheme == Scheme::Http && needs_http2 && !upgrade,
         };
         let mut request = request.into_http();
         let send = async {
@@ -506,9 +507,8 @@ fn rand_fraction(now: Instant) -> f32 {
 /// Origin-form target and `Host` (RFC 9112 section 3.2).
 fn as_http1(mut request: Request<RequestBody>, way: &Way<'_>) -> Request<RequestBody> {
     *request.version_mut() = Version::HTTP_11;
-    if !request.headers().contains_key(HOST)
-        && let Ok(host) = HeaderValue::from_str(&way.target.to_authority(way.scheme))
-    {
+    // Never the caller's spelling: a gateway's own name, for one, means nothing to the destination.
+    if let Ok(host) = HeaderValue::from_str(&way.target.to_authority(way.scheme)) {
         request.headers_mut().insert(HOST, host);
     }
     if request.uri().authority().is_some() {

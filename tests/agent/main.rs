@@ -1,0 +1,22 @@
+//! The whole agent, from a caller's socket to the origin: what arrives, what is refused, and what the
+//! origin saw of either.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod entrances;
+
+/// Not a test: what the harness starts this binary again for.
+#[test]
+#[ignore = "the harness starts it in processes of their own"]
+fn puppet_main() {
+    support::puppet::puppet_main();
+}
