@@ -20,7 +20,7 @@ use tokio::task::spawn_local;
 use crate::agent::Agent;
 use crate::audit::record::workload_summary;
 use crate::audit::{AttestedRecord, AuditUnavailable, Record};
-use crate::config::{Destination, Scheme, Unmatched};
+use crate::config::{Destination, Mode, Scheme, Unmatched};
 use crate::credentials::Credential;
 use crate::exchange::Exchange;
 use crate::inject::{NotInjected, UpstreamRequest, is_grpc, is_reported, strip_hop_by_hop};
@@ -387,6 +387,12 @@ async fn forward(
     request.extensions_mut().clear();
     *request.uri_mut() = http::Uri::from(asked.path_and_query.clone());
     let mut token_was_rejected = false;
+    let permission = Rc::new(Held {
+        worker: Rc::downgrade(worker),
+        workload: Arc::clone(&workload),
+        asked: Rc::clone(&asked),
+        under: RefCell::new(None),
+    });
 
     for _ in 0..DECISIONS_PER_REQUEST {
         let permitted = worker.decide(&snapshot, &workload, &asked, exchange)?;
@@ -404,7 +410,8 @@ async fn forward(
             Err(NotInjected::Refused(refusal)) => return Err(refusal),
         };
         let is_upgrade = upstream.is_upgrade();
-        let answered = send(
+        permission.hold(worker, &stream, exchange.lease.take(), credential.as_ref());
+        let sent = send(
             worker,
             exchange,
             &snapshot,
@@ -412,8 +419,19 @@ async fn forward(
             &workload,
             &asked,
             upstream,
-        )
-        .await?;
+            &stream,
+        );
+        let answered = tokio::select! {
+            answered = sent => answered,
+            _ = stream.until_cut() => Err(Refusal::new(RefusalCode::UpstreamTimeout, "")),
+        };
+        let answered = match (answered, stream.cut_reason()) {
+            (Ok(answered), None) => answered,
+            (Err(refusal), None) => return Err(refusal),
+            (_, Some(reason)) => {
+                return Err(worker.why_cut(reason, &workload, &asked, exchange));
+            }
+        };
         let rejected = credential
             .as_ref()
             .is_some_and(|_| is_invalid_token(&answered.response));
@@ -432,20 +450,6 @@ async fn forward(
                 snapshot = worker.agent.snapshot.load_full();
                 continue;
             }
-        }
-        let lease = exchange.lease.take();
-        if let Some(lease) = lease {
-            let permission = Granted {
-                worker: Rc::downgrade(worker),
-                lease: RefCell::new(lease),
-                asked: Rc::clone(&asked),
-                credential: credential
-                    .as_ref()
-                    .and_then(credential_name)
-                    .map(str::to_owned),
-                token_sha256: credential.as_ref().map(Credential::token_sha256_shared),
-            };
-            worker.open_streams.watch(&stream, Rc::new(permission));
         }
         return Ok(match answered.response.status() {
             StatusCode::SWITCHING_PROTOCOLS if is_upgrade => {
@@ -593,6 +597,28 @@ impl Worker {
         }
     }
 
+    /// What a caller is told whose request was cut before it was answered.
+    fn why_cut(
+        &self,
+        reason: CutReason,
+        workload: &Arc<AttestedWorkload>,
+        asked: &EgressRequest,
+        exchange: &mut Exchange,
+    ) -> Refusal {
+        match reason {
+            CutReason::Idle => Refusal::new(RefusalCode::UpstreamTimeout, reason.to_string()),
+            CutReason::ShuttingDown => Refusal::new(RefusalCode::ShuttingDown, reason.to_string()),
+            CutReason::PermissionEnded => {
+                let snapshot = self.agent.snapshot.load_full();
+                let ended = workload.check_liveness(self.agent.clock.wall());
+                match (ended, self.decide(&snapshot, workload, asked, exchange)) {
+                    (Ok(()), Err(refusal)) => refusal,
+                    _ => Refusal::new(RefusalCode::AttestationEnded, reason.to_string()),
+                }
+            }
+        }
+    }
+
     fn ask(
         &self,
         snapshot: &Arc<Snapshot>,
@@ -625,6 +651,10 @@ impl Worker {
     }
 }
 
+#[expect(
+    clippy::too_many_arguments,
+    reason = "a request with all that it was decided by"
+)]
 async fn send(
     worker: &Worker,
     exchange: &mut Exchange,
@@ -633,6 +663,7 @@ async fn send(
     workload: &AttestedWorkload,
     asked: &EgressRequest,
     upstream: UpstreamRequest,
+    stream: &Stream,
 ) -> Result<UpstreamResponse, Refusal> {
     let prepared = destination.and_then(|destination| snapshot.prepared.get(&destination.name));
     let way = Way {
@@ -653,7 +684,13 @@ async fn send(
     exchange.attempts = exchange.attempts.saturating_add(1);
     let answered = worker
         .upstreams
-        .send(upstream, workload.isolation_key(), &way, response_timeout)
+        .send(
+            upstream,
+            workload.isolation_key(),
+            &way,
+            response_timeout,
+            stream,
+        )
         .await;
     exchange.upstream += worker.agent.clock.monotonic().saturating_sub(sent_at);
     answered
@@ -817,38 +854,84 @@ fn tunnel_question<'a>(
     }
 }
 
-/// The permission of an open response stream or upgrade: its lease, renewed under each new snapshot.
-struct Granted {
+/// The permission of an open request, response stream or upgrade: decided again under each new
+/// snapshot.
+struct Held {
     worker: Weak<Worker>,
-    lease: RefCell<Lease>,
+    workload: Arc<AttestedWorkload>,
     asked: Rc<EgressRequest>,
-    /// The credential that was injected; `None` where `connect` was granted.
-    credential: Option<String>,
-    token_sha256: Option<Arc<str>>,
+    under: RefCell<Option<Under>>,
 }
 
-impl Permission for Granted {
+/// What a stream is held under.
+enum Under {
+    /// A grant's lease, and the credential that was injected; none where `connect` was granted.
+    Lease(Lease, Option<String>),
+    /// Nothing but the destination's word that denials are only reported.
+    ReportOnly,
+}
+
+impl Held {
+    /// Holds `stream` under what was decided last.
+    fn hold(
+        self: &Rc<Self>,
+        worker: &Worker,
+        stream: &Rc<Stream>,
+        lease: Option<Lease>,
+        credential: Option<&Credential>,
+    ) {
+        let under = match lease {
+            Some(lease) => Under::Lease(
+                lease,
+                credential.and_then(credential_name).map(str::to_owned),
+            ),
+            None => Under::ReportOnly,
+        };
+        if self.under.borrow_mut().replace(under).is_none() {
+            worker
+                .open_streams
+                .watch(stream, Rc::clone(self) as Rc<dyn Permission>);
+        }
+    }
+}
+
+impl Permission for Held {
     fn check(&self) -> Result<(), CutReason> {
         let worker = self.worker.upgrade().ok_or(CutReason::ShuttingDown)?;
         let snapshot = worker.agent.snapshot.load_full();
         let wall = worker.agent.clock.wall();
-        let revocations = snapshot.policy.revocations();
-        if let Some(token) = &self.token_sha256
-            && revocations.token_is_revoked(token).is_some()
-        {
-            return Err(CutReason::PermissionEnded);
+        match self.under.borrow_mut().as_mut() {
+            None => Ok(()),
+            Some(Under::Lease(lease, credential)) => renew(lease, &snapshot, wall, |workload| {
+                let destination = match find_route(&snapshot, &self.asked) {
+                    Route::Destination(destination) => destination,
+                    Route::NotCovered(_) | Route::Unmatched(_) => {
+                        let question = unmatched(Some(&self.asked), wall);
+                        let permitted = snapshot.config.unmatched == Unmatched::Tunnel;
+                        return permitted
+                            .then(|| worker.ask(&snapshot, workload, &question).ok())
+                            .flatten();
+                    }
+                };
+                let (question, _) = questions(destination, Some(&self.asked), wall).find(
+                    |(_, credential_use)| {
+                        let name = credential_use.map(|found| found.credential.name.as_str());
+                        name == credential.as_deref()
+                    },
+                )?;
+                worker.ask(&snapshot, workload, &question).ok()
+            }),
+            Some(Under::ReportOnly) => {
+                let reports = matches!(
+                    find_route(&snapshot, &self.asked),
+                    Route::Destination(destination) if destination.mode == Mode::ReportOnly
+                );
+                match reports && self.workload.check_liveness(wall).is_ok() {
+                    true => Ok(()),
+                    false => Err(CutReason::PermissionEnded),
+                }
+            }
         }
-        renew(&self.lease, &snapshot, wall, |workload| {
-            let Route::Destination(destination) = find_route(&snapshot, &self.asked) else {
-                return None;
-            };
-            let (question, _) =
-                questions(destination, Some(&self.asked), wall).find(|(_, credential_use)| {
-                    let name = credential_use.map(|found| found.credential.name.as_str());
-                    name == self.credential.as_deref()
-                })?;
-            worker.ask(&snapshot, workload, &question).ok()
-        })
     }
 }
 
@@ -864,7 +947,7 @@ impl Permission for Tunnelled {
         let worker = self.worker.upgrade().ok_or(CutReason::ShuttingDown)?;
         let snapshot = worker.agent.snapshot.load_full();
         let wall = worker.agent.clock.wall();
-        renew(&self.lease, &snapshot, wall, |workload| {
+        renew(&mut self.lease.borrow_mut(), &snapshot, wall, |workload| {
             let destinations = snapshot.routes.at(self.target.host(), self.target.port());
             let question = tunnel_question(&snapshot, destinations.first(), wall)?;
             worker.ask(&snapshot, workload, &question).ok()
@@ -874,20 +957,22 @@ impl Permission for Tunnelled {
 
 /// Checks a lease; decides again where policies were replaced since.
 fn renew(
-    lease: &RefCell<Lease>,
+    lease: &mut Lease,
     snapshot: &Arc<Snapshot>,
     wall: SystemTime,
     decide: impl FnOnce(&Arc<AttestedWorkload>) -> Option<Grant>,
 ) -> Result<(), CutReason> {
-    let checked = lease.borrow().check(&snapshot.policy, wall);
-    match checked {
+    match lease.check(&snapshot.policy, wall) {
         Ok(()) => Ok(()),
         Err(LeaseEnded::Attestation(_)) => Err(CutReason::PermissionEnded),
         Err(LeaseEnded::SnapshotReplaced | LeaseEnded::PolicyExpired) => {
-            let workload = Arc::clone(lease.borrow().workload());
+            let workload = Arc::clone(lease.workload());
             let grant = decide(&workload).ok_or(CutReason::PermissionEnded)?;
-            *lease.borrow_mut() = grant.lease().clone();
-            Ok(())
+            *lease = grant.lease().clone();
+            // A decision says nothing of whether the workload still is who it was.
+            lease
+                .check(&snapshot.policy, wall)
+                .map_err(|_| CutReason::PermissionEnded)
         }
     }
 }

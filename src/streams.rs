@@ -86,6 +86,22 @@ impl Stream {
         }
     }
 
+    /// Why the stream was cut, if it was.
+    pub fn cut_reason(&self) -> Option<CutReason> {
+        self.cut.get()
+    }
+
+    /// Waits until no byte passed for `quiet`.
+    pub async fn until_quiet(&self, quiet: Duration) {
+        loop {
+            let quiet_at = self.last_activity.get() + quiet;
+            if Instant::now() >= quiet_at {
+                return;
+            }
+            tokio::time::sleep_until(quiet_at.into()).await;
+        }
+    }
+
     /// Waits until the stream is cut.
     pub async fn until_cut(&self) -> CutReason {
         std::future::poll_fn(|context| self.poll_cut(context)).await

@@ -32,13 +32,15 @@ use crate::inject::UpstreamRequest;
 use crate::local::LocalExecutor;
 use crate::refusal::{Refusal, RefusalCode};
 use crate::request::Target;
-use crate::streams::RequestBody;
+use crate::streams::{RequestBody, Stream};
 use crate::tls::ALPN_HTTP2;
 
 const IDLE: Duration = Duration::from_secs(30);
 const MAXIMUM_AGE: Duration = Duration::from_secs(300);
 /// Spread of the maximum age, so that connections opened together are not replaced together.
 const AGE_JITTER: Duration = Duration::from_secs(60);
+/// How long a connection that was given back may take to be free.
+const READY: Duration = Duration::from_millis(100);
 const HTTP2_PING_INTERVAL: Duration = Duration::from_secs(20);
 
 /// The verified TLS of one destination.
@@ -172,13 +174,15 @@ impl Upstreams {
         }
     }
 
-    /// Sends a request and waits for the response head, at most `response_timeout`.
+    /// Sends a request and waits for the response head, at most `response_timeout` after the last byte
+    /// of the body that passed: a long upload is not a slow answer.
     pub async fn send(
         &self,
         request: UpstreamRequest,
         isolation: &IsolationKey,
         way: &Way<'_>,
         response_timeout: Duration,
+        stream: &Stream,
     ) -> Result<UpstreamResponse, Refusal> {
         let upgrade = request.is_upgrade();
         let needs_http2 = request.is_grpc();
@@ -224,17 +228,17 @@ impl Upstreams {
                 Attempt::Failed(error) => Err(protocol_refusal(way, &error)),
             }
         };
-        timeout(response_timeout + way.connect_timeout, send)
-            .await
-            .unwrap_or_else(|_| {
-                Err(Refusal::new(
-                    RefusalCode::UpstreamTimeout,
-                    format!(
-                        "`{}` sent no response head in {response_timeout:?}",
-                        way.target
-                    ),
-                ))
-            })
+        stream.touch();
+        tokio::select! {
+            answered = send => answered,
+            () = stream.until_quiet(response_timeout + way.connect_timeout) => Err(Refusal::new(
+                RefusalCode::UpstreamTimeout,
+                format!(
+                    "`{}` sent no response head in {response_timeout:?}",
+                    way.target
+                ),
+            )),
+        }
     }
 
     /// A connection that this identity used before and that is still usable.
@@ -253,7 +257,11 @@ impl Upstreams {
                 }
                 pool.idle.pop()?
             };
-            if Instant::now() < candidate.retire_at && candidate.sender.ready().await.is_ok() {
+            if Instant::now() >= candidate.retire_at {
+                continue;
+            }
+            // One that answered before it had the whole request is busy until the rest is sent.
+            if let Ok(Ok(())) = timeout(READY, candidate.sender.ready()).await {
                 return Some(Connected::Http1(candidate));
             }
         }
