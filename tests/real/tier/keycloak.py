@@ -10,9 +10,9 @@ import threading
 import time
 import urllib.request
 
-from .agent import BRANCH, REPOSITORY, WORKLOAD_CLIENT, Agent, Configuration
+from .agent import BRANCH, REPOSITORY, WORKLOAD_CLIENT, Agent, Clients, Configuration
 from .authorization_servers import Keycloak
-from .cases import SECURE_ORDERS, Cases, Server
+from .cases import PLAIN_ORDERS, SECURE_ORDERS, Cases, Server
 from .processes import AGENT, HERE, PYTHON, node_server
 
 SUBJECT = f"repo:acme/orders:ref:{BRANCH}"
@@ -121,6 +121,26 @@ class KeycloakTest(Cases, KeycloakServer):
         self.assertIn(jti, issued, "the token's `jti` is not in the server's log")
         self.assertEqual(issued[jti], WORKLOAD_CLIENT)
         self.assertEqual(self.authorization_server.subjects()[jti], SUBJECT)
+
+    def test_a_token_in_the_proxys_url_is_the_assertion(self) -> None:
+        """And a request on the same agent without one is asked for it."""
+        agent = Agent(self.keyless)
+        self.addCleanup(agent.stop)
+        token = self.ci.mint(self.authorization_server.issuer)
+        presenting, bare = Clients(agent), Clients(agent)
+        for name in ("http_proxy", "https_proxy"):
+            presenting.environment[name] = f"http://token:{token}@127.0.0.1:{agent.relay_port}"
+        for url in (SECURE_ORDERS, PLAIN_ORDERS):
+            answer = presenting.curl("GET", url)
+            self.assertEqual(answer["status"], 200, answer)
+            seen = self.assert_injected(answer["body"], WORKLOAD_CLIENT)
+            self.assertNotIn(token, seen["authorization"][0])
+            self.assert_names_the_workload(answer["body"]["verified"]["jti"])
+            self.seen_before = len(self.received())
+            answer = bare.curl("GET", url)
+            self.assertEqual(answer["status"], 407, answer)
+            self.assert_refused(407, answer["body"], "proxy_token_required")
+            self.assertIn("Bearer", answer["headers"]["proxy-authenticate"])
 
     def test_exec_carries_a_job_past_the_life_of_its_tokens(self) -> None:
         with self.token_file() as token_file:
