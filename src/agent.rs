@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use crate::audit::Audit;
 use crate::clock::Clock;
 use crate::credentials::Credentials;
+use crate::limits::IdentityLimits;
 use crate::policy::DecisionRing;
 use crate::snapshot::Snapshot;
 use crate::telemetry::metrics::Metrics;
@@ -26,6 +27,8 @@ pub struct Agent {
     pub clock: Arc<dyn Clock>,
     /// The runtime of everything that is not the data path: names, token endpoints, procfs.
     pub control: tokio::runtime::Handle,
+    /// What each identity holds of the agent.
+    pub limits: IdentityLimits,
     /// The last decisions, for `policy explain`.
     pub recent_decisions: DecisionRing,
     /// True once the agent stops taking new connections.

@@ -12,11 +12,13 @@ use crate::agent::Agent;
 use crate::audit::record::{AskedAndGranted, DecisionReference, TokenReference};
 use crate::audit::{Decided, Latency, Obtained, Record, RequestRecord};
 use crate::config::Destination;
+use crate::connection::Connection;
 use crate::credentials::{self, Credential};
 use crate::inject::{NotInjected, UpstreamRequest, inject, pass, report};
+use crate::limits::Held;
 use crate::policy::{Denial, DenialKind, Grant, Lease, Question, Resource};
 use crate::problem::{self, Surface};
-use crate::proxy::{Connection, Verdict, Worker};
+use crate::proxy::{Verdict, Worker};
 use crate::refusal::Refusal;
 use crate::request::EgressRequest;
 use crate::request_id::{RequestId, SessionId, TraceContext};
@@ -49,6 +51,8 @@ pub struct Exchange {
     token_endpoint: Duration,
     /// How often the request was sent.
     pub attempts: u8,
+    /// The identity's place among its requests in flight.
+    pub held: Option<Held>,
     /// The lease that the response stream will be held under.
     pub lease: Option<Lease>,
     metrics: Option<crate::telemetry::metrics::DestinationMetrics>,
@@ -90,6 +94,7 @@ impl Exchange {
             upstream: Duration::ZERO,
             token_endpoint: Duration::ZERO,
             attempts: 0,
+            held: None,
             lease: None,
             metrics: None,
             agent,
@@ -119,11 +124,12 @@ impl Exchange {
         if let Some(tunnel) = &connection.tunnel {
             tunnel.valid_until.set(workload.valid_until());
         }
+        let limits = &snapshot.config.limits;
         let session = connection
             .caller
-            .session(&self.agent, &self.listener, &workload)
-            .map_err(|_| crate::proxy::audit_refusal())?;
-        self.session = Some(session);
+            .session(&self.agent, limits, &self.listener, &workload)?;
+        self.held = Some(session.holding.request(limits)?);
+        self.session = Some((session.id, session.summary));
         Ok(workload)
     }
 

@@ -5,7 +5,7 @@
 //!
 //! 1. [`listener`] accepts a connection and asks the kernel who is at the other end
 //!    (`countersign_attestors`); a data worker serves it.
-//! 2. [`proxy`] is the path: [`request`] reads the head one way, the attestors make a workload of the
+//! 2. [`proxy`] is the path: [`connection`] knows the caller within its [`limits`], [`request`] reads the head one way, the attestors make a workload of the
 //!    evidence, [`routing`] finds the destination.
 //! 3. [`policy`] decides. Only a yes makes a [`policy::Grant`].
 //! 4. [`credentials`] turns the grant into a token, from its cache or by one of [`providers`], which
@@ -29,6 +29,7 @@ pub mod cli;
 pub mod client;
 pub mod clock;
 pub mod config;
+pub mod connection;
 pub mod credentials;
 pub mod dev;
 pub mod diagnostics;
@@ -36,6 +37,7 @@ pub mod exchange;
 pub mod fetch;
 pub mod inject;
 pub mod jwt;
+pub mod limits;
 pub mod listener;
 pub mod local;
 pub mod policy;

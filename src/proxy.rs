@@ -2,15 +2,12 @@
 //!
 //! [`answer`] is called for every request of every listener and tunnel; [`walk`] is the path of one.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use countersign_attestors::evidence::EvidenceError;
-use countersign_attestors::{
-    AttestedWorkload, Catalog, ConnectionAttestation, Generation, PresentedToken,
-};
+use countersign_attestors::AttestedWorkload;
 use http::header::{ALT_SVC, HeaderName, WWW_AUTHENTICATE};
 use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use hyper::body::{Body, Incoming};
@@ -18,9 +15,8 @@ use hyper_util::rt::TokioIo;
 use tokio::task::spawn_local;
 
 use crate::agent::Agent;
-use crate::audit::record::workload_summary;
-use crate::audit::{AttestedRecord, AuditUnavailable, Record};
 use crate::config::{Destination, Mode, Scheme, Unmatched};
+use crate::connection::Connection;
 use crate::credentials::Credential;
 use crate::exchange::Exchange;
 use crate::inject::{NotInjected, UpstreamRequest, is_grpc, is_reported, strip_hop_by_hop};
@@ -32,7 +28,6 @@ use crate::policy::{
 use crate::problem::{self, Surface};
 use crate::refusal::{Refusal, RefusalCode};
 use crate::request::{EgressRequest, Reception, Target};
-use crate::request_id::SessionId;
 use crate::routing::Route;
 use crate::snapshot::Snapshot;
 use crate::streams::{
@@ -75,165 +70,6 @@ impl Worker {
         self.open_streams.sweep();
         self.upstreams.sweep();
     }
-}
-
-/// What a connection was accepted on.
-#[derive(Debug, Clone)]
-pub struct Entry {
-    /// The listener's name.
-    pub listener: Arc<str>,
-    /// The destination, where the listener is a gateway.
-    pub gateway: Option<Arc<str>>,
-}
-
-/// The tunnel that requests come through.
-pub struct Tunnel {
-    /// CONNECT's authority.
-    pub target: Target,
-    /// What is spoken inside.
-    pub scheme: Scheme,
-    /// The token that the tunnel was opened with.
-    pub presented: Option<PresentedToken>,
-    /// When that token expires, once it was verified: the tunnel ends then.
-    pub valid_until: Cell<Option<SystemTime>>,
-}
-
-/// A connection from a workload, or a tunnel inside one.
-pub struct Connection {
-    /// The worker that serves it.
-    pub worker: Rc<Worker>,
-    /// What it was accepted on.
-    pub entry: Entry,
-    /// Who is at the other end; shared by a connection and the tunnels inside it.
-    pub caller: Rc<Caller>,
-    /// The tunnel, for what came through one.
-    pub tunnel: Option<Tunnel>,
-}
-
-impl Connection {
-    /// Whether the caller is still what was attested, and what a tunnel was opened with still holds.
-    pub fn is_permitted(&self) -> bool {
-        let expired = self
-            .tunnel
-            .as_ref()
-            .and_then(|tunnel| tunnel.valid_until.get())
-            .is_some_and(|valid_until| self.worker.agent.clock.wall() >= valid_until);
-        !expired && self.caller.is_still_attested()
-    }
-}
-
-/// Who is at the other end of a connection.
-pub struct Caller {
-    attestation: RefCell<Rc<Result<ConnectionAttestation, EvidenceError>>>,
-    catalog: RefCell<Arc<Catalog>>,
-    session: RefCell<Option<Session>>,
-    /// Set when the attestation ended: the connection closes.
-    ended: Cell<bool>,
-}
-
-#[derive(Clone)]
-struct Session {
-    generation: Generation,
-    id: SessionId,
-    summary: Arc<str>,
-}
-
-impl Caller {
-    /// A caller whose kernel evidence was attested under `catalog`.
-    pub fn new(
-        attestation: Result<ConnectionAttestation, EvidenceError>,
-        catalog: Arc<Catalog>,
-    ) -> Rc<Self> {
-        Rc::new(Self {
-            attestation: RefCell::new(Rc::new(attestation)),
-            catalog: RefCell::new(catalog),
-            session: RefCell::new(None),
-            ended: Cell::new(false),
-        })
-    }
-
-    /// Whether the process at the other end still is what was attested. A few hundred nanoseconds.
-    pub fn is_still_attested(&self) -> bool {
-        !self.ended.get()
-            && match self.attestation.borrow().as_ref() {
-                Ok(attestation) => attestation.check_liveness().is_ok(),
-                Err(_) => true,
-            }
-    }
-
-    /// The workload behind the connection with what this head presents. After a reload that changed
-    /// the attestors the kernel's evidence is attested anew.
-    pub async fn attest(
-        &self,
-        catalog: &Arc<Catalog>,
-        presented: Option<&PresentedToken>,
-    ) -> Result<Arc<AttestedWorkload>, Refusal> {
-        if !Arc::ptr_eq(&self.catalog.borrow(), catalog) {
-            let stale = Rc::clone(&self.attestation.borrow());
-            if let Ok(attestation) = stale.as_ref() {
-                let renewed = attestation.under(Arc::clone(catalog)).await;
-                *self.attestation.borrow_mut() = Rc::new(Ok(renewed));
-            }
-            *self.catalog.borrow_mut() = Arc::clone(catalog);
-        }
-        let attestation = Rc::clone(&self.attestation.borrow());
-        match attestation.as_ref() {
-            Ok(attestation) => attestation.attest(presented).await.map_err(|ended| {
-                self.ended.set(true);
-                Refusal::new(RefusalCode::AttestationEnded, ended.to_string())
-            }),
-            Err(error) => {
-                self.ended.set(true);
-                Err(evidence_refusal(error))
-            }
-        }
-    }
-}
-
-impl Caller {
-    /// The session that request records refer to; a new one is recorded when the facts are new.
-    pub fn session(
-        &self,
-        agent: &Agent,
-        listener: &Arc<str>,
-        workload: &AttestedWorkload,
-    ) -> Result<(SessionId, Arc<str>), AuditUnavailable> {
-        let generation = workload.generation();
-        if let Some(session) = self.session.borrow().as_ref()
-            && session.generation == generation
-        {
-            return Ok((session.id, Arc::clone(&session.summary)));
-        }
-        let time = agent.clock.wall();
-        let id = SessionId::new(time);
-        let summary = workload_summary(workload.facts());
-        agent
-            .audit
-            .record(Record::Attested(Box::new(AttestedRecord {
-                time,
-                session: id,
-                listener: Arc::clone(listener),
-                identity: workload.isolation_key().clone(),
-                facts: Arc::new(workload.facts().clone()),
-                valid_until: workload.valid_until(),
-            })))?;
-        *self.session.borrow_mut() = Some(Session {
-            generation,
-            id,
-            summary: Arc::clone(&summary),
-        });
-        Ok((id, summary))
-    }
-}
-
-/// What the caller is told when the kernel's evidence could not be had.
-pub fn evidence_refusal(error: &EvidenceError) -> Refusal {
-    let code = match error {
-        EvidenceError::CallerGone => RefusalCode::CallerGone,
-        EvidenceError::AmbiguousCaller => RefusalCode::CallerAmbiguous,
-        EvidenceError::Unavailable(_) => RefusalCode::AttestationUnavailable,
-    };
-    Refusal::new(code, error.to_string())
 }
 
 /// Answers one request, and records it.
@@ -411,6 +247,7 @@ async fn forward(
         };
         let is_upgrade = upstream.is_upgrade();
         permission.hold(worker, &stream, exchange.lease.take(), credential.as_ref());
+        stream.hold(exchange.held.take());
         let sent = send(
             worker,
             exchange,
@@ -822,6 +659,7 @@ async fn connect(
         )
     })??;
     let stream = Stream::new(idle_of(snapshot, &asked));
+    stream.hold(exchange.held.take());
     worker.open_streams.watch(
         &stream,
         Rc::new(Tunnelled {
@@ -865,10 +703,16 @@ struct Held {
 
 /// What a stream is held under.
 enum Under {
-    /// A grant's lease, and the credential that was injected; none where `connect` was granted.
-    Lease(Lease, Option<String>),
+    /// A grant's lease, and what was injected; nothing where `connect` was granted.
+    Lease(Lease, Option<Injected>),
     /// Nothing but the destination's word that denials are only reported.
     ReportOnly,
+}
+
+/// A credential's name, and the SHA-256 of its token.
+struct Injected {
+    credential: String,
+    token_sha256: Arc<str>,
 }
 
 impl Held {
@@ -883,7 +727,12 @@ impl Held {
         let under = match lease {
             Some(lease) => Under::Lease(
                 lease,
-                credential.and_then(credential_name).map(str::to_owned),
+                credential.and_then(|credential| {
+                    Some(Injected {
+                        credential: credential_name(credential)?.to_owned(),
+                        token_sha256: credential.token_sha256_shared(),
+                    })
+                }),
             ),
             None => Under::ReportOnly,
         };
@@ -902,7 +751,16 @@ impl Permission for Held {
         let wall = worker.agent.clock.wall();
         match self.under.borrow_mut().as_mut() {
             None => Ok(()),
-            Some(Under::Lease(lease, credential)) => renew(lease, &snapshot, wall, |workload| {
+            Some(Under::Lease(_, Some(injected)))
+                if snapshot
+                    .policy
+                    .revocations()
+                    .token_is_revoked(&injected.token_sha256)
+                    .is_some() =>
+            {
+                Err(CutReason::PermissionEnded)
+            }
+            Some(Under::Lease(lease, injected)) => renew(lease, &snapshot, wall, |workload| {
                 let destination = match find_route(&snapshot, &self.asked) {
                     Route::Destination(destination) => destination,
                     Route::NotCovered(_) | Route::Unmatched(_) => {
@@ -916,7 +774,9 @@ impl Permission for Held {
                 let (question, _) = questions(destination, Some(&self.asked), wall).find(
                     |(_, credential_use)| {
                         let name = credential_use.map(|found| found.credential.name.as_str());
-                        name == credential.as_deref()
+                        name == injected
+                            .as_ref()
+                            .map(|injected| injected.credential.as_str())
                     },
                 )?;
                 worker.ask(&snapshot, workload, &question).ok()

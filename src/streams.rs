@@ -15,6 +15,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::limits::Held;
 use crate::upstream::Lent;
 
 /// The error of every body of ours.
@@ -41,6 +42,7 @@ pub struct Stream {
     last_activity: Cell<Instant>,
     idle: Duration,
     wakers: RefCell<Vec<Waker>>,
+    held: RefCell<Option<Held>>,
 }
 
 impl Stream {
@@ -51,7 +53,15 @@ impl Stream {
             last_activity: Cell::new(Instant::now()),
             idle,
             wakers: RefCell::new(Vec::new()),
+            held: RefCell::new(None),
         })
+    }
+
+    /// Keeps an identity's place among its requests in flight until the stream ends.
+    pub fn hold(&self, held: Option<Held>) {
+        if held.is_some() {
+            *self.held.borrow_mut() = held;
+        }
     }
 
     /// Notes that bytes passed.

@@ -28,6 +28,7 @@ use crate::config::{Attestors, Bind, Config, Interception, Listener, OidcIssuer}
 use crate::credentials::{Credentials, TokenEvent, TokenEvents};
 use crate::diagnostics::{Diagnostic, Diagnostics};
 use crate::fetch::{FetchClient, FetchSettings};
+use crate::limits::IdentityLimits;
 use crate::listener::{BoundListener, Workers, accept};
 use crate::policy::{DecisionRing, PolicyEngine, PolicySnapshot, Revocations};
 use crate::routing::Routes;
@@ -162,6 +163,7 @@ impl App {
             metrics,
             clock,
             control,
+            limits: IdentityLimits::default(),
             recent_decisions: DecisionRing::new(),
             draining: watch::Sender::new(false),
         });

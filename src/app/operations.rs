@@ -151,14 +151,8 @@ impl AdminActions for App {
 impl App {
     /// Brings up to date what is only looked at: it costs requests nothing.
     fn observe(&self) {
-        let identities = self
-            .agent
-            .credentials
-            .list()
-            .into_iter()
-            .map(|status| status.identity)
-            .collect::<std::collections::BTreeSet<_>>();
-        self.agent.metrics.active_identities(identities.len());
+        let active = self.agent.limits.active();
+        self.agent.metrics.active_identities(active);
     }
 
     fn revocation_value(&self, revocation: &Revocation) -> Value {

@@ -23,7 +23,8 @@ use tokio::task::LocalSet;
 
 use crate::agent::Agent;
 use crate::config::{Bind, Listener, ListenerKind, SocketAccess};
-use crate::proxy::{Caller, Entry, Worker};
+use crate::connection::{Caller, Entry};
+use crate::proxy::Worker;
 use crate::streams::CutReason;
 
 /// How often open streams and idle connections are looked over; a permission that ends is noticed

@@ -18,8 +18,9 @@ use tokio_rustls::LazyConfigAcceptor;
 
 use super::sniff::{Protocol, sniff};
 use crate::config::Scheme;
+use crate::connection::{Caller, Connection, Entry, Tunnel};
 use crate::local::LocalExecutor;
-use crate::proxy::{Caller, Connection, Entry, Tunnel, Worker, answer};
+use crate::proxy::{Worker, answer};
 use crate::request::Target;
 use crate::streams::{CutReason, Permission, Stream};
 use crate::tls::ALPN_HTTP2;

@@ -1,0 +1,193 @@
+//! A connection from a workload: what it was accepted on, who is at the other end, and the tunnel
+//! that it may be inside of.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use countersign_attestors::evidence::EvidenceError;
+use countersign_attestors::{
+    AttestedWorkload, Catalog, ConnectionAttestation, Generation, PresentedToken,
+};
+
+use crate::agent::Agent;
+use crate::audit::record::workload_summary;
+use crate::audit::{AttestedRecord, Record};
+use crate::config::{Limits, Scheme};
+use crate::limits::{Held, Holding};
+use crate::proxy::{Worker, audit_refusal};
+use crate::refusal::{Refusal, RefusalCode};
+use crate::request::Target;
+use crate::request_id::SessionId;
+
+/// What a connection was accepted on.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// The listener's name.
+    pub listener: Arc<str>,
+    /// The destination, where the listener is a gateway.
+    pub gateway: Option<Arc<str>>,
+}
+
+/// The tunnel that requests come through.
+pub struct Tunnel {
+    /// CONNECT's authority.
+    pub target: Target,
+    /// What is spoken inside.
+    pub scheme: Scheme,
+    /// The token that the tunnel was opened with.
+    pub presented: Option<PresentedToken>,
+    /// When that token expires, once it was verified: the tunnel ends then.
+    pub valid_until: Cell<Option<SystemTime>>,
+}
+
+/// A connection from a workload, or a tunnel inside one.
+pub struct Connection {
+    /// The worker that serves it.
+    pub worker: Rc<Worker>,
+    /// What it was accepted on.
+    pub entry: Entry,
+    /// Who is at the other end; shared by a connection and the tunnels inside it.
+    pub caller: Rc<Caller>,
+    /// The tunnel, for what came through one.
+    pub tunnel: Option<Tunnel>,
+}
+
+impl Connection {
+    /// Whether the caller is still what was attested, and what a tunnel was opened with still holds.
+    pub fn is_permitted(&self) -> bool {
+        let expired = self
+            .tunnel
+            .as_ref()
+            .and_then(|tunnel| tunnel.valid_until.get())
+            .is_some_and(|valid_until| self.worker.agent.clock.wall() >= valid_until);
+        !expired && self.caller.is_still_attested()
+    }
+}
+
+/// Who is at the other end of a connection.
+pub struct Caller {
+    attestation: RefCell<Rc<Result<ConnectionAttestation, EvidenceError>>>,
+    catalog: RefCell<Arc<Catalog>>,
+    session: RefCell<Option<Session>>,
+    /// Set when the attestation ended: the connection closes.
+    ended: Cell<bool>,
+}
+
+/// What a connection's requests have in common while its workload is the same.
+#[derive(Debug, Clone)]
+pub struct Session {
+    generation: Generation,
+    /// What request records refer to.
+    pub id: SessionId,
+    /// The workload in few words.
+    pub summary: Arc<str>,
+    /// What the workload's identity holds of the agent.
+    pub holding: Arc<Holding>,
+    _connection: Rc<Held>,
+}
+
+impl Caller {
+    /// A caller whose kernel evidence was attested under `catalog`.
+    pub fn new(
+        attestation: Result<ConnectionAttestation, EvidenceError>,
+        catalog: Arc<Catalog>,
+    ) -> Rc<Self> {
+        Rc::new(Self {
+            attestation: RefCell::new(Rc::new(attestation)),
+            catalog: RefCell::new(catalog),
+            session: RefCell::new(None),
+            ended: Cell::new(false),
+        })
+    }
+
+    /// Whether the process at the other end still is what was attested. A few hundred nanoseconds.
+    pub fn is_still_attested(&self) -> bool {
+        !self.ended.get()
+            && match self.attestation.borrow().as_ref() {
+                Ok(attestation) => attestation.check_liveness().is_ok(),
+                Err(_) => true,
+            }
+    }
+
+    /// The workload behind the connection with what this head presents. After a reload that changed
+    /// the attestors the kernel's evidence is attested anew.
+    pub async fn attest(
+        &self,
+        catalog: &Arc<Catalog>,
+        presented: Option<&PresentedToken>,
+    ) -> Result<Arc<AttestedWorkload>, Refusal> {
+        if !Arc::ptr_eq(&self.catalog.borrow(), catalog) {
+            let stale = Rc::clone(&self.attestation.borrow());
+            if let Ok(attestation) = stale.as_ref() {
+                let renewed = attestation.under(Arc::clone(catalog)).await;
+                *self.attestation.borrow_mut() = Rc::new(Ok(renewed));
+            }
+            *self.catalog.borrow_mut() = Arc::clone(catalog);
+        }
+        let attestation = Rc::clone(&self.attestation.borrow());
+        match attestation.as_ref() {
+            Ok(attestation) => attestation.attest(presented).await.map_err(|ended| {
+                self.ended.set(true);
+                Refusal::new(RefusalCode::AttestationEnded, ended.to_string())
+            }),
+            Err(error) => {
+                self.ended.set(true);
+                Err(evidence_refusal(error))
+            }
+        }
+    }
+
+    /// The session of a workload on this connection; a new one is recorded when the facts are new.
+    ///
+    /// # Errors
+    /// When the record cannot be written, or the identity holds too many connections.
+    pub fn session(
+        &self,
+        agent: &Agent,
+        limits: &Limits,
+        listener: &Arc<str>,
+        workload: &AttestedWorkload,
+    ) -> Result<Session, Refusal> {
+        let generation = workload.generation();
+        if let Some(session) = self.session.borrow().as_ref()
+            && session.generation == generation
+        {
+            return Ok(session.clone());
+        }
+        let holding = agent.limits.of(workload.isolation_key());
+        let connection = holding.connection(limits)?;
+        let time = agent.clock.wall();
+        let session = Session {
+            generation,
+            id: SessionId::new(time),
+            summary: workload_summary(workload.facts()),
+            holding,
+            _connection: Rc::new(connection),
+        };
+        agent
+            .audit
+            .record(Record::Attested(Box::new(AttestedRecord {
+                time,
+                session: session.id,
+                listener: Arc::clone(listener),
+                identity: workload.isolation_key().clone(),
+                facts: Arc::new(workload.facts().clone()),
+                valid_until: workload.valid_until(),
+            })))
+            .map_err(|_| audit_refusal())?;
+        *self.session.borrow_mut() = Some(session.clone());
+        Ok(session)
+    }
+}
+
+/// What the caller is told when the kernel's evidence could not be had.
+pub fn evidence_refusal(error: &EvidenceError) -> Refusal {
+    let code = match error {
+        EvidenceError::CallerGone => RefusalCode::CallerGone,
+        EvidenceError::AmbiguousCaller => RefusalCode::CallerAmbiguous,
+        EvidenceError::Unavailable(_) => RefusalCode::AttestationUnavailable,
+    };
+    Refusal::new(code, error.to_string())
+}
