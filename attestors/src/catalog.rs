@@ -299,8 +299,6 @@ async fn in_blocking_pool(catalog: Arc<Catalog>, peer: Arc<PeerEvidence>) -> Fin
 
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
-
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
 

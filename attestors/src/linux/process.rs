@@ -301,8 +301,6 @@ fn since_start() -> Duration {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
-
     use proptest::prelude::*;
 
     use super::*;

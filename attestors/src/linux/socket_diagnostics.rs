@@ -209,12 +209,6 @@ fn read_address(family: u8, octets: [u8; 16]) -> Option<IpAddr> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(
-        clippy::unwrap_used,
-        clippy::indexing_slicing,
-        reason = "a failed expectation is a failed test"
-    )]
-
     use proptest::prelude::*;
 
     use super::*;
