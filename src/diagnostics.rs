@@ -324,7 +324,6 @@ pub fn did_you_mean<'a>(
 }
 
 #[cfg(test)]
-#[expect(clippy::indexing_slicing, reason = "a test may fail by panicking")]
 mod tests {
     use super::*;
 

@@ -246,7 +246,6 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> bool {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
 

@@ -67,11 +67,6 @@ pub fn run(arguments: &ValidateArguments, out: &mut dyn Write, errors: &mut dyn 
 }
 
 #[cfg(test)]
-#[expect(
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    reason = "a test may fail by panicking"
-)]
 mod tests {
     use super::*;
 

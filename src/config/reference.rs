@@ -136,7 +136,6 @@ fn type_name(root: &Value, schema: &Value) -> String {
 }
 
 #[test]
-#[expect(clippy::unwrap_used, reason = "a test may fail by panicking")]
 fn the_page_is_what_the_schema_says() {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/configuration.md");
     let page = reference();

@@ -1,10 +1,4 @@
 //! Whole configurations: those that load, and a table of those that must not.
-#![expect(
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test may fail by panicking"
-)]
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

@@ -577,7 +577,6 @@ pub(super) fn log_level(text: &str) -> Result<String, Flaw> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may fail by panicking")]
 mod tests {
     use super::*;
 

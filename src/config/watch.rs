@@ -136,7 +136,6 @@ impl Mark {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may fail by panicking")]
 mod tests {
     use std::fs;
     use std::os::unix::fs::symlink;

@@ -109,7 +109,6 @@ impl<Io: AsyncWrite + Unpin> AsyncWrite for Prefixed<Io> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use tokio::io::AsyncWriteExt;
 

@@ -26,12 +26,6 @@ mod snapshot;
 mod source;
 pub mod suggest;
 #[cfg(test)]
-#[expect(
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test may fail by panicking"
-)]
 mod tests;
 
 pub use cache::{CAPACITY, DecisionCache};
