@@ -187,8 +187,6 @@ impl AddressClass {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, reason = "a failed parse is a failed test")]
-
     use super::*;
 
     #[test]

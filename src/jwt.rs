@@ -516,12 +516,6 @@ fn pem(label: &str, der: &[u8]) -> Zeroizing<String> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(
-        clippy::unwrap_used,
-        clippy::indexing_slicing,
-        reason = "a failed step is a failed test"
-    )]
-
     use super::*;
 
     const ALL: [SigningAlgorithm; 4] = [

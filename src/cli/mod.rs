@@ -3,6 +3,7 @@
 pub mod admin;
 pub mod audit;
 pub mod credentials;
+pub mod keys;
 pub mod output;
 pub mod policy;
 pub mod revoke;
@@ -40,6 +41,8 @@ enum Verb {
     Credentials(credentials::CredentialsArguments),
     /// Refuses a workload, a credential or a token from the next request on.
     Revoke(revoke::RevokeArguments),
+    /// Keys with which the agent signs its assertions.
+    Keys(keys::KeysArguments),
     /// Verifies and shows audit files.
     Audit(audit::AuditArguments),
 }
@@ -64,6 +67,7 @@ pub fn main() -> ExitCode {
         Verb::Status(arguments) => status::run(&arguments, &mut out, &mut errors),
         Verb::Credentials(arguments) => credentials::run(&arguments, &mut out, &mut errors),
         Verb::Revoke(arguments) => revoke::run(&arguments, &mut out, &mut errors),
+        Verb::Keys(arguments) => keys::run(&arguments, &mut out, &mut errors),
         Verb::Audit(arguments) => audit::run(&arguments, &mut out, &mut errors),
     }
 }

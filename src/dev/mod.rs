@@ -15,3 +15,6 @@ pub use authorization_server::{
 pub use certificates::{CertificateAuthority, ServerCertificate};
 pub use oidc_issuer::OidcIssuer;
 pub use server::Listening;
+
+#[cfg(test)]
+mod tests;

@@ -135,8 +135,6 @@ fn accept(document: Document, issuer: &ExactUrl) -> Result<Metadata, MintFailure
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, reason = "a failed step is a failed test")]
-
     use super::*;
 
     #[test]

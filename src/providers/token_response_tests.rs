@@ -1,5 +1,3 @@
-#![allow(clippy::unwrap_used, reason = "a failed step is a failed test")]
-
 use http::HeaderValue;
 use proptest::prelude::*;
 use secrecy::ExposeSecret;
