@@ -11,15 +11,19 @@ use countersign_attestors::{
     AttestedWorkload, Catalog, ConnectionAttestation, Generation, PresentedToken,
 };
 
+use http::{Request, Version};
+
 use crate::agent::Agent;
 use crate::audit::record::workload_summary;
 use crate::audit::{AttestedRecord, Record};
 use crate::config::{Limits, Scheme};
 use crate::limits::{Held, Holding};
+use crate::listener::interim::Interim;
 use crate::proxy::{Worker, audit_refusal};
 use crate::refusal::{Refusal, RefusalCode};
 use crate::request::Target;
 use crate::request_id::SessionId;
+use crate::streams::RequestBody;
 
 /// What a connection was accepted on.
 #[derive(Debug, Clone)]
@@ -52,9 +56,23 @@ pub struct Connection {
     pub caller: Rc<Caller>,
     /// The tunnel, for what came through one.
     pub tunnel: Option<Tunnel>,
+    /// Takes interim responses, where the connection is HTTP/1.
+    pub interim: Option<Arc<Interim>>,
 }
 
 impl Connection {
+    /// Has the destination's interim responses passed on. HTTP/1.0 knows none.
+    pub fn pass_interim(&self, request: &mut Request<RequestBody>) {
+        if let Some(interim) = &self.interim
+            && request.version() == Version::HTTP_11
+        {
+            let interim = Arc::clone(interim);
+            hyper::ext::on_informational(request, move |response| {
+                interim.push(response.status(), response.headers());
+            });
+        }
+    }
+
     /// Whether the caller is still what was attested, and what a tunnel was opened with still holds.
     pub fn is_permitted(&self) -> bool {
         let expired = self

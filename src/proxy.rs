@@ -222,6 +222,7 @@ async fn forward(
     let mut request = Request::from_parts(head, body);
     request.extensions_mut().clear();
     *request.uri_mut() = http::Uri::from(asked.path_and_query.clone());
+    connection.pass_interim(&mut request);
     let mut token_was_rejected = false;
     let permission = Rc::new(Held {
         worker: Rc::downgrade(worker),
@@ -284,6 +285,7 @@ async fn forward(
             {
                 token_was_rejected = true;
                 request = replay(&asked, headers.clone(), *version);
+                connection.pass_interim(&mut request);
                 snapshot = worker.agent.snapshot.load_full();
                 continue;
             }

@@ -1,6 +1,7 @@
 //! Where workloads connect. One acceptor per listener on the control runtime captures the kernel's
 //! evidence of the caller and hands the connection to the least-loaded data worker.
 
+pub mod interim;
 pub mod serve;
 pub mod sniff;
 pub mod workload_api;

@@ -16,6 +16,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 use tokio_rustls::LazyConfigAcceptor;
 
+use super::interim::{Interim, WithInterim};
 use super::sniff::{Protocol, sniff};
 use crate::config::Scheme;
 use crate::connection::{Caller, Connection, Entry, Tunnel};
@@ -52,6 +53,7 @@ where
         entry,
         caller,
         tunnel: None,
+        interim: interim_for(protocol == Protocol::Http1),
     });
     match protocol {
         // The proxy itself is spoken to in plain HTTP on loopback or a Unix socket.
@@ -71,7 +73,7 @@ pub async fn serve_tunnel(
     let Ok(Ok((protocol, io))) = timeout(SNIFF_TIMEOUT, sniff(TokioIo::new(upgraded))).await else {
         return;
     };
-    let inside = |scheme, target: Target| {
+    let inside = |scheme, target: Target, http1| {
         Rc::new(Connection {
             worker: Rc::clone(&outer.worker),
             entry: outer.entry.clone(),
@@ -82,11 +84,12 @@ pub async fn serve_tunnel(
                 presented: presented.clone(),
                 valid_until: Cell::new(None),
             }),
+            interim: interim_for(http1),
         })
     };
     match protocol {
-        Protocol::Http1 => serve(inside(Scheme::Http, target), io, false).await,
-        Protocol::Http2 => serve(inside(Scheme::Http, target), io, true).await,
+        Protocol::Http1 => serve(inside(Scheme::Http, target, true), io, false).await,
+        Protocol::Http2 => serve(inside(Scheme::Http, target, false), io, true).await,
         Protocol::Tls => {
             let accepted = timeout(
                 HANDSHAKE_TIMEOUT,
@@ -95,7 +98,7 @@ pub async fn serve_tunnel(
             .await;
             match accepted {
                 Ok(Ok((stream, http2))) => {
-                    serve(inside(Scheme::Https, target), stream, http2).await;
+                    serve(inside(Scheme::Https, target, !http2), stream, http2).await;
                 }
                 Ok(Err(detail)) => {
                     tracing::debug!(
@@ -111,6 +114,10 @@ pub async fn serve_tunnel(
             }
         }
     }
+}
+
+fn interim_for(http1: bool) -> Option<Arc<Interim>> {
+    http1.then(Arc::default)
 }
 
 /// Shakes hands as the tunnel's host. The name that the client asks for must be the tunnel's.
@@ -172,6 +179,7 @@ where
     Io: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let worker = Rc::clone(&connection.worker);
+    let interim = connection.interim.clone().unwrap_or_default();
     let stream = Stream::new(CONNECTION_IDLE);
     worker.open_streams.watch(
         &stream,
@@ -184,7 +192,14 @@ where
         service_fn(move |request: Request<Incoming>| {
             stream.touch();
             let connection = Rc::clone(&connection);
-            async move { Ok::<_, Infallible>(answer(connection, request).await) }
+            async move {
+                let interim = connection.interim.clone();
+                let response = answer(connection, request).await;
+                if let Some(interim) = interim {
+                    interim.settle();
+                }
+                Ok::<_, Infallible>(response)
+            }
         })
     };
     let mut draining = worker.agent.draining.subscribe();
@@ -195,14 +210,13 @@ where
         }
     };
     tokio::pin!(until_drained);
-    let io = TokioIo::new(io);
     let ended = if http2 {
         let served = http2::Builder::new(LocalExecutor)
             .timer(TokioTimer::new())
             .max_concurrent_streams(MAXIMUM_STREAMS)
             .max_header_list_size(MAXIMUM_HEADER_LIST)
             .adaptive_window(true)
-            .serve_connection(io, service);
+            .serve_connection(TokioIo::new(io), service);
         tokio::pin!(served);
         tokio::select! {
             ended = served.as_mut() => ended,
@@ -217,7 +231,7 @@ where
             .header_read_timeout(HEADER_TIMEOUT)
             .max_headers(MAXIMUM_HEADERS)
             .half_close(true)
-            .serve_connection(io, service)
+            .serve_connection(TokioIo::new(WithInterim { io, interim }), service)
             .with_upgrades();
         tokio::pin!(served);
         tokio::select! {

@@ -13,6 +13,9 @@
 mod support;
 
 mod entrances;
+mod headers;
+mod refusals;
+mod streams;
 
 /// Not a test: what the harness starts this binary again for.
 #[test]

@@ -51,6 +51,16 @@ where
     read_response(io).await
 }
 
+/// Opens a tunnel.
+pub async fn open_tunnel<Io>(io: &mut Io, authority: &str) -> Response
+where
+    Io: AsyncRead + AsyncWrite + Unpin,
+{
+    let head = format!("CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n\r\n");
+    io.write_all(head.as_bytes()).await.unwrap();
+    parse_head(&read_head(io).await)
+}
+
 /// Reads a head, bytes up to the empty line.
 pub async fn read_head<Io: AsyncRead + Unpin>(io: &mut Io) -> String {
     let mut head = Vec::new();
