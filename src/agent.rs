@@ -29,6 +29,8 @@ pub struct Agent {
     pub control: tokio::runtime::Handle,
     /// What each identity holds of the agent.
     pub limits: IdentityLimits,
+    /// Whether a refusal tells its caller which policy came nearest: in `dev` only.
+    pub tells_nearest: bool,
     /// The last decisions, for `policy explain`.
     pub recent_decisions: DecisionRing,
     /// True once the agent stops taking new connections.

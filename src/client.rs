@@ -97,8 +97,9 @@ impl AgentAddress {
 
 /// Where `dev` keeps its files: `$XDG_RUNTIME_DIR/countersign-dev`, else `/tmp/countersign-dev-UID`.
 pub fn dev_directory() -> PathBuf {
-    match std::env::var_os("XDG_RUNTIME_DIR").filter(|directory| !directory.is_empty()) {
-        Some(directory) => PathBuf::from(directory).join("countersign-dev"),
+    let runtime_directory = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    match runtime_directory.filter(|directory| directory.is_absolute() && directory.is_dir()) {
+        Some(directory) => directory.join("countersign-dev"),
         None => PathBuf::from(format!(
             "/tmp/countersign-dev-{}",
             nix::unistd::getuid().as_raw()

@@ -45,6 +45,8 @@ struct Problem<'a> {
     request_id: String,
     detail: &'a str,
     next: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    nearest: Option<&'a str>,
 }
 
 /// Where a code is explained.
@@ -71,6 +73,7 @@ pub fn response(refusal: &Refusal, request_id: RequestId, surface: Surface) -> R
                 request_id: request_id.to_string(),
                 detail: &refusal.detail,
                 next,
+                nearest: refusal.nearest.as_deref(),
             };
             let mut response = problem_response(properties.status, &problem);
             challenge(&mut response);

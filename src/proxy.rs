@@ -96,6 +96,10 @@ pub async fn answer(
             (response, outcome)
         }
         Err(refusal) => {
+            let refusal = match connection.entry.gateway {
+                Some(_) => refusal.to_origin(),
+                None => refusal,
+            };
             let response = exchange.refuse(&refusal, surface);
             let outcome = exchange.outcome(response.status(), Some(&refusal));
             (response, outcome)
@@ -485,8 +489,17 @@ impl Worker {
                 verdict: Verdict::Reported(denial, Arc::clone(destination)),
                 destination: Some(Arc::clone(destination)),
             }),
-            None => Err(denial.to_refusal(&question)),
+            None => Err(self.refusal(&denial, &question)),
         }
+    }
+
+    /// What a denied caller is told: the nearest miss too, in `dev`.
+    fn refusal(&self, denial: &Denial, question: &Question<'_>) -> Refusal {
+        let mut refusal = denial.to_refusal(question);
+        if self.agent.tells_nearest {
+            refusal.nearest = denial.nearest.as_ref().map(ToString::to_string);
+        }
+        refusal
     }
 }
 
@@ -632,7 +645,7 @@ async fn connect(
         Ok(grant) => grant,
         Err(denial) => {
             exchange.denied(snapshot, &workload, &denial, &question, false);
-            return Err(denial.to_refusal(&question));
+            return Err(worker.refusal(&denial, &question));
         }
     };
     exchange.granted(snapshot, &grant, &question);

@@ -18,6 +18,8 @@ pub struct Refusal {
     pub internal: Option<String>,
     /// How long the caller should wait (`Retry-After`, RFC 9110 section 10.2.3).
     pub retry_after: Option<Duration>,
+    /// The policy that came nearest and what it wanted: told in `dev` only.
+    pub nearest: Option<String>,
 }
 
 impl Refusal {
@@ -28,6 +30,7 @@ impl Refusal {
             detail: detail.into(),
             internal: None,
             retry_after: None,
+            nearest: None,
         }
     }
 
@@ -35,6 +38,15 @@ impl Refusal {
     #[must_use]
     pub fn with_internal(mut self, internal: impl Into<String>) -> Self {
         self.internal = Some(internal.into());
+        self
+    }
+
+    /// The refusal where the agent is an origin server to the caller: a gateway, or its own API.
+    #[must_use]
+    pub fn to_origin(mut self) -> Self {
+        if self.code == RefusalCode::ProxyTokenRequired {
+            self.code = RefusalCode::TokenRequired;
+        }
         self
     }
 

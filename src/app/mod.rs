@@ -24,7 +24,7 @@ use crate::admin::{AdminActions, AdminServer};
 use crate::agent::Agent;
 use crate::audit::{Audit, AuditWriter, LifecycleEvent};
 use crate::clock::Clock;
-use crate::config::{Attestors, Bind, Config, Interception, Listener, OidcIssuer};
+use crate::config::{Attestors, Bind, Config, Interception, Listener, ListenerKind, OidcIssuer};
 use crate::credentials::{Credentials, TokenEvent, TokenEvents};
 use crate::diagnostics::{Diagnostic, Diagnostics};
 use crate::fetch::{FetchClient, FetchSettings};
@@ -67,6 +67,30 @@ pub struct Bound {
     pub metrics: Option<SocketAddr>,
 }
 
+/// What an agent is started with beside its configuration.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct StartOptions {
+    /// Refusals tell their callers which policy came nearest: for `dev`.
+    pub tells_nearest: bool,
+    /// The port of the first forward proxy on TCP, instead of the one configured; 0 is any free one.
+    pub proxy_port: Option<u16>,
+}
+
+impl StartOptions {
+    fn apply(&self, config: &mut Config) {
+        let Some(port) = self.proxy_port else { return };
+        let proxy = config.listeners.iter_mut().find_map(|listener| {
+            match (&listener.kind, &mut listener.bind) {
+                (ListenerKind::ForwardProxy, Bind::Tcp(address)) => Some(address),
+                _ => None,
+            }
+        });
+        if let Some(address) = proxy {
+            address.set_port(port);
+        }
+    }
+}
+
 /// A running agent.
 pub struct App {
     agent: Arc<Agent>,
@@ -77,6 +101,7 @@ pub struct App {
     audit_writer: Mutex<Option<AuditWriter>>,
     /// One reload at a time.
     reloading: Mutex<()>,
+    options: StartOptions,
     last_reload: std::sync::Mutex<LastReload>,
     /// Ends the admin socket, last of all.
     admin_stop: CancellationToken,
@@ -102,6 +127,19 @@ impl App {
     /// # Errors
     /// Every problem found in the configuration, the policies, the sinks or the addresses.
     pub async fn start(config: Config, clock: Arc<dyn Clock>) -> Result<Arc<Self>, Diagnostics> {
+        Self::start_with(config, clock, StartOptions::default()).await
+    }
+
+    /// As [`App::start`], with what the configuration does not say.
+    ///
+    /// # Errors
+    /// As [`App::start`].
+    pub async fn start_with(
+        mut config: Config,
+        clock: Arc<dyn Clock>,
+        options: StartOptions,
+    ) -> Result<Arc<Self>, Diagnostics> {
+        options.apply(&mut config);
         let metrics = Arc::new(Metrics::new(Arc::clone(&clock)));
         let control = tokio::runtime::Handle::current();
         let config = Arc::new(config);
@@ -164,6 +202,7 @@ impl App {
             clock,
             control,
             limits: IdentityLimits::default(),
+            tells_nearest: options.tells_nearest,
             recent_decisions: DecisionRing::new(),
             draining: watch::Sender::new(false),
         });
@@ -191,6 +230,7 @@ impl App {
             workers,
             audit_writer: Mutex::new(Some(audit_writer)),
             reloading: Mutex::new(()),
+            options,
             last_reload: std::sync::Mutex::new(LastReload::new(started_at, None)),
             admin_stop: CancellationToken::new(),
         });
@@ -256,7 +296,9 @@ impl App {
                 let path = &previous.config.path;
                 Diagnostic::error("reload_interrupted", path, error.to_string())
             })??;
-        let config = Arc::new(reuse_unchanged(config, &previous.config));
+        let mut config = reuse_unchanged(config, &previous.config);
+        self.options.apply(&mut config);
+        let config = Arc::new(config);
         let snapshot = build_off_thread(SnapshotBuilder {
             config: Arc::clone(&config),
             own_listeners: Arc::clone(&self.own_listeners),

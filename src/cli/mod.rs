@@ -4,6 +4,7 @@ pub mod admin;
 pub mod audit;
 pub mod credentials;
 pub mod keys;
+pub mod dev;
 pub mod output;
 pub mod policy;
 pub mod revoke;
@@ -31,6 +32,8 @@ struct Command {
 enum Verb {
     /// Runs the agent until a signal.
     Run(run::RunArguments),
+    /// Runs the agent with an embedded authorization server and API, to try it and to test against it.
+    Dev(dev::DevArguments),
     /// Reads a configuration and its policies and says everything that is wrong with them.
     Validate(validate::ValidateArguments),
     /// Prints the JSON Schema of the configuration.
@@ -62,6 +65,7 @@ pub fn main() -> ExitCode {
     let (mut out, mut errors) = (std::io::stdout(), std::io::stderr());
     match command.verb {
         Verb::Run(arguments) => run::run(&arguments),
+        Verb::Dev(arguments) => dev::run(&arguments),
         Verb::Validate(arguments) => validate::run(&arguments, &mut out, &mut errors),
         Verb::Schema(arguments) => schema::run(&arguments, &mut out),
         Verb::Status(arguments) => status::run(&arguments, &mut out, &mut errors),

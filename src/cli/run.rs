@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::output::{EXIT_CONFIGURATION, EXIT_UNAVAILABLE};
 use crate::app::App;
@@ -62,13 +62,40 @@ pub fn refuse(diagnostics: &Diagnostics) -> ExitCode {
     ExitCode::from(EXIT_CONFIGURATION)
 }
 
-async fn serve(config: Config, mut watcher: Watcher) -> ExitCode {
-    let signals = (
-        signal(SignalKind::terminate()),
-        signal(SignalKind::interrupt()),
-        signal(SignalKind::hangup()),
-    );
-    let (Ok(mut terminate), Ok(mut interrupt), Ok(mut hangup)) = signals else {
+/// The signals that an agent obeys; taken over from when this is made.
+pub struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    /// Takes the signals over. Needs a tokio runtime.
+    pub fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+}
+
+/// Reloads on SIGHUP and on changed files, until SIGTERM or SIGINT.
+pub async fn serve_until_signal(app: &App, mut watcher: Watcher, mut signals: Signals) {
+    loop {
+        tokio::select! {
+            _ = signals.terminate.recv() => return,
+            _ = signals.interrupt.recv() => return,
+            _ = signals.hangup.recv() => {}
+            () = watcher.changed() => {}
+        }
+        // A failure is logged, counted and audited; the last good configuration stays in force.
+        let _ = app.reload().await;
+    }
+}
+
+async fn serve(config: Config, watcher: Watcher) -> ExitCode {
+    let Ok(signals) = Signals::new() else {
         return ExitCode::from(EXIT_UNAVAILABLE);
     };
     let app = match App::start(config, Arc::new(SystemClock::new())).await {
@@ -78,16 +105,7 @@ async fn serve(config: Config, mut watcher: Watcher) -> ExitCode {
     for (name, address) in &app.bound().listeners {
         tracing::info!(listener = name, %address, "listening");
     }
-    loop {
-        tokio::select! {
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
-            _ = hangup.recv() => {}
-            () = watcher.changed() => {}
-        }
-        // A failure is logged, counted and audited; the last good configuration stays in force.
-        let _ = app.reload().await;
-    }
+    serve_until_signal(&app, watcher, signals).await;
     app.shutdown().await;
     ExitCode::SUCCESS
 }

@@ -5,6 +5,8 @@
 pub mod api;
 pub mod authorization_server;
 pub mod certificates;
+pub mod directory;
+pub mod embedded;
 pub mod oidc_issuer;
 mod server;
 
@@ -13,6 +15,8 @@ pub use authorization_server::{
     AuthorizationServer, AuthorizationServerOptions, Client, ClientCredential,
 };
 pub use certificates::{CertificateAuthority, ServerCertificate};
+pub use directory::Directory;
+pub use embedded::EmbeddedServers;
 pub use oidc_issuer::OidcIssuer;
 pub use server::Listening;
 

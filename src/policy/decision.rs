@@ -230,6 +230,22 @@ pub struct NearestMiss {
     pub conditions: Vec<Condition>,
 }
 
+impl std::fmt::Display for NearestMiss {
+    /// `orders-read (policies/orders.cedar:3:1): context.request.safe was false (DELETE)`.
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "{} ({})", self.policy, self.location)?;
+        let failed = self.conditions.iter().filter(|condition| !condition.holds);
+        for (index, condition) in failed.enumerate() {
+            let separator = if index == 0 { ": " } else { "; " };
+            write!(formatter, "{separator}{}", condition.text)?;
+            if let Some(actual) = &condition.actual {
+                write!(formatter, " {actual}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// One condition of a policy, evaluated.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Condition {
