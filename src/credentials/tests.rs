@@ -1238,6 +1238,84 @@ async fn faults_are_told_as_the_table_says() {
     assert!(rows.len() >= 17, "rows are missing");
 }
 
+/// The same where the server was never reached before, and its metadata fails too.
+#[tokio::test(flavor = "multi_thread")]
+async fn faults_of_metadata_have_the_same_status() {
+    for row in fault_table() {
+        let bench = Bench::start().await;
+        bench.server.let_metadata_fail();
+        bench.server.set(row.fault.clone()).await;
+        let started = Instant::now();
+        let refusal = bench.token().await.unwrap_err();
+        let took = started.elapsed();
+        let status = refusal.code.properties().status.as_u16();
+        assert_eq!(status, row.status, "{}: {refusal:?}", row.name);
+        assert_eq!(refusal.retry_after.is_some(), status == 503, "{}", row.name);
+        assert!(took < seconds(3), "{} took {took:?}", row.name);
+        assert_eq!(bench.requests(), 0, "{}", row.name);
+        bench.server.set(Fault::None).await;
+        bench.clock.advance(seconds(70));
+        if let Err(refusal) = bench.token().await {
+            panic!("{}: {refusal:?}", row.name);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_speaks_http2_is_asked_in_http2() {
+    let bench = Bench::start().await;
+    let key = std::fs::read(bench.path("client.pem")).unwrap();
+    let key = SigningKey::parse(&key, SigningAlgorithm::Es256).unwrap();
+    let server = crate::dev::AuthorizationServer::start(AuthorizationServerOptions {
+        issuer: ISSUER.to_owned(),
+        address: SocketAddr::from(([127, 0, 0, 1], 0)),
+        certificate: bench.authority.issue(&["auth.countersign.test"]).unwrap(),
+        clients: vec![client("node-agent", &key)],
+        token_lifetime: LONG,
+        default_audience: "https://orders.countersign.test".to_owned(),
+    })
+    .await
+    .unwrap();
+    let settings = OauthClientCredentials {
+        connect_to: Some(server.address()),
+        ..bench.settings()
+    };
+    bench.configure(&[bench.credential("orders", settings)]);
+    let token = bench.token().await.unwrap();
+    assert_eq!(server.state().issued()[0].jti, jti_of(&token));
+    assert_eq!(bench.requests(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn callers_are_told_when_the_control_runtime_ends() {
+    let control = tokio::runtime::Runtime::new().unwrap();
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+    let bench = Bench::start().await;
+    let credentials = Credentials::new(
+        control.handle().clone(),
+        Arc::clone(&clock),
+        Arc::new(Metrics::new(clock)),
+        Arc::new(|_| {}),
+    );
+    let settings = OauthClientCredentials {
+        timeout: seconds(600),
+        ..bench.settings()
+    };
+    credentials.configure_credentials(&[bench.credential("orders", settings)], &Arc::default());
+    bench.server.set(Fault::Hang).await;
+    let scopes = ["orders.read".to_owned()];
+    let nobody = WorkloadFacts::default();
+    let ask = orders(&scopes, &nobody);
+    let end = async {
+        bench.until_requests(1).await;
+        control.shutdown_background();
+    };
+    let (waiting, ()) = tokio::join!(credentials.obtain_token(&ask), end);
+    assert_eq!(waiting.unwrap_err().code, RefusalCode::ShuttingDown);
+    let late = credentials.obtain_token(&ask).await;
+    assert_eq!(late.unwrap_err().code, RefusalCode::ShuttingDown);
+}
+
 /// The server comes and goes; no token leaves after its expiry, by another clock than the broker's.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_expired_token_leaves_while_the_server_flaps() {

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
@@ -68,6 +68,8 @@ struct Shared {
     /// The document served as metadata, where it is not the server's own.
     metadata: Mutex<Option<String>>,
     metadata_requests: AtomicUsize,
+    /// Whether metadata fails too.
+    metadata_fails: AtomicBool,
 }
 
 impl FaultyAuthorizationServer {
@@ -83,6 +85,7 @@ impl FaultyAuthorizationServer {
             date_offset_seconds: Mutex::new(0),
             metadata: Mutex::new(None),
             metadata_requests: AtomicUsize::new(0),
+            metadata_fails: AtomicBool::new(false),
         });
         let stop = CancellationToken::new();
         let any_port = SocketAddr::from(([127, 0, 0, 1], 0));
@@ -126,6 +129,11 @@ impl FaultyAuthorizationServer {
     /// Serves this document as metadata.
     pub fn set_metadata(&self, document: String) {
         *self.shared.metadata.lock().unwrap() = Some(document);
+    }
+
+    /// From now on metadata fails as the token endpoint does.
+    pub fn let_metadata_fail(&self) {
+        self.shared.metadata_fails.store(true, Ordering::SeqCst);
     }
 
     /// How often metadata was asked for.
@@ -192,11 +200,15 @@ async fn answer_one(shared: &Shared, stream: &mut TlsStream<TcpStream>) -> io::R
         }
     }
     let fault = shared.fault.lock().unwrap().clone();
-    if request.uri().path() != "/token" || fault == Fault::None {
+    let is_token_request = request.uri().path() == "/token";
+    let fails = is_token_request || shared.metadata_fails.load(Ordering::SeqCst);
+    if !fails || fault == Fault::None {
         let answer = shared.state.respond(&request);
         return write_response(shared, stream, &answer).await;
     }
-    shared.state.count_token_request();
+    if is_token_request {
+        shared.state.count_token_request();
+    }
     fail(shared, stream, &fault).await
 }
 
