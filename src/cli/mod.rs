@@ -38,6 +38,8 @@ enum Verb {
     Validate(validate::ValidateArguments),
     /// Prints the JSON Schema of the configuration.
     Schema(schema::SchemaArguments),
+    /// Checks, tests and explains policies.
+    Policy(policy::PolicyArguments),
     /// Shows the state of every part of a running agent.
     Status(status::StatusArguments),
     /// The tokens that a running agent holds.
@@ -68,6 +70,7 @@ pub fn main() -> ExitCode {
         Verb::Dev(arguments) => dev::run(&arguments),
         Verb::Validate(arguments) => validate::run(&arguments, &mut out, &mut errors),
         Verb::Schema(arguments) => schema::run(&arguments, &mut out),
+        Verb::Policy(arguments) => policy::run(&arguments, &mut out, &mut errors),
         Verb::Status(arguments) => status::run(&arguments, &mut out, &mut errors),
         Verb::Credentials(arguments) => credentials::run(&arguments, &mut out, &mut errors),
         Verb::Revoke(arguments) => revoke::run(&arguments, &mut out, &mut errors),

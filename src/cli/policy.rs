@@ -7,8 +7,10 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use countersign_attestors::AttributeDeclaration;
+use http::Method;
 
-use super::output::{EXIT_CONFIGURATION, OutputFormat};
+use super::output::{EXIT_CONFIGURATION, EXIT_UNAVAILABLE, EXIT_USAGE, OutputFormat};
+use crate::client::{AgentAddress, ClientError, call};
 use crate::config::{self, Attestors, Config, Unmatched};
 use crate::diagnostics::Diagnostics;
 use crate::policy::explain::{self, Explanation};
@@ -17,9 +19,6 @@ use crate::policy::{
     first_permitted, questions, route, schema, unmatched,
 };
 use crate::routing::{Route, Routes};
-
-/// `EX_USAGE` of sysexits.h.
-const EXIT_USAGE: u8 = 64;
 
 /// Checks, tests and explains policies.
 #[derive(Debug, Clone, clap::Args)]
@@ -73,9 +72,12 @@ pub struct ExplainArguments {
     /// The request id of a decision that the agent made lately.
     #[arg(value_name = "ID", required_unless_present_any = ["request", "issue"], conflicts_with_all = ["request", "issue", "workload"])]
     pub id: Option<String>,
-    /// Where the agent is asked about ID: its workload API, or its admin socket.
+    /// The agent's workload API, which explains decisions about the caller only.
     #[arg(long, value_name = "ADDRESS", conflicts_with_all = ["request", "issue"])]
-    pub agent: Option<String>,
+    pub agent: Option<AgentAddress>,
+    /// The agent's admin socket [default: /run/countersign/admin.sock, else that of `dev`, else the workload API].
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["request", "issue", "agent"])]
+    pub admin_socket: Option<PathBuf>,
     /// The configuration file, for a described request.
     #[arg(long, value_name = "FILE", required_unless_present = "id")]
     pub config: Option<PathBuf>,
@@ -104,26 +106,12 @@ pub struct SchemaArguments {
     pub config: Option<PathBuf>,
 }
 
-/// Why the agent gave no explanation: an exit code and a message.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NoExplanation {
-    /// The exit code.
-    pub exit_code: u8,
-    /// What to print.
-    pub message: String,
-}
-
-/// Runs the verb. `ask_agent` gets the value of `--agent` and a request id.
-pub fn run(
-    arguments: &PolicyArguments,
-    ask_agent: &dyn Fn(Option<&str>, &str) -> Result<Explanation, NoExplanation>,
-    out: &mut dyn Write,
-    errors: &mut dyn Write,
-) -> ExitCode {
+/// Runs the verb.
+pub fn run(arguments: &PolicyArguments, out: &mut dyn Write, errors: &mut dyn Write) -> ExitCode {
     let done = match &arguments.command {
         PolicyCommand::Check(arguments) => check(arguments, out, errors),
         PolicyCommand::Test(arguments) => test(arguments, out, errors),
-        PolicyCommand::Explain(arguments) => explain_decision(arguments, ask_agent, out, errors),
+        PolicyCommand::Explain(arguments) => explain_decision(arguments, out, errors),
         PolicyCommand::Schema(arguments) => print_schema(arguments, out, errors),
     };
     // An answer that could not be written is no answer.
@@ -265,16 +253,15 @@ fn print_schema(
 
 fn explain_decision(
     arguments: &ExplainArguments,
-    ask_agent: &dyn Fn(Option<&str>, &str) -> Result<Explanation, NoExplanation>,
     out: &mut dyn Write,
     errors: &mut dyn Write,
 ) -> std::io::Result<ExitCode> {
     let explanation = match &arguments.id {
-        Some(id) => match ask_agent(arguments.agent.as_deref(), id) {
+        Some(id) => match ask_agent(arguments, id) {
             Ok(explanation) => explanation,
-            Err(none) => {
-                writeln!(errors, "{}", none.message)?;
-                return Ok(ExitCode::from(none.exit_code));
+            Err((code, message)) => {
+                writeln!(errors, "countersign: {message}")?;
+                return Ok(code);
             }
         },
         None => {
@@ -319,6 +306,35 @@ fn explain_decision(
         },
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Asks a running agent: the admin socket if it is named or open to us, else the workload API.
+fn ask_agent(arguments: &ExplainArguments, id: &str) -> Result<Explanation, (ExitCode, String)> {
+    let path = format!("/v1/explain/{id}");
+    let ask = |address: AgentAddress| call(&address, Method::GET, &path, None);
+    let workload_api = || {
+        AgentAddress::workload_api(arguments.agent.clone())
+            .map_err(|message| (ExitCode::from(EXIT_USAGE), message))
+    };
+    let answer = match (&arguments.agent, &arguments.admin_socket) {
+        (Some(_), _) => ask(workload_api()?),
+        (None, Some(_)) => ask(AgentAddress::admin(arguments.admin_socket.clone())),
+        (None, None) => match ask(AgentAddress::admin(None)) {
+            Err(ClientError::Unreachable { .. }) => ask(workload_api()?),
+            answer => answer,
+        },
+    };
+    let answer = answer.map_err(|error| {
+        let message = format!("{error}\n  next: {}", error.next());
+        (ExitCode::from(EXIT_UNAVAILABLE), message)
+    })?;
+    if !answer.status.is_success() {
+        return Err((ExitCode::FAILURE, answer.problem()));
+    }
+    serde_json::from_value(answer.json()).map_err(|_| {
+        let message = "the agent's answer is no explanation: is it of this version?".to_owned();
+        (ExitCode::from(EXIT_UNAVAILABLE), message)
+    })
 }
 
 /// Routes and decides a described request as the agent would.

@@ -42,6 +42,7 @@ struct CaseFile {
 enum Part {
     Group(BTreeMap<String, AttributeValue>),
     Text(String),
+    Other(serde::de::IgnoredAny),
 }
 
 /// One case.
@@ -222,11 +223,18 @@ enum Answer {
 
 impl Tester<'_> {
     fn run_file(&mut self, file: &PolicyFile, results: &mut Vec<CaseResult>) {
-        let parsed: CaseFile = match serde_saphyr::from_str(&file.text) {
+        let options = serde_saphyr::options! {
+            strict_booleans: true,
+            with_snippet: false
+        };
+        let parsed: CaseFile = match serde_saphyr::from_str_with_options(&file.text, options) {
             Ok(parsed) => parsed,
             Err(error) => {
                 let rendered = error.to_string();
-                let message = rendered.lines().next().unwrap_or_default();
+                let message = rendered
+                    .rfind(" at line ")
+                    .and_then(|end| rendered.get(..end))
+                    .unwrap_or(&rendered);
                 let mut diagnostic = Diagnostic::error("policy_test_syntax", &file.path, message)
                     .next("`docs/policies.md` shows the form of a test");
                 diagnostic.span = error.location().map(|location| span(location, &file.text));
@@ -275,7 +283,11 @@ impl Tester<'_> {
                 Part::Text(environment) if group == "environment" => {
                     described.environment = Some(environment);
                 }
-                Part::Text(_) => return Err(format!("`{group}` is not a group of attributes")),
+                Part::Text(_) | Part::Other(_) => {
+                    return Err(format!(
+                        "`{group}` is not a group of attributes, each a string, a whole number, true, false or a list of strings"
+                    ));
+                }
                 Part::Group(attributes) => {
                     // A group may be attested with nothing in it.
                     described.facts.groups.entry(group.clone()).or_default();

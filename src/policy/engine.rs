@@ -381,6 +381,12 @@ impl PolicyEngine {
         self.evaluate_for(facts, &principal, question)
     }
 
+    /// Every policy, whatever it applies to: what slices are compared with.
+    #[cfg(test)]
+    pub(super) fn whole(&self) -> PolicySet {
+        set_of(self.policies.iter())
+    }
+
     /// The policies that can apply; `None` for a resource that is not in this configuration.
     pub(super) fn slice(&self, question: &Question<'_>) -> Option<&Slice> {
         self.resource(question)?

@@ -60,7 +60,8 @@ pub(super) fn files_with_suffix(
 ) -> std::io::Result<Vec<PolicyFile>> {
     let mut paths = Vec::new();
     for entry in std::fs::read_dir(directory)? {
-        let path = entry?.path();
+        // Without the `.` that a directory written as `.` brings along.
+        let path: PathBuf = entry?.path().components().collect();
         let is_one = path
             .file_name()
             .and_then(|name| name.to_str())

@@ -164,12 +164,11 @@ fn id_of(identity: &Identity<'_>, question: &Question<'_>, resource: &str) -> St
 }
 
 fn test_of(id: &str, identity: &Identity<'_>, question: &Question<'_>, resource: &str) -> String {
-    // A JSON value is a YAML value, and its strings are quoted as YAML needs them.
-    let workload = serde_json::to_value(identity).unwrap_or_default();
+    let workload = yaml(identity);
     let asked = match question.request {
         Some(request) if question.action != Action::Issue => format!(
             "request: {}",
-            quoted(&format!(
+            yaml(&format!(
                 "{} {}://{}{}",
                 request.method,
                 request.scheme.as_str(),
@@ -177,10 +176,23 @@ fn test_of(id: &str, identity: &Identity<'_>, question: &Question<'_>, resource:
                 request.path_and_query.path()
             ))
         ),
-        _ => format!("issue: {}", quoted(resource)),
+        _ => format!("issue: {}", yaml(resource)),
     };
     format!(
         "workloads:\n  caller: {workload}\ntests:\n  - {{as: caller, {asked}, expect: allow, by: {}}}\n",
-        quoted(id)
+        yaml(id)
     )
+}
+
+/// A value in YAML's flow form: JSON is that, but for the control characters that JSON leaves as they are.
+fn yaml(value: &(impl Serialize + ?Sized)) -> String {
+    let json = serde_json::to_string(value).unwrap_or_default();
+    let mut yaml = String::with_capacity(json.len());
+    for character in json.chars() {
+        match character.is_control() || matches!(character, '\u{fffe}' | '\u{ffff}') {
+            true => yaml.push_str(&format!("\\u{:04x}", u32::from(character))),
+            false => yaml.push(character),
+        }
+    }
+    yaml
 }
