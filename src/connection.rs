@@ -174,13 +174,22 @@ impl Caller {
         {
             return Ok(session.clone());
         }
+        let facts = workload.facts();
+        for group in facts.groups.keys() {
+            agent.metrics.attestation(group, "attested");
+        }
+        for failed in &facts.failed_attestors {
+            agent
+                .metrics
+                .attestation(&failed.name, failed.kind.as_str());
+        }
         let holding = agent.limits.of(workload.isolation_key());
         let connection = holding.connection(limits)?;
         let time = agent.clock.wall();
         let session = Session {
             generation,
             id: SessionId::new(time),
-            summary: workload_summary(workload.facts()),
+            summary: workload_summary(facts),
             holding,
             _connection: Rc::new(connection),
         };
@@ -191,7 +200,7 @@ impl Caller {
                 session: session.id,
                 listener: Arc::clone(listener),
                 identity: workload.isolation_key().clone(),
-                facts: Arc::new(workload.facts().clone()),
+                facts: Arc::new(facts.clone()),
                 valid_until: workload.valid_until(),
             })))
             .map_err(|_| audit_refusal())?;

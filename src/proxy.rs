@@ -2,7 +2,7 @@
 //!
 //! [`answer`] is called for every request of every listener and tunnel; [`walk`] is the path of one.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -51,6 +51,8 @@ pub struct Worker {
     /// Streams, upgrades and tunnels that are open.
     pub open_streams: OpenStreams,
     decisions: RefCell<DecisionCache>,
+    /// What the metrics know of the decision cache.
+    counted: Cell<(u64, u64)>,
 }
 
 impl Worker {
@@ -62,6 +64,7 @@ impl Worker {
             upstreams,
             open_streams: OpenStreams::default(),
             decisions: RefCell::new(DecisionCache::new()),
+            counted: Cell::default(),
         })
     }
 
@@ -69,6 +72,12 @@ impl Worker {
     pub fn sweep(&self) {
         self.open_streams.sweep();
         self.upstreams.sweep();
+        let decisions = self.decisions.borrow();
+        let (hits, misses) = (decisions.hits(), decisions.misses());
+        let counted = self.counted.replace((hits, misses));
+        self.agent
+            .metrics
+            .decision_cache(hits - counted.0, misses - counted.1);
     }
 }
 

@@ -6,10 +6,10 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use countersign_attestors::Catalog;
+use countersign_attestors::{Catalog, OidcAttestor};
 
 use crate::address::AddressGuard;
-use crate::config::{Config, Destination, Scheme};
+use crate::config::{Config, Destination, OidcIssuer, Scheme};
 use crate::policy::PolicySnapshot;
 use crate::routing::Routes;
 use crate::telemetry::metrics::{DestinationMetrics, Metrics};
@@ -29,6 +29,8 @@ pub struct Snapshot {
     pub policy: Arc<PolicySnapshot>,
     /// The attestors.
     pub catalog: Arc<Catalog>,
+    /// The OIDC issuers' attestors, kept over reloads.
+    pub issuers: Arc<Issuers>,
     /// The interception authority, where one is configured.
     pub interception: Option<Arc<InterceptionAuthority>>,
     /// What sending to each destination takes, by name.
@@ -36,6 +38,9 @@ pub struct Snapshot {
     /// The guard of traffic to no configured destination.
     pub unmatched_guard: AddressGuard,
 }
+
+/// Each configured issuer with its attestor.
+pub type Issuers = Vec<(OidcIssuer, Arc<OidcAttestor>)>;
 
 /// What sending to a destination takes.
 #[derive(Debug, Clone)]

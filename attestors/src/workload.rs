@@ -118,6 +118,16 @@ pub enum FailureKind {
     InvalidEvidence,
 }
 
+impl FailureKind {
+    /// The word in records and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::CouldNotRun => "could_not_run",
+            Self::InvalidEvidence => "invalid_evidence",
+        }
+    }
+}
+
 /// Names one immutable set of facts: equal generations have equal facts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Generation(u64);

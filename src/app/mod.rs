@@ -1,6 +1,7 @@
 //! Builds an agent from a configuration, binds it, and keeps it up to date: reloads, revocations,
 //! shutdown. Everything binds where it is told, port 0 included, and says where ([`Bound`]).
 
+mod build;
 mod operations;
 
 use std::collections::{BTreeSet, HashMap};
@@ -10,51 +11,29 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
-use countersign_attestors::{
-    Attestor, AttributeSelection, Catalog, OidcAttestor, OidcIssuerSettings, SystemdAttestor,
-    UnixAttestor,
-};
 use serde::Serialize;
 use tokio::sync::{Mutex, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::address::AddressGuard;
+use self::build::{SnapshotBuilder, build_off_thread, reuse_unchanged};
 use crate::admin::{AdminActions, AdminServer};
 use crate::agent::Agent;
 use crate::audit::{Audit, AuditWriter, LifecycleEvent};
 use crate::clock::Clock;
-use crate::config::{Attestors, Bind, Config, Interception, Listener, ListenerKind, OidcIssuer};
+use crate::config::{Bind, Config, Listener, ListenerKind};
 use crate::credentials::{Credentials, TokenEvent, TokenEvents};
 use crate::diagnostics::{Diagnostic, Diagnostics};
-use crate::fetch::{FetchClient, FetchSettings};
 use crate::limits::IdentityLimits;
 use crate::listener::{BoundListener, Workers, accept};
-use crate::policy::{DecisionRing, PolicyEngine, PolicySnapshot, Revocations};
-use crate::routing::Routes;
-use crate::snapshot::{Snapshot, prepare};
+use crate::policy::{DecisionRing, PolicySnapshot, Revocations};
+use crate::snapshot::Snapshot;
 use crate::telemetry::metrics::Metrics;
-use crate::tls::interception::{InterceptionAuthority, write_atomically};
-use crate::tls::trust::bundle;
 
 /// How long open requests may take to end after SIGTERM.
 const DRAIN: Duration = Duration::from_secs(10);
 /// How long the audit may take to write what is queued at the end.
 const AUDIT_FLUSH: Duration = Duration::from_secs(5);
-
-/// Attributes that records name a workload by, whatever policies read.
-const RECORDED_ATTRIBUTES: &[(&str, &str)] = &[
-    ("unix", "uid"),
-    ("unix", "gid"),
-    ("unix", "user"),
-    ("unix", "pid"),
-    ("unix", "executable"),
-    ("unix", "cgroup"),
-    ("systemd", "system_unit"),
-    ("systemd", "user_unit"),
-    ("container", "id"),
-    ("container", "runtime"),
-];
 
 /// Where an agent listens.
 #[derive(Debug, Clone, Default)]
@@ -433,166 +412,6 @@ impl LastReload {
     }
 }
 
-/// What a snapshot is made from.
-struct SnapshotBuilder {
-    config: Arc<Config>,
-    own_listeners: Arc<[SocketAddr]>,
-    clock: Arc<dyn Clock>,
-    metrics: Arc<Metrics>,
-    control: tokio::runtime::Handle,
-    previous: Option<Arc<Snapshot>>,
-}
-
-/// Reading policies, roots and keys blocks.
-async fn build_off_thread(builder: SnapshotBuilder) -> Result<Snapshot, Diagnostics> {
-    let path = builder.config.path.clone();
-    match tokio::task::spawn_blocking(move || builder.build()).await {
-        Ok(built) => built,
-        Err(error) => Err(Diagnostic::error("load_interrupted", path, error.to_string()).into()),
-    }
-}
-
-impl SnapshotBuilder {
-    fn build(self) -> Result<Snapshot, Diagnostics> {
-        let config = &self.config;
-        let declarations = self.catalog(AttributeSelection::all())?.declarations();
-        let (engine, warnings) = PolicyEngine::load(config, &declarations)?;
-        for warning in &warnings {
-            tracing::warn!(code = warning.code, "{}", warnings.line(warning));
-        }
-        let catalog = self.catalog_for(&engine)?;
-        let interception = self.interception()?;
-        let prepared = prepare(config, &self.own_listeners, &self.metrics).map_err(|error| {
-            Diagnostic::error("roots_unusable", &config.path, error.to_string())
-        })?;
-        let revocations = match &self.previous {
-            Some(previous) => Arc::clone(previous.policy.revocations()),
-            None => Revocations::none(),
-        };
-        Ok(Snapshot {
-            routes: Arc::new(Routes::new(config)),
-            policy: PolicySnapshot::new(Arc::new(engine), revocations),
-            catalog,
-            interception,
-            prepared: Arc::new(prepared),
-            unmatched_guard: AddressGuard::new(&[], Arc::clone(&self.own_listeners)),
-            config: self.config,
-        })
-    }
-
-    /// The catalog in force is kept where it would be the same: its connections and key sets stay good.
-    fn catalog_for(&self, engine: &PolicyEngine) -> Result<Arc<Catalog>, Diagnostics> {
-        if let Some(previous) = &self.previous
-            && previous.config.attestors == self.config.attestors
-            && previous.policy.engine().attributes_read() == engine.attributes_read()
-        {
-            return Ok(Arc::clone(&previous.catalog));
-        }
-        let recorded = RECORDED_ATTRIBUTES
-            .iter()
-            .map(|(group, name)| ((*group).to_owned(), (*name).to_owned()));
-        let read = engine.attributes_read().iter().cloned();
-        let selection = AttributeSelection::of(read.chain(recorded));
-        Ok(Arc::new(self.catalog(selection)?))
-    }
-
-    fn catalog(&self, needed: AttributeSelection) -> Result<Catalog, Diagnostics> {
-        let Attestors {
-            unix,
-            systemd,
-            oidc_issuers,
-        } = &self.config.attestors;
-        let mut attestors: Vec<Arc<dyn Attestor>> = Vec::new();
-        if *unix {
-            attestors.push(Arc::new(UnixAttestor::new(needed)));
-        }
-        if *systemd {
-            attestors.push(Arc::new(SystemdAttestor::new()));
-        }
-        for issuer in oidc_issuers {
-            attestors.push(Arc::new(self.oidc_attestor(issuer)?));
-        }
-        Ok(Catalog::new(attestors, Arc::clone(&self.clock)))
-    }
-
-    fn oidc_attestor(&self, issuer: &OidcIssuer) -> Result<OidcAttestor, Diagnostics> {
-        let fetch = FetchClient::new(
-            FetchSettings {
-                configured: BTreeSet::from([issuer.issuer.url().clone()]),
-                ca_file: issuer.ca_file.clone(),
-                connect_to: issuer.connect_to,
-                outbound_proxy: None,
-                allow_addresses: issuer.allow_addresses.clone(),
-            },
-            Arc::clone(&self.own_listeners),
-            self.control.clone(),
-        );
-        OidcAttestor::new(
-            OidcIssuerSettings {
-                name: issuer.name.clone(),
-                issuer: issuer.issuer.as_str().to_owned(),
-                audiences: issuer.audiences.clone(),
-                claims: issuer.claims.clone(),
-            },
-            Arc::new(fetch),
-            Arc::clone(&self.clock),
-        )
-        .map_err(|error| {
-            let detail = format!("issuer `{}`: {error}", issuer.name);
-            Diagnostic::error("issuer_unusable", &self.config.path, detail).into()
-        })
-    }
-
-    fn interception(&self) -> Result<Option<Arc<InterceptionAuthority>>, Diagnostics> {
-        let Some(interception) = &self.config.interception else {
-            return Ok(None);
-        };
-        let hosts = intercepted_hosts(&self.config);
-        let now = self.clock.wall();
-        let in_force = self.previous.as_ref().and_then(|previous| {
-            let unchanged = previous.config.interception == self.config.interception;
-            previous.interception.as_ref().filter(|_| unchanged)
-        });
-        if let Some(authority) = in_force
-            && authority.hosts() == hosts
-            && !authority.is_due(now)
-        {
-            return Ok(Some(Arc::clone(authority)));
-        }
-        let problem =
-            |detail: String| Diagnostic::error("interception_unusable", &self.config.path, detail);
-        let authority = InterceptionAuthority::open(interception, hosts, now, in_force)
-            .map_err(|error| problem(error.to_string()))?;
-        publish(interception, &authority).map_err(problem)?;
-        Ok(Some(authority))
-    }
-}
-
-/// Writes the public certificates that clients load.
-fn publish(interception: &Interception, authority: &InterceptionAuthority) -> Result<(), String> {
-    let root = authority.root_certificate_pem();
-    if let Some(path) = &interception.ca_certificate_file {
-        write_atomically(path, root.as_bytes(), 0o644).map_err(|error| error.to_string())?;
-    }
-    if let Some(path) = &interception.trust_bundle_file {
-        let bundle = bundle(root).map_err(|error| error.to_string())?;
-        write_atomically(path, bundle.as_bytes(), 0o644).map_err(|error| error.to_string())?;
-    }
-    Ok(())
-}
-
-/// The hosts of destinations that carry a credential, in order, each once.
-fn intercepted_hosts(config: &Config) -> Vec<String> {
-    config
-        .destinations
-        .iter()
-        .filter(|destination| !destination.credentials.is_empty())
-        .flat_map(|destination| destination.hosts.iter().cloned())
-        .collect::<BTreeSet<_>>()
-        .into_iter()
-        .collect()
-}
-
 /// Logs what happens to tokens; request records say which request used which.
 fn token_events() -> TokenEvents {
     Arc::new(|event| match event {
@@ -632,30 +451,6 @@ fn token_events() -> TokenEvents {
             "token rejected by its destination"
         ),
     })
-}
-
-/// Keeps the sections in force where a new configuration says the same, so that connections and
-/// tokens made under them stay good.
-fn reuse_unchanged(mut config: Config, previous: &Config) -> Config {
-    for destination in &mut config.destinations {
-        if let Some(same) = previous
-            .destinations
-            .iter()
-            .find(|known| *known == destination)
-        {
-            *destination = Arc::clone(same);
-        }
-    }
-    for credential in &mut config.credentials {
-        if let Some(same) = previous
-            .credentials
-            .iter()
-            .find(|known| *known == credential)
-        {
-            *credential = Arc::clone(same);
-        }
-    }
-    config
 }
 
 fn worker_count(config: &Config) -> usize {

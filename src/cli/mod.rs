@@ -3,8 +3,8 @@
 pub mod admin;
 pub mod audit;
 pub mod credentials;
-pub mod keys;
 pub mod dev;
+pub mod keys;
 pub mod output;
 pub mod policy;
 pub mod revoke;

@@ -695,6 +695,7 @@ impl Credentials {
     async fn mint(&self, slot: &Slot, entry: &Entry) -> Result<MintedToken, MintFailure> {
         let deadline = Deadline::after(entry.provider.timeout());
         let started = Instant::now();
+        let is_refresh = slot.usable_token(self.clock.monotonic()).is_some();
         let minted = entry
             .provider
             .mint(&slot.request, slot.is_untroubled(), deadline)
@@ -703,6 +704,10 @@ impl Credentials {
         let failure = minted.as_ref().err().map(|failure| failure.code);
         self.metrics
             .token_request(&slot.credential, failure, upstream);
+        if is_refresh {
+            self.metrics
+                .token_refresh(&slot.credential, failure.is_none());
+        }
         let identity = slot.request.subject.describe();
         match &minted {
             Ok(token) => (self.events)(TokenEvent::Minted {

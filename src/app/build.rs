@@ -1,0 +1,253 @@
+//! Makes a [`Snapshot`] of a configuration: policies, attestors, the interception authority, and what
+//! sending to each destination takes. What a new configuration says alike is kept from the one in force.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use countersign_attestors::{
+    Attestor, AttributeSelection, Catalog, Fetch, FetchError, OidcAttestor, SystemdAttestor,
+    UnixAttestor,
+};
+use url::Url;
+
+use crate::address::AddressGuard;
+use crate::clock::Clock;
+use crate::config::{Attestors, Config, Interception, OidcIssuer};
+use crate::diagnostics::{Diagnostic, Diagnostics};
+use crate::fetch::{FetchClient, FetchSettings};
+use crate::policy::{PolicyEngine, PolicySnapshot, Revocations};
+use crate::routing::Routes;
+use crate::snapshot::{Issuers, Snapshot, prepare};
+use crate::telemetry::metrics::Metrics;
+use crate::tls::interception::{InterceptionAuthority, write_atomically};
+use crate::tls::trust::bundle;
+
+/// Attributes that records name a workload by, whatever policies read.
+const RECORDED_ATTRIBUTES: &[(&str, &str)] = &[
+    ("unix", "uid"),
+    ("unix", "gid"),
+    ("unix", "user"),
+    ("unix", "pid"),
+    ("unix", "executable"),
+    ("unix", "cgroup"),
+    ("systemd", "system_unit"),
+    ("systemd", "user_unit"),
+    ("container", "id"),
+    ("container", "runtime"),
+];
+
+/// What a snapshot is made from.
+pub(super) struct SnapshotBuilder {
+    pub(super) config: Arc<Config>,
+    pub(super) own_listeners: Arc<[SocketAddr]>,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) control: tokio::runtime::Handle,
+    pub(super) previous: Option<Arc<Snapshot>>,
+}
+
+/// Reading policies, roots and keys blocks.
+pub(super) async fn build_off_thread(builder: SnapshotBuilder) -> Result<Snapshot, Diagnostics> {
+    let path = builder.config.path.clone();
+    match tokio::task::spawn_blocking(move || builder.build()).await {
+        Ok(built) => built,
+        Err(error) => Err(Diagnostic::error("load_interrupted", path, error.to_string()).into()),
+    }
+}
+
+impl SnapshotBuilder {
+    fn build(self) -> Result<Snapshot, Diagnostics> {
+        let config = &self.config;
+        let declarations = config.attestors.declarations();
+        let (engine, warnings) = PolicyEngine::load(config, &declarations)?;
+        for warning in &warnings {
+            tracing::warn!(code = warning.code, "{}", warnings.line(warning));
+        }
+        let issuers = self.issuers()?;
+        let catalog = self.catalog_for(&engine, &issuers);
+        let interception = self.interception()?;
+        let prepared = prepare(config, &self.own_listeners, &self.metrics).map_err(|error| {
+            Diagnostic::error("roots_unusable", &config.path, error.to_string())
+        })?;
+        let revocations = match &self.previous {
+            Some(previous) => Arc::clone(previous.policy.revocations()),
+            None => Revocations::none(),
+        };
+        Ok(Snapshot {
+            routes: Arc::new(Routes::new(config)),
+            policy: PolicySnapshot::new(Arc::new(engine), revocations),
+            catalog,
+            issuers: Arc::new(issuers),
+            interception,
+            prepared: Arc::new(prepared),
+            unmatched_guard: AddressGuard::new(&[], Arc::clone(&self.own_listeners)),
+            config: self.config,
+        })
+    }
+
+    /// The catalog in force is kept where it would be the same: its connections and key sets stay good.
+    fn catalog_for(&self, engine: &PolicyEngine, issuers: &Issuers) -> Arc<Catalog> {
+        if let Some(previous) = &self.previous
+            && previous.config.attestors == self.config.attestors
+            && previous.policy.engine().attributes_read() == engine.attributes_read()
+        {
+            return Arc::clone(&previous.catalog);
+        }
+        let recorded = RECORDED_ATTRIBUTES
+            .iter()
+            .map(|(group, name)| ((*group).to_owned(), (*name).to_owned()));
+        let read = engine.attributes_read().iter().cloned();
+        let selection = AttributeSelection::of(read.chain(recorded));
+        Arc::new(self.catalog(selection, issuers))
+    }
+
+    fn catalog(&self, needed: AttributeSelection, issuers: &Issuers) -> Catalog {
+        let Attestors { unix, systemd, .. } = &self.config.attestors;
+        let mut attestors: Vec<Arc<dyn Attestor>> = Vec::new();
+        if *unix {
+            attestors.push(Arc::new(UnixAttestor::new(needed)));
+        }
+        if *systemd {
+            attestors.push(Arc::new(SystemdAttestor::new()));
+        }
+        for (_, attestor) in issuers {
+            attestors.push(Arc::clone(attestor) as Arc<dyn Attestor>);
+        }
+        Catalog::new(attestors, Arc::clone(&self.clock))
+    }
+
+    /// An attestor per issuer; one whose configuration is the same is kept, with its keys.
+    fn issuers(&self) -> Result<Issuers, Diagnostics> {
+        let known = self.previous.as_ref().map(|previous| &previous.issuers);
+        self.config
+            .attestors
+            .oidc_issuers
+            .iter()
+            .map(|issuer| {
+                let kept = known.and_then(|known| known.iter().find(|(same, _)| same == issuer));
+                match kept {
+                    Some((_, attestor)) => Ok((issuer.clone(), Arc::clone(attestor))),
+                    None => Ok((issuer.clone(), Arc::new(self.oidc_attestor(issuer)?))),
+                }
+            })
+            .collect()
+    }
+
+    fn oidc_attestor(&self, issuer: &OidcIssuer) -> Result<OidcAttestor, Diagnostics> {
+        let fetch = FetchClient::new(
+            FetchSettings {
+                configured: BTreeSet::from([issuer.issuer.url().clone()]),
+                ca_file: issuer.ca_file.clone(),
+                connect_to: issuer.connect_to,
+                outbound_proxy: None,
+                allow_addresses: issuer.allow_addresses.clone(),
+            },
+            Arc::clone(&self.own_listeners),
+            self.control.clone(),
+        );
+        OidcAttestor::new(
+            issuer.settings(),
+            Arc::new(CountedFetch {
+                fetch,
+                issuer: issuer.name.clone(),
+                metrics: Arc::clone(&self.metrics),
+            }),
+            Arc::clone(&self.clock),
+        )
+        .map_err(|error| {
+            let detail = format!("issuer `{}`: {error}", issuer.name);
+            Diagnostic::error("issuer_unusable", &self.config.path, detail).into()
+        })
+    }
+
+    fn interception(&self) -> Result<Option<Arc<InterceptionAuthority>>, Diagnostics> {
+        let Some(interception) = &self.config.interception else {
+            return Ok(None);
+        };
+        let hosts = intercepted_hosts(&self.config);
+        let now = self.clock.wall();
+        let in_force = self.previous.as_ref().and_then(|previous| {
+            let unchanged = previous.config.interception == self.config.interception;
+            previous.interception.as_ref().filter(|_| unchanged)
+        });
+        if let Some(authority) = in_force
+            && authority.hosts() == hosts
+            && !authority.is_due(now)
+        {
+            return Ok(Some(Arc::clone(authority)));
+        }
+        let problem =
+            |detail: String| Diagnostic::error("interception_unusable", &self.config.path, detail);
+        let authority = InterceptionAuthority::open(interception, hosts, now, in_force)
+            .map_err(|error| problem(error.to_string()))?;
+        publish(interception, &authority).map_err(problem)?;
+        Ok(Some(authority))
+    }
+}
+
+/// Writes the public certificates that clients load.
+fn publish(interception: &Interception, authority: &InterceptionAuthority) -> Result<(), String> {
+    let root = authority.root_certificate_pem();
+    if let Some(path) = &interception.ca_certificate_file {
+        write_atomically(path, root.as_bytes(), 0o644).map_err(|error| error.to_string())?;
+    }
+    if let Some(path) = &interception.trust_bundle_file {
+        let bundle = bundle(root).map_err(|error| error.to_string())?;
+        write_atomically(path, bundle.as_bytes(), 0o644).map_err(|error| error.to_string())?;
+    }
+    Ok(())
+}
+
+/// The hosts of destinations that carry a credential, in order, each once.
+fn intercepted_hosts(config: &Config) -> Vec<String> {
+    config
+        .destinations
+        .iter()
+        .filter(|destination| !destination.credentials.is_empty())
+        .flat_map(|destination| destination.hosts.iter().cloned())
+        .collect::<BTreeSet<_>>()
+        .into_iter()
+        .collect()
+}
+
+/// Keeps the sections in force where a new configuration says the same, so that connections and
+/// tokens made under them stay good.
+pub(super) fn reuse_unchanged(mut config: Config, previous: &Config) -> Config {
+    for destination in &mut config.destinations {
+        if let Some(same) = previous
+            .destinations
+            .iter()
+            .find(|known| *known == destination)
+        {
+            *destination = Arc::clone(same);
+        }
+    }
+    for credential in &mut config.credentials {
+        if let Some(same) = previous
+            .credentials
+            .iter()
+            .find(|known| *known == credential)
+        {
+            *credential = Arc::clone(same);
+        }
+    }
+    config
+}
+
+/// Tells the metrics when an issuer's documents were fetched.
+struct CountedFetch {
+    fetch: FetchClient,
+    issuer: String,
+    metrics: Arc<Metrics>,
+}
+
+#[async_trait]
+impl Fetch for CountedFetch {
+    async fn get(&self, url: &Url) -> Result<Vec<u8>, FetchError> {
+        let document = Fetch::get(&self.fetch, url).await?;
+        self.metrics.jwks_refreshed(&self.issuer);
+        Ok(document)
+    }
+}
