@@ -11,14 +11,15 @@ pub trait Clock: Send + Sync + std::fmt::Debug {
     fn wall(&self) -> SystemTime;
 }
 
-/// The machine's clock.
+/// The machine's clock. Its monotonic time counts the time that the machine was suspended, where the
+/// system can tell: a token expires while a laptop sleeps.
 #[derive(Debug, Clone)]
 pub struct SystemClock {
     origin: Instant,
 }
 
 impl SystemClock {
-    /// A clock whose monotonic origin is now.
+    /// A clock whose monotonic origin is fixed from now on.
     pub fn new() -> Self {
         Self {
             origin: Instant::now(),
@@ -34,10 +35,23 @@ impl Default for SystemClock {
 
 impl Clock for SystemClock {
     fn monotonic(&self) -> Duration {
-        self.origin.elapsed()
+        since_boot().unwrap_or_else(|| self.origin.elapsed())
     }
 
     fn wall(&self) -> SystemTime {
         SystemTime::now()
     }
+}
+
+/// `CLOCK_BOOTTIME` (clock_gettime(2)): monotonic, suspension included.
+#[cfg(target_os = "linux")]
+fn since_boot() -> Option<Duration> {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
+        .ok()
+        .map(Duration::from)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn since_boot() -> Option<Duration> {
+    None
 }
