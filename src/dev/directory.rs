@@ -129,7 +129,6 @@ fn try_open(path: &Path) -> io::Result<Option<File>> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 
