@@ -401,3 +401,218 @@ fn explain_described(
 fn not_covered(request: &str) -> String {
     format!("no destination of the configuration covers `{request}`")
 }
+
+#[cfg(test)]
+#[expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test may fail by panicking"
+)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        policy: PolicyArguments,
+    }
+
+    /// The exit code, standard output and standard error of `policy ARGUMENTS`.
+    fn policy(arguments: &[&str]) -> (ExitCode, String, String) {
+        let command = Command::try_parse_from([&["policy"], arguments].concat()).unwrap();
+        let (mut out, mut errors) = (Vec::new(), Vec::new());
+        let code = run(&command.policy, &mut out, &mut errors);
+        (
+            code,
+            String::from_utf8(out).unwrap(),
+            String::from_utf8(errors).unwrap(),
+        )
+    }
+
+    /// A copy of the example of a service, in a directory of its own.
+    fn example() -> (tempfile::TempDir, String) {
+        let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("policies/examples");
+        let directory = tempfile::tempdir().unwrap();
+        let copy = directory.path().join("system-service");
+        std::fs::create_dir(&copy).unwrap();
+        std::fs::write(directory.path().join("secret.example"), "secret").unwrap();
+        for entry in std::fs::read_dir(examples.join("system-service")).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), copy.join(entry.file_name())).unwrap();
+        }
+        let config = copy.join("agent.yaml").display().to_string();
+        (directory, config)
+    }
+
+    #[test]
+    fn check_is_0_for_good_policies_1_for_wrong_ones_and_78_for_a_wrong_configuration() {
+        let (directory, config) = example();
+        let (code, out, errors) = policy(&["check", "--config", &config]);
+        assert_eq!(code, ExitCode::SUCCESS, "{errors}");
+        assert!(out.starts_with("3 policies are valid, version "), "{out}");
+
+        let wrong = directory.path().join("system-service/wrong.cedar");
+        std::fs::write(&wrong, "\n permit (principal, action, resource);").unwrap();
+        let (code, out, errors) = policy(&["check", "--config", &config]);
+        assert_eq!(code, ExitCode::FAILURE);
+        assert_eq!(out, "");
+        assert!(errors.contains("wrong.cedar:2:2"), "{errors}");
+        let (code, out, _) = policy(&["check", "--config", &config, "--output", "json"]);
+        assert_eq!(code, ExitCode::FAILURE);
+        let answer: serde_json::Value = serde_json::from_str(&out).unwrap();
+        assert_eq!(answer["valid"], false);
+        assert_eq!(answer["diagnostics"][0]["code"], "policy_id_missing");
+        assert_eq!(answer["diagnostics"][0]["line"], 2);
+
+        std::fs::write(&config, "version: 2").unwrap();
+        let (code, ..) = policy(&["check", "--config", &config]);
+        assert_eq!(code, ExitCode::from(EXIT_CONFIGURATION));
+    }
+
+    #[test]
+    fn test_is_1_where_a_case_fails() {
+        let (directory, config) = example();
+        let (code, out, errors) = policy(&["test", "--config", &config]);
+        assert_eq!(code, ExitCode::SUCCESS, "{out}{errors}");
+        assert!(out.contains("10 passed, 0 failed"), "{out}");
+        let cases = directory.path().join("more.test.yaml");
+        let case = "workloads: {a: {unix: {uid: 1}}}\ntests:\n  - {as: a, request: GET https://orders.example.com/v1/orders, expect: allow}\n";
+        std::fs::write(&cases, case).unwrap();
+        let cases = cases.display().to_string();
+        let (code, out, _) = policy(&["test", "--config", &config, &cases]);
+        assert_eq!(code, ExitCode::FAILURE);
+        assert!(out.contains("FAILED"), "{out}");
+        assert!(out.contains("expected allow"), "{out}");
+        let (code, out, _) = policy(&["test", "--config", &config, &cases, "--output", "json"]);
+        assert_eq!(code, ExitCode::FAILURE);
+        let answer: serde_json::Value = serde_json::from_str(&out).unwrap();
+        assert_eq!(answer["failed"], 1);
+        assert_eq!(answer["cases"][0]["passed"], false);
+        assert_eq!(answer["cases"][0]["line"], 3);
+    }
+
+    #[test]
+    fn a_described_request_is_explained_and_its_suggestion_loads() {
+        let (directory, config) = example();
+        let described = [
+            "explain",
+            "--config",
+            &config,
+            "--as",
+            "systemd.system_unit=orders.service",
+            "--request",
+            "DELETE https://orders.example.com/v1/orders/8",
+        ];
+        let (code, out, errors) = policy(&described);
+        assert_eq!(code, ExitCode::SUCCESS, "{errors}");
+        assert!(out.starts_with("denied  policy_denied"), "{out}");
+        assert!(out.contains("was false (DELETE)"), "{out}");
+        let (code, suggestion, _) = policy(&[&described[..], &["--suggest"]].concat());
+        assert_eq!(code, ExitCode::SUCCESS);
+        let (cedar, yaml) = suggestion.split_once("\n# ").unwrap();
+        let policies = directory.path().join("system-service");
+        std::fs::write(policies.join("suggested.cedar"), cedar).unwrap();
+        std::fs::write(policies.join("suggested.test.yaml"), format!("# {yaml}")).unwrap();
+        let (code, out, errors) = policy(&described);
+        assert_eq!(code, ExitCode::SUCCESS, "{errors}");
+        assert!(out.starts_with("allowed  policy version"), "{out}");
+        let (code, _, errors) = policy(&[&described[..], &["--suggest"]].concat());
+        assert_eq!(code, ExitCode::FAILURE);
+        assert!(errors.contains("it is allowed already"), "{errors}");
+        let (code, out, errors) = policy(&["test", "--config", &config]);
+        assert_eq!(code, ExitCode::SUCCESS, "{out}{errors}");
+        assert!(out.contains("11 passed, 0 failed"), "{out}");
+    }
+
+    #[test]
+    fn a_description_that_says_nothing_is_a_usage_error() {
+        let (_directory, config) = example();
+        for (arguments, words) in [
+            (
+                [
+                    "--as",
+                    "unix.uidd=1",
+                    "--request",
+                    "GET https://orders.example.com/v1/a",
+                ],
+                "did you mean `unix.uid`?",
+            ),
+            (
+                [
+                    "--as",
+                    "unix.uid=one",
+                    "--request",
+                    "GET https://orders.example.com/v1/a",
+                ],
+                "is not a whole number",
+            ),
+            (
+                [
+                    "--as",
+                    "uid",
+                    "--request",
+                    "GET https://orders.example.com/v1/a",
+                ],
+                "is not `GROUP.NAME=VALUE`",
+            ),
+            (
+                ["--as", "unix.uid=1", "--request", "orders.example.com"],
+                "is not a method and a URL",
+            ),
+            (
+                [
+                    "--as",
+                    "unix.uid=1",
+                    "--request",
+                    "GET https://elsewhere.example.com/",
+                ],
+                "no destination of the configuration covers",
+            ),
+            (
+                [
+                    "--as",
+                    "unix.uid=1",
+                    "--request",
+                    "GET https://orders.example.com/v2",
+                ],
+                "does not cover the scheme or path",
+            ),
+            (
+                ["--as", "unix.uid=1", "--issue", "order-api"],
+                "is not in the configuration",
+            ),
+        ] {
+            let (code, out, errors) =
+                policy(&[&["explain", "--config", &config][..], &arguments].concat());
+            assert_eq!(code, ExitCode::from(EXIT_USAGE), "{arguments:?}");
+            assert_eq!(out, "");
+            assert!(errors.contains(words), "{arguments:?}: {errors}");
+        }
+    }
+
+    #[test]
+    fn where_no_agent_answers_an_id_is_69() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("absent.sock").display().to_string();
+        let id = "01890a5d-ac96-774b-bcce-b302099a8057";
+        let (code, _, errors) = policy(&["explain", id, "--admin-socket", &socket]);
+        assert_eq!(code, ExitCode::from(EXIT_UNAVAILABLE));
+        assert!(errors.contains("no agent is reached"), "{errors}");
+    }
+
+    #[test]
+    fn schema_prints_the_issuers_of_the_configuration() {
+        let (_directory, config) = example();
+        let (code, out, errors) = policy(&["schema", "--config", &config]);
+        assert_eq!(code, ExitCode::SUCCESS, "{errors}");
+        assert!(out.contains("systemd?: {"), "{out}");
+        let ci = Path::new(env!("CARGO_MANIFEST_DIR")).join("policies/examples/ci-job/agent.yaml");
+        let (_, out, _) = policy(&["schema", "--config", &ci.display().to_string()]);
+        assert!(
+            out.contains("ci?: {") && !out.contains("systemd?: {"),
+            "{out}"
+        );
+    }
+}
