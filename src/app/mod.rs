@@ -218,6 +218,7 @@ impl App {
             app.admin_stop.clone(),
         ));
         tokio::spawn(Arc::clone(&app).prune_revocations());
+        tokio::spawn(Arc::clone(&app).renew_interception());
         Ok(app)
     }
 

@@ -20,7 +20,10 @@ const REVOKE_UPSTREAM: Duration = Duration::from_secs(10);
 
 /// How often ended revocations are forgotten; until then they are in force no longer than said, for
 /// the snapshot without them is made then.
-pub(super) const PRUNE: Duration = Duration::from_millis(500);
+const PRUNE: Duration = Duration::from_millis(500);
+
+/// How often the age of the interception intermediate is looked at.
+const RENEW: Duration = Duration::from_secs(3600);
 
 #[async_trait]
 impl AdminActions for App {
@@ -166,6 +169,24 @@ impl App {
             members.insert("until".to_owned(), json!(until));
         }
         value
+    }
+
+    /// Loads again when the interception intermediate has lived half its life, which makes another.
+    pub(super) async fn renew_interception(self: Arc<Self>) {
+        let mut ticks = tokio::time::interval(RENEW);
+        loop {
+            ticks.tick().await;
+            let snapshot = self.agent.snapshot.load_full();
+            let now = self.agent.clock.wall();
+            if snapshot
+                .interception
+                .as_ref()
+                .is_some_and(|authority| authority.is_due(now))
+            {
+                // A failure is logged, counted and audited, and tried again.
+                let _ = App::reload(&self).await;
+            }
+        }
     }
 
     /// Forgets revocations that ended, so that the next decision is made without them.

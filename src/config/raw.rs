@@ -554,8 +554,8 @@ pub(super) struct Log {
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Admin {
-    /// A Unix socket, mode 0600.
-    #[schemars(with = "Option<kind::FilePath>", extend("default" = "/run/countersign/admin.sock"))]
+    /// A Unix socket, mode 0600; the verbs look for it at `/run/countersign/admin.sock`. Default: none.
+    #[schemars(with = "Option<kind::FilePath>")]
     pub(super) socket: Option<Text>,
     /// Metrics and health on TCP as well. Default: none.
     #[schemars(with = "Option<kind::SocketAddress>")]

@@ -69,7 +69,8 @@ pub struct InterceptionAuthority {
     leaf_key: KeyPair,
     leaf_signing_key: Arc<dyn SigningKey>,
     leaves: Cache<(String, Offer), Arc<Leaf>>,
-    created_at: SystemTime,
+    /// When another intermediate should be made; `None` where no key is left to make one with.
+    renew_at: Option<SystemTime>,
 }
 
 /// Which protocols a handshake offers.
@@ -113,17 +114,18 @@ impl InterceptionAuthority {
                 None => {
                     let root = generate_root(now)?;
                     let pem = root.pem();
-                    Self::under_root(&root, pem, hosts, now)
+                    Self::under_root(&root, pem, hosts, now, None)
                 }
             },
             CaSource::Generated { state_directory } => {
                 let (root, pem) = open_generated_root(state_directory, now)?;
-                Self::under_root(&root, pem, hosts, now)
+                let renew_at = now + INTERMEDIATE_LIFETIME / 2;
+                Self::under_root(&root, pem, hosts, now, Some(renew_at))
             }
             CaSource::Files {
                 certificate_file,
                 key_file,
-            } => Self::from_files(certificate_file, key_file, hosts, now),
+            } => Self::from_files(certificate_file, key_file, hosts),
         }
     }
 
@@ -132,13 +134,15 @@ impl InterceptionAuthority {
         root_pem: String,
         hosts: Vec<String>,
         now: SystemTime,
+        renew_at: Option<SystemTime>,
     ) -> Result<Arc<Self>, AuthorityError> {
+        let lifetime = match renew_at {
+            Some(_) => INTERMEDIATE_LIFETIME,
+            None => ROOT_LIFETIME,
+        };
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let mut parameters = authority_parameters(
-            "Countersign interception intermediate",
-            now,
-            INTERMEDIATE_LIFETIME,
-        );
+        let mut parameters =
+            authority_parameters("Countersign interception intermediate", now, lifetime);
         parameters.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         parameters.use_authority_key_identifier_extension = true;
         parameters.name_constraints = Some(NameConstraints {
@@ -147,14 +151,19 @@ impl InterceptionAuthority {
         });
         let certificate = parameters.signed_by(&key, root)?;
         let chain = vec![certificate.der().clone()];
-        Self::assemble(root_pem, chain, Issuer::new(parameters, key), hosts, now)
+        Self::assemble(
+            root_pem,
+            chain,
+            Issuer::new(parameters, key),
+            hosts,
+            renew_at,
+        )
     }
 
     fn from_files(
         certificate_file: &Path,
         key_file: &Path,
         hosts: Vec<String>,
-        now: SystemTime,
     ) -> Result<Arc<Self>, AuthorityError> {
         let pem = read_text(certificate_file)?;
         let certificates: Vec<CertificateDer<'static>> =
@@ -171,7 +180,7 @@ impl InterceptionAuthority {
         // The root itself is not sent (RFC 8446 section 4.4.2).
         let below_root = certificates.len().saturating_sub(1).max(1);
         let chain = certificates.iter().take(below_root).cloned().collect();
-        Self::assemble(root_pem, chain, issuer, hosts, now)
+        Self::assemble(root_pem, chain, issuer, hosts, None)
     }
 
     fn assemble(
@@ -179,7 +188,7 @@ impl InterceptionAuthority {
         chain: Vec<CertificateDer<'static>>,
         intermediate: Issuer<'static, KeyPair>,
         hosts: Vec<String>,
-        now: SystemTime,
+        renew_at: Option<SystemTime>,
     ) -> Result<Arc<Self>, AuthorityError> {
         let leaf_key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let der = PrivateKeyDer::try_from(leaf_key.serialize_der())
@@ -192,7 +201,7 @@ impl InterceptionAuthority {
             leaf_signing_key: any_ecdsa_type(&der)?,
             leaf_key,
             leaves: Cache::new(LEAF_CACHE),
-            created_at: now,
+            renew_at,
         }))
     }
 
@@ -208,8 +217,7 @@ impl InterceptionAuthority {
 
     /// Whether the intermediate has lived half its life and a new authority should be opened.
     pub fn is_due(&self, now: SystemTime) -> bool {
-        now.duration_since(self.created_at)
-            .is_ok_and(|age| age > INTERMEDIATE_LIFETIME / 2)
+        self.renew_at.is_some_and(|renew_at| now >= renew_at)
     }
 
     /// The TLS configuration for an intercepted connection to `host`; `None` for a host that is
