@@ -22,6 +22,7 @@ use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
+use tokio::sync::Notify;
 use tokio::task::spawn_local;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
@@ -106,10 +107,28 @@ struct Http2Connection {
 
 type Pools = Rc<RefCell<HashMap<PoolKey, Pool>>>;
 
+type AllConnecting = Rc<RefCell<HashMap<PoolKey, Rc<Notify>>>>;
+
+/// The one that connects; whoever waits for the same is woken when it did, or failed.
+struct Connecting {
+    all: AllConnecting,
+    key: PoolKey,
+}
+
+impl Drop for Connecting {
+    fn drop(&mut self) {
+        if let Some(waiting) = self.all.borrow_mut().remove(&self.key) {
+            waiting.notify_waiters();
+        }
+    }
+}
+
 /// A data worker's connections to destinations.
 #[derive(Debug)]
 pub struct Upstreams {
     pools: Pools,
+    /// Connections to destinations that may speak HTTP/2, under way.
+    connecting: AllConnecting,
     /// Targets that answered an offer of HTTP/2 with HTTP/1.1: as many as are configured.
     http1_only: RefCell<HashSet<Target>>,
     control: tokio::runtime::Handle,
@@ -169,6 +188,7 @@ impl Upstreams {
     pub fn new(control: tokio::runtime::Handle) -> Self {
         Self {
             pools: Rc::default(),
+            connecting: Rc::default(),
             http1_only: RefCell::default(),
             control,
         }
@@ -197,7 +217,8 @@ impl Upstreams {
         };
         let mut request = request.into_http();
         let send = async {
-            if !upgrade {
+            let mut connecting = None;
+            while !upgrade {
                 while let Some(connection) = self.pooled(&key).await {
                     match self.attempt(connection, &key, way, request).await {
                         Attempt::Answered(response) => return Ok(*response),
@@ -205,11 +226,20 @@ impl Upstreams {
                         Attempt::Failed(error) => return Err(protocol_refusal(way, &error)),
                     }
                 }
+                // Once: where the first failed, or HTTP/1 is spoken, the rest go each their own way.
+                if connecting.is_some() || !self.may_be_shared(&key) {
+                    break;
+                }
+                connecting = Some(self.connect_or_wait(&key).await);
+                if let Some(Some(_)) = connecting {
+                    break;
+                }
             }
             let connection = self
                 .connect(way, upgrade, key.http2_by_prior_knowledge)
                 .await?;
             self.remember(&key, way, &connection, upgrade);
+            drop(connecting);
             match self.attempt(connection, &key, way, request).await {
                 Attempt::Answered(mut response) => {
                     if upgrade {
@@ -239,6 +269,34 @@ impl Upstreams {
                 ),
             )),
         }
+    }
+
+    /// Whether a new connection of this key may turn out to be HTTP/2, which all requests share.
+    fn may_be_shared(&self, key: &PoolKey) -> bool {
+        match key.scheme {
+            Scheme::Http => key.http2_by_prior_knowledge,
+            Scheme::Https => !self.speaks_http1_only(&key.target),
+        }
+    }
+
+    /// Makes the caller the one that connects, or waits until another has.
+    async fn connect_or_wait(&self, key: &PoolKey) -> Option<Connecting> {
+        let under_way = {
+            let mut connecting = self.connecting.borrow_mut();
+            match connecting.get(key) {
+                Some(under_way) => Rc::clone(under_way),
+                None => {
+                    let under_way = Rc::<Notify>::default();
+                    connecting.insert(key.clone(), under_way);
+                    return Some(Connecting {
+                        all: Rc::clone(&self.connecting),
+                        key: key.clone(),
+                    });
+                }
+            }
+        };
+        under_way.notified().await;
+        None
     }
 
     /// A connection that this identity used before and that is still usable.

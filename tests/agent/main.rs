@@ -12,8 +12,10 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod changes;
 mod entrances;
 mod headers;
+mod identities;
 mod refusals;
 mod streams;
 

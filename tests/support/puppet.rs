@@ -26,9 +26,19 @@ pub struct Puppet {
     pub address: SocketAddr,
 }
 
-/// The program of the test binary as another user may run it.
-fn program() -> std::path::PathBuf {
-    std::env::current_exe().unwrap()
+/// The program of the test binary where another user may run it: a copy, where it stands under a
+/// directory that others may not enter.
+fn program() -> &'static Path {
+    static PROGRAM: std::sync::OnceLock<std::path::PathBuf> = std::sync::OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        let built = std::env::current_exe().unwrap();
+        if is_reachable_by_others(&built) {
+            return built;
+        }
+        let copy = std::env::temp_dir().join(format!("countersign-puppet-{}", std::process::id()));
+        std::fs::copy(built, &copy).unwrap();
+        copy
+    })
 }
 
 fn command(role: &str) -> Command {
@@ -115,8 +125,8 @@ pub async fn connect_send_exit(target: &str, request: &str, times: usize, uid: O
     if let Some(uid) = uid {
         command.uid(uid).gid(uid);
     }
-    let status = command.status().await.unwrap();
-    assert!(status.success());
+    let output = command.output().await.unwrap();
+    assert!(output.status.success(), "{output:?}");
 }
 
 /// What the started-again binary does. Called by the test of that name, which does nothing otherwise.
@@ -129,6 +139,7 @@ pub fn puppet_main() {
         "relay" => relay(&target),
         "exec" => exec(&target),
         "rush" => rush(&target),
+        "leave" => leave(&target),
         other => panic!("no role `{other}`"),
     }
     std::process::exit(0);
@@ -192,6 +203,31 @@ fn exec(target: &str) {
         .env("SECOND", script["second"].as_str().unwrap())
         .exec();
     panic!("sh did not start: {error}");
+}
+
+/// Runs a process that sends `request`, reads the answer's head, leaves the connection to a child that
+/// prints what comes, and exits. Returns when the child is done.
+pub async fn leave_stream(target: &str, request: &str) -> String {
+    let mut command = command("leave");
+    command.env(TARGET, target).env(SCRIPT, request);
+    let output = tokio::time::timeout(Duration::from_secs(60), command.output())
+        .await
+        .expect("the stream ends")
+        .unwrap();
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn leave(target: &str) {
+    let request = std::env::var(SCRIPT).unwrap();
+    let mut stream = std::net::TcpStream::connect(target).unwrap();
+    stream.write_all(request.as_bytes()).unwrap();
+    println!("\n{}", super::raw::read_response_blocking(&mut stream));
+    std::io::stdout().flush().unwrap();
+    std::process::Command::new("/bin/cat")
+        .stdin(std::os::fd::OwnedFd::from(stream))
+        .spawn()
+        .unwrap();
+    std::process::exit(0);
 }
 
 fn rush(target: &str) {

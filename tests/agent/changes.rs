@@ -1,0 +1,290 @@
+//! What was allowed ends: by revocation, by a reload, by the workload's exit or another executable.
+//! The next request is refused, what is open ends within a second, and what is broken changes nothing.
+
+use std::time::{Duration, Instant};
+
+use countersign::policy::{Revocation, Revoked};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::task::JoinHandle;
+
+use crate::support::client::Client;
+use crate::support::counts::reached;
+use crate::support::origin::Origin;
+use crate::support::puppet::{Puppet, exec_between, leave_stream};
+use crate::support::raw::{exchange, open_tunnel, read_head, read_response};
+use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World};
+
+/// A second of the agent's, and one for a machine that does other things.
+const LIMIT: Duration = Duration::from_secs(2);
+
+const MORE_DESTINATIONS: &str = r#"
+  - {name: blind, hosts: [blind.example.test], ports: [7], connect_to: "{plain}"}
+  - {name: silent, hosts: [silent.example.test], scheme: http, credentials: [{name: orders-api}], connect_to: "{silent}"}
+"#;
+
+const TUNNELS: &str = r#"
+@id("tunnels")
+permit (principal, action == Action::"connect", resource == Destination::"blind")
+when { principal has unix };
+"#;
+
+const PLAIN: &str =
+    "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
+
+struct Setting {
+    world: World,
+    _silent: Origin,
+    proxy: Puppet,
+    gateway: Puppet,
+}
+
+impl Setting {
+    async fn start() -> Self {
+        let mut world = World::servers().await;
+        let silent = Origin::start(None, |_| Vec::new()).await;
+        world.origins.push(("silent".to_owned(), silent.address));
+        world
+            .start_agent(
+                &format!("{COMMON}{DESTINATIONS}{MORE_DESTINATIONS}"),
+                &format!("{POLICIES}{TUNNELS}"),
+            )
+            .await;
+        let proxy = Puppet::start(&world.address("proxy").to_string(), None).await;
+        let gateway = Puppet::start(&world.address("gateway").to_string(), None).await;
+        Self {
+            world,
+            _silent: silent,
+            proxy,
+            gateway,
+        }
+    }
+
+    /// One open exchange of each kind; each task ends when its exchange does.
+    async fn open_all(&self) -> Vec<(&'static str, JoinHandle<Instant>)> {
+        let mut open = Vec::new();
+
+        let mut io = self.gateway.connect().await;
+        io.write_all(b"GET /v1/stream HTTP/1.1\r\nHost: gateway\r\n\r\n")
+            .await
+            .unwrap();
+        assert!(read_head(&mut io).await.starts_with("HTTP/1.1 200"));
+        open.push(("events over HTTP/1.1", tokio::spawn(until_end(io))));
+
+        let root = self.world.path("ca.pem");
+        let mut client = Client::tls(&self.proxy, "orders.example.test", &root, true).await;
+        let request = http::Request::get("https://orders.example.test/v1/stream")
+            .body(http_body_util::Empty::new())
+            .unwrap();
+        let response = client.send(request).await.unwrap();
+        assert_eq!(response.status(), 200);
+        open.push((
+            "events over HTTP/2",
+            tokio::spawn(async move {
+                let mut body = response.into_body();
+                while let Some(Ok(_)) = http_body_util::BodyExt::frame(&mut body).await {}
+                drop(client);
+                Instant::now()
+            }),
+        ));
+
+        let mut io = self.proxy.connect().await;
+        open_tunnel(&mut io, "plain.example.test:80")
+            .await
+            .expect(200);
+        let upgrade = "GET /v1/socket HTTP/1.1\r\nHost: plain.example.test\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n";
+        io.write_all(upgrade.as_bytes()).await.unwrap();
+        read_response(&mut io).await.expect(101);
+        io.write_all(b"hi").await.unwrap();
+        io.read_exact(&mut [0; 2]).await.unwrap();
+        open.push(("an upgrade", tokio::spawn(until_end(io))));
+
+        let mut io = self.proxy.connect().await;
+        open_tunnel(&mut io, "blind.example.test:7")
+            .await
+            .expect(200);
+        open.push(("a blind tunnel", tokio::spawn(until_end(io))));
+
+        let mut io = self.proxy.connect().await;
+        io.write_all(b"POST http://silent.example.test/ HTTP/1.1\r\nHost: silent.example.test\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n")
+            .await
+            .unwrap();
+        open.push((
+            "an upload",
+            tokio::spawn(async move {
+                read_response(&mut io).await.expect(403);
+                Instant::now()
+            }),
+        ));
+        // The last is on its way only once the origin has seen it.
+        crate::support::eventually(Duration::from_secs(10), || async {
+            (!self._silent.heads().is_empty()).then_some(())
+        })
+        .await;
+        for (name, task) in &open {
+            assert!(!task.is_finished(), "{name} ended by itself");
+        }
+        open
+    }
+
+    /// Everything that was open ends within the limit; returns how many did.
+    async fn all_end(open: Vec<(&'static str, JoinHandle<Instant>)>, changed: Instant) -> usize {
+        let count = open.len();
+        for (name, task) in open {
+            let ended = tokio::time::timeout(Duration::from_secs(30), task)
+                .await
+                .unwrap_or_else(|_| panic!("{name} goes on"))
+                .unwrap();
+            let took = ended.saturating_duration_since(changed);
+            println!("{name} ended after {took:?}");
+            assert!(took < LIMIT, "{name} ended after {took:?}");
+        }
+        count
+    }
+}
+
+async fn until_end(mut io: impl tokio::io::AsyncRead + Unpin) -> Instant {
+    let mut buffer = [0; 4096];
+    while io.read(&mut buffer).await.is_ok_and(|length| length > 0) {}
+    Instant::now()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_allowed_ends_within_a_second() {
+    let setting = Setting::start().await;
+    let world = &setting.world;
+    world.good().await;
+    let mut ended = 0;
+    let mut kept = setting.proxy.connect().await;
+    exchange(&mut kept, PLAIN).await.expect(200);
+
+    // What is open survives a reload that changes nothing of it.
+    let open = setting.open_all().await;
+    world.write_policies(&format!("{POLICIES}{TUNNELS}// a comment\n"));
+    world.app().reload().await.unwrap();
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    for (name, task) in &open {
+        assert!(!task.is_finished(), "{name} ended although it may go on");
+    }
+
+    // A `forbid` is added.
+    let forbid = "@id(\"no-more\")\nforbid (principal, action, resource);\n";
+    world.write_policies(&format!("{POLICIES}{TUNNELS}{forbid}"));
+    let changed = Instant::now();
+    world.app().reload().await.unwrap();
+    let answer = exchange(&mut kept, PLAIN).await.expect(403);
+    assert_eq!(answer.code(), "policy_denied");
+    ended += Setting::all_end(open, changed).await;
+
+    // The permit is gone.
+    world.write_policies(&format!("{POLICIES}{TUNNELS}"));
+    world.app().reload().await.unwrap();
+    exchange(&mut kept, PLAIN).await.expect(200);
+    world.good().await;
+    let open = setting.open_all().await;
+    world.write_policies("@id(\"other\")\npermit (principal, action == Action::\"issue\", resource == Credential::\"orders-api\") when { principal has unix };\n");
+    let changed = Instant::now();
+    world.app().reload().await.unwrap();
+    let answer = exchange(&mut kept, PLAIN).await.expect(403);
+    assert_eq!(answer.code(), "policy_denied");
+    ended += Setting::all_end(open, changed).await;
+
+    // A revocation.
+    world.write_policies(&format!("{POLICIES}{TUNNELS}"));
+    world.app().reload().await.unwrap();
+    let open = setting.open_all().await;
+    let uid = nix::unistd::geteuid();
+    let revocation = Revocation {
+        id: "r1".to_owned(),
+        what: Revoked::Workload(format!("unix.uid={uid}").parse().unwrap()),
+        until: None,
+    };
+    let changed = Instant::now();
+    assert!(
+        world
+            .app()
+            .replace_revocations(|revocations| Some(revocations.with(revocation.clone())))
+    );
+    let answer = exchange(&mut kept, PLAIN).await.expect(403);
+    assert_eq!(answer.code(), "revoked");
+    ended += Setting::all_end(open, changed).await;
+    // It survives a reload, and is lifted.
+    world.app().reload().await.unwrap();
+    let answer = exchange(&mut kept, PLAIN).await.expect(403);
+    assert_eq!(answer.code(), "revoked");
+    world
+        .app()
+        .replace_revocations(|revocations| revocations.without("r1"));
+    exchange(&mut kept, PLAIN).await.expect(200);
+    world.good().await;
+    reached("ended_by_policy", ended);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_workload_opened_ends_with_it() {
+    let world = World::start().await;
+    world.good().await;
+    let gateway = world.address("gateway").to_string();
+    let stream = "GET /v1/stream HTTP/1.1\r\nHost: gateway\r\n\r\n";
+    let mut ended = 0;
+    // It exits; a child of its holds the socket.
+    let began = Instant::now();
+    let output = leave_stream(&gateway, stream).await;
+    assert!(output.contains("HTTP/1.1 200"), "{output}");
+    assert!(began.elapsed() < LIMIT + LIMIT, "{:?}", began.elapsed());
+    ended += 1;
+    // It becomes another program.
+    let began = Instant::now();
+    let output = exec_between(&gateway, stream, "").await;
+    assert!(output.contains("HTTP/1.1 200"), "{output}");
+    assert!(began.elapsed() < LIMIT + LIMIT, "{:?}", began.elapsed());
+    ended += 1;
+    world.good().await;
+    reached("ended_by_exit", ended);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_broken_changes_nothing() {
+    let world = World::start().await;
+    world.good().await;
+    let configuration = std::fs::read_to_string(world.path("countersign.yaml")).unwrap();
+    let mut broken = 0;
+    for (configuration, policies) in [
+        (configuration.as_str(), "permit (principal"),
+        (
+            configuration.as_str(),
+            "@id(\"a\")\npermit (principal, action, resource == Credential::\"nowhere\") when { principal has unix };",
+        ),
+        (
+            configuration.as_str(),
+            "@id(\"a\")\nforbid (principal, action, resource) when { principal has unxi };",
+        ),
+        ("version: 1\n", POLICIES),
+        ("", POLICIES),
+        (&configuration.replace("version: 1", "version: 2"), POLICIES),
+        (&configuration.replace("listeners:", "listners:"), POLICIES),
+        (
+            &configuration.replace("key_file: client.key", "key_file: gone.key"),
+            POLICIES,
+        ),
+    ] {
+        world.write("countersign.yaml", configuration);
+        world.write_policies(policies);
+        assert!(
+            world.app().reload().await.is_err(),
+            "{configuration}{policies}"
+        );
+        world.good().await;
+        broken += 1;
+    }
+    world.write("countersign.yaml", &configuration);
+    world.write_policies(POLICIES);
+    world.app().reload().await.unwrap();
+    let audit = world.audit().await;
+    let failed = audit
+        .iter()
+        .filter(|line| line["event"] == "reload_failed")
+        .count();
+    assert_eq!(failed, broken);
+    world.good().await;
+    reached("broken", broken);
+}
