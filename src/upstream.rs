@@ -218,7 +218,10 @@ impl Upstreams {
         let mut request = request.into_http();
         let send = async {
             let mut connecting = None;
-            while !upgrade {
+            loop {
+                if upgrade {
+                    break;
+                }
                 while let Some(connection) = self.pooled(&key).await {
                     match self.attempt(connection, &key, way, request).await {
                         Attempt::Answered(response) => return Ok(*response),

@@ -403,11 +403,6 @@ fn not_covered(request: &str) -> String {
 }
 
 #[cfg(test)]
-#[expect(
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    reason = "a test may fail by panicking"
-)]
 mod tests {
     use clap::Parser;
 
