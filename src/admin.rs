@@ -104,7 +104,8 @@ impl ActionRefused {
         }
     }
 
-    fn method_not_allowed(method: &Method, allowed: &str) -> Self {
+    /// The path is served, with another method.
+    pub(crate) fn method_not_allowed(method: &Method, allowed: &str) -> Self {
         Self {
             status: StatusCode::METHOD_NOT_ALLOWED,
             code: "method_not_allowed",
@@ -114,7 +115,8 @@ impl ActionRefused {
         }
     }
 
-    fn to_response(&self) -> Response<Bytes> {
+    /// As a problem (RFC 9457).
+    pub(crate) fn to_response(&self) -> Response<Bytes> {
         let mut problem = json!({
             "type": "about:blank",
             "code": self.code,

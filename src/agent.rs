@@ -1,5 +1,6 @@
 //! What all workers, listeners and verbs of one agent share.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
@@ -7,6 +8,7 @@ use tokio::sync::watch;
 
 use crate::audit::Audit;
 use crate::clock::Clock;
+use crate::config::Bind;
 use crate::credentials::Credentials;
 use crate::limits::IdentityLimits;
 use crate::policy::DecisionRing;
@@ -29,6 +31,8 @@ pub struct Agent {
     pub control: tokio::runtime::Handle,
     /// What each identity holds of the agent.
     pub limits: IdentityLimits,
+    /// Where listeners were bound at start, by name.
+    pub bound_listeners: HashMap<String, Bind>,
     /// Whether a refusal tells its caller which policy came nearest: in `dev` only.
     pub tells_nearest: bool,
     /// The last decisions, for `policy explain`.

@@ -146,13 +146,7 @@ impl Exchange {
         self.question(question);
         self.asked_and_granted.scopes_granted = grant.scopes().into();
         self.asked_and_granted.audience_granted = grant.audience().map(Arc::from);
-        self.decision = Some(DecisionReference {
-            decided: Decided::Allow,
-            policies: grant.deciding_policies().into(),
-            nearest: None,
-            policy_version: Arc::clone(grant.policy_version()),
-            attributes: attributes(grant.attributes_read()),
-        });
+        self.decision = Some(DecisionReference::of_grant(grant));
         self.agent.metrics.decision(Decided::Allow.as_str());
         self.remember(snapshot, grant.workload(), question, Ok(grant));
     }
@@ -173,13 +167,7 @@ impl Exchange {
         };
         self.decision = Some(DecisionReference {
             decided,
-            policies: denial.policies.as_slice().into(),
-            nearest: denial
-                .nearest
-                .as_ref()
-                .map(|nearest| Arc::clone(&nearest.policy)),
-            policy_version: Arc::clone(&denial.policy_version),
-            attributes: attributes(&denial.attributes_read),
+            ..DecisionReference::of_denial(denial)
         });
         if let DenialKind::Revoked { .. } = denial.kind {
             self.agent.metrics.revoked_token_use();
@@ -368,10 +356,4 @@ impl Drop for Exchange {
             let _ = self.finish(StatusCode::BAD_REQUEST, outcome);
         }
     }
-}
-
-fn attributes(read: &[(String, String)]) -> Arc<[String]> {
-    read.iter()
-        .map(|(name, value)| format!("{name}={value}"))
-        .collect()
 }

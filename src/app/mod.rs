@@ -181,6 +181,7 @@ impl App {
             clock,
             control,
             limits: IdentityLimits::default(),
+            bound_listeners: bound.listeners.clone(),
             tells_nearest: options.tells_nearest,
             recent_decisions: DecisionRing::new(),
             draining: watch::Sender::new(false),

@@ -9,6 +9,7 @@ use http::uri::PathAndQuery;
 use http::{Method, StatusCode, Version};
 
 use crate::config::Scheme;
+use crate::policy::{Denial, Grant};
 use crate::request_id::{RequestId, SessionId, TraceId};
 
 /// A record.
@@ -138,6 +139,39 @@ pub struct DecisionReference {
     pub policy_version: Arc<str>,
     /// The attributes that the deciding policies read, each `group.name=value`.
     pub attributes: Arc<[String]>,
+}
+
+impl DecisionReference {
+    /// Of a yes.
+    pub fn of_grant(grant: &Grant) -> Self {
+        Self {
+            decided: Decided::Allow,
+            policies: grant.deciding_policies().into(),
+            nearest: None,
+            policy_version: Arc::clone(grant.policy_version()),
+            attributes: attributes(grant.attributes_read()),
+        }
+    }
+
+    /// Of a no.
+    pub fn of_denial(denial: &Denial) -> Self {
+        Self {
+            decided: Decided::Deny,
+            policies: denial.policies.as_slice().into(),
+            nearest: denial
+                .nearest
+                .as_ref()
+                .map(|nearest| Arc::clone(&nearest.policy)),
+            policy_version: Arc::clone(&denial.policy_version),
+            attributes: attributes(&denial.attributes_read),
+        }
+    }
+}
+
+fn attributes(read: &[(String, String)]) -> Arc<[String]> {
+    read.iter()
+        .map(|(name, value)| format!("{name}={value}"))
+        .collect()
 }
 
 /// One request, answered.

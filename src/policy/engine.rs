@@ -356,6 +356,11 @@ impl PolicyEngine {
         &self.issuer_groups
     }
 
+    /// `principal.environment` of a workload.
+    pub fn environment(&self, facts: &WorkloadFacts) -> Arc<str> {
+        super::principal::environment_of(facts, &self.environments)
+    }
+
     pub(super) fn environments(&self) -> &[EnvironmentRule] {
         &self.environments
     }
