@@ -2,16 +2,24 @@
 
 pub mod admin;
 pub mod audit;
+pub mod ca;
 pub mod credentials;
 pub mod dev;
+pub mod exec;
+pub mod failure;
 pub mod keys;
 pub mod output;
+pub mod own_agent;
 pub mod policy;
+pub mod presented;
 pub mod revoke;
 pub mod run;
 pub mod schema;
 pub mod status;
+pub mod token;
 pub mod validate;
+pub mod whoami;
+pub mod workload;
 
 use std::process::ExitCode;
 
@@ -34,6 +42,14 @@ enum Verb {
     Run(run::RunArguments),
     /// Runs the agent with an embedded authorization server and API, to try it and to test against it.
     Dev(dev::DevArguments),
+    /// Runs a command whose clients go through the agent.
+    Exec(exec::ExecArguments),
+    /// Prints an access token, where policy permits `issue`.
+    Token(token::TokenArguments),
+    /// Shows how the agent sees the caller, and by which evidence.
+    Whoami(whoami::WhoamiArguments),
+    /// Writes the certificates that clients of the proxy load to standard output.
+    Ca(ca::CaArguments),
     /// Reads a configuration and its policies and says everything that is wrong with them.
     Validate(validate::ValidateArguments),
     /// Prints the JSON Schema of the configuration.
@@ -68,6 +84,10 @@ pub fn main() -> ExitCode {
     match command.verb {
         Verb::Run(arguments) => run::run(&arguments),
         Verb::Dev(arguments) => dev::run(&arguments),
+        Verb::Exec(arguments) => exec::run(&arguments),
+        Verb::Token(arguments) => token::run(&arguments, &mut out),
+        Verb::Whoami(arguments) => whoami::run(&arguments, &mut out),
+        Verb::Ca(arguments) => ca::run(&arguments, &mut out),
         Verb::Validate(arguments) => validate::run(&arguments, &mut out, &mut errors),
         Verb::Schema(arguments) => schema::run(&arguments, &mut out),
         Verb::Policy(arguments) => policy::run(&arguments, &mut out, &mut errors),

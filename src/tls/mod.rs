@@ -2,6 +2,7 @@
 //! connections towards destinations.
 
 pub mod interception;
+pub mod stores;
 pub mod trust;
 
 /// ALPN for HTTP/2 (RFC 9113 section 3.1).
