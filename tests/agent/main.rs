@@ -14,6 +14,7 @@ mod support;
 
 mod changes;
 mod entrances;
+mod faults;
 mod headers;
 mod identities;
 mod refusals;

@@ -45,6 +45,8 @@ pub enum Fault {
     UnknownTokenType,
     /// A redirect, as the server's own 307 to itself.
     Redirect,
+    /// The right answer, after this long.
+    Late(Duration),
     /// No answer.
     Hang,
     /// An answer of one byte in 100 ms.
@@ -202,7 +204,10 @@ async fn answer_one(shared: &Shared, stream: &mut TlsStream<TcpStream>) -> io::R
     let fault = shared.fault.lock().unwrap().clone();
     let is_token_request = request.uri().path() == "/token";
     let fails = is_token_request || shared.metadata_fails.load(Ordering::SeqCst);
-    if !fails || fault == Fault::None {
+    if let (true, Fault::Late(time)) = (fails, &fault) {
+        tokio::time::sleep(*time).await;
+    }
+    if !fails || matches!(fault, Fault::None | Fault::Late(_)) {
         let answer = shared.state.respond(&request);
         return write_response(shared, stream, &answer).await;
     }
@@ -216,7 +221,7 @@ async fn fail(shared: &Shared, stream: &mut TlsStream<TcpStream>, fault: &Fault)
     let done = || io::Error::other("the connection has done its work");
     let json = "application/json";
     match fault {
-        Fault::None | Fault::Refused => Err(done()),
+        Fault::None | Fault::Late(_) | Fault::Refused => Err(done()),
         Fault::Reset => {
             stream.get_ref().0.set_zero_linger()?;
             Err(done())

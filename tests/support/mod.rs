@@ -15,6 +15,8 @@
 pub mod client;
 pub mod counts;
 pub mod curl;
+pub mod faults;
+pub mod faulty_authorization_server;
 pub mod origin;
 pub mod puppet;
 pub mod raw;

@@ -1,0 +1,247 @@
+//! The authorization server in trouble: what callers get, and that no expired token leaves.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant, UNIX_EPOCH};
+
+use serde_json::Value;
+
+use crate::support::client::Client;
+use crate::support::counts::reached;
+use crate::support::faults::fault_table;
+use crate::support::faulty_authorization_server::{Fault, FaultyAuthorizationServer};
+use crate::support::puppet::Puppet;
+use crate::support::world::{COMMON, DESTINATIONS, World};
+
+const BILLING: &str = r#"
+  - {name: billing, hosts: [billing.example.test], scheme: http, credentials: [{name: billing-api}], connect_to: "{plain}"}
+"#;
+
+const ALL: &str = r#"
+@id("all")
+permit (principal, action == Action::"inject", resource) when { principal has unix };
+"#;
+
+const CACHED: &str = "https://orders.example.test/v1/orders";
+const NOT_CACHED: &str = "http://billing.example.test/v1/orders";
+
+/// The credentials' `timeout`.
+const TIMEOUT: Duration = Duration::from_secs(2);
+
+/// An agent whose authorization server can be made to fail.
+async fn start() -> (World, FaultyAuthorizationServer) {
+    let mut world = World::servers().await;
+    let certificate = world.authority.issue(&["auth.example.test"]).unwrap();
+    let state = Arc::clone(world.authorization_server.state());
+    let faulty = FaultyAuthorizationServer::start(state, certificate).await;
+    world.origins.push(("auth".to_owned(), faulty.address()));
+    world
+        .start_agent(&format!("{COMMON}{DESTINATIONS}{BILLING}"), ALL)
+        .await;
+    (world, faulty)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_fault_is_told_as_documented() {
+    let mut rows = 0;
+    for row in fault_table() {
+        let (world, faulty) = start().await;
+        world.good().await;
+        let calls = world.authorization_server.state().token_requests();
+        faulty.set(row.fault.clone()).await;
+
+        let answer = world.curl(&[CACHED]).await;
+        assert_eq!(
+            answer.status, row.cached_status,
+            "{}: {answer:#?}",
+            row.name
+        );
+        assert_eq!(
+            world.authorization_server.state().token_requests(),
+            calls,
+            "{}: asked although a token was cached",
+            row.name
+        );
+
+        let began = Instant::now();
+        let answer = world.curl(&[NOT_CACHED]).await;
+        let took = began.elapsed();
+        assert_eq!(
+            (answer.status, answer.code()),
+            (row.status, row.code.clone()),
+            "{}: {answer:#?}",
+            row.name
+        );
+        let limit = match row.fault {
+            Fault::Hang | Fault::Drip => TIMEOUT + Duration::from_secs(1),
+            _ => Duration::from_secs(3),
+        };
+        assert!(took < limit, "{}: took {took:?}", row.name);
+        assert_eq!(
+            world.authorization_server.state().token_requests() - calls,
+            row.token_requests,
+            "{}",
+            row.name
+        );
+        assert!(world.plain_api.seen().is_empty(), "{}", row.name);
+        assert_eq!(
+            answer.header("retry-after").is_some(),
+            row.status == 503,
+            "{}: {answer:#?}",
+            row.name
+        );
+        let metrics = world.app().agent().metrics.encode();
+        let failure = format!(
+            "countersign_token_request_failures_total{{credential=\"billing-api\",cause=\"{}\"}}",
+            row.cause
+        );
+        assert!(
+            metrics.contains(&failure),
+            "{}: {failure}\n{metrics}",
+            row.name
+        );
+        let requests = world.audited_requests().await;
+        assert_eq!(
+            requests.last().unwrap()["outcome"],
+            row.code,
+            "{}",
+            row.name
+        );
+
+        // Again: told the same, or that the next attempt is not due yet. Nothing is sent.
+        let again = world.curl(&[NOT_CACHED]).await;
+        let told = (again.status, again.code());
+        assert!(
+            told == (row.status, row.code.clone()) || told == (503, "token_backoff".to_owned()),
+            "{}: {again:#?}",
+            row.name
+        );
+        assert!(world.plain_api.seen().is_empty(), "{}", row.name);
+        rows += 1;
+        faulty.set(Fault::None).await;
+        world.good().await;
+        world.app().shutdown().await;
+    }
+    reached("faults", rows);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_expired_token_leaves() {
+    const LIFETIME: Duration = Duration::from_secs(2);
+    const LIFETIMES: u32 = 20;
+    const CALLERS: usize = 5;
+    let (world, faulty) = start().await;
+    let state = Arc::clone(world.authorization_server.state());
+    state.set_token_lifetime(LIFETIME);
+    let puppet = Puppet::start(&world.address("proxy").to_string(), None).await;
+    let until = Instant::now() + LIFETIME * LIFETIMES;
+    let served = Arc::new(AtomicUsize::new(0));
+    let sent = Arc::new(AtomicUsize::new(0));
+    let mut callers = Vec::new();
+    for _ in 0..CALLERS {
+        let mut client = Client::http1(&puppet).await;
+        let (served, sent) = (Arc::clone(&served), Arc::clone(&sent));
+        callers.push(tokio::spawn(async move {
+            while Instant::now() < until {
+                let (status, body) = client
+                    .get("http://plain.example.test/v1/orders", "plain.example.test")
+                    .await
+                    .unwrap();
+                sent.fetch_add(1, Ordering::Relaxed);
+                if status == 200 {
+                    served.fetch_add(1, Ordering::Relaxed);
+                } else {
+                    let refusal: Value = serde_json::from_slice(&body).unwrap();
+                    assert!(
+                        (502..=504).contains(&status) && refusal["code"] != "invalid_token",
+                        "{refusal}"
+                    );
+                }
+                // Some 300 in a second of all callers, whatever the machine's speed.
+                tokio::time::sleep(Duration::from_millis(12)).await;
+            }
+        }));
+    }
+    // Up and down, never in step with the lifetime; some outages are longer than a token lives.
+    let outages = [
+        (Fault::Refused, 1300),
+        (Fault::Status(500, None), 2700),
+        (Fault::Reset, 1900),
+        (Fault::Hang, 2900),
+        (Fault::Truncated, 2300),
+    ];
+    let mut outage = outages.iter().cycle();
+    while Instant::now() < until {
+        faulty.set(Fault::None).await;
+        tokio::time::sleep(Duration::from_millis(1700)).await;
+        let (fault, milliseconds) = outage.next().unwrap();
+        faulty.set(fault.clone()).await;
+        tokio::time::sleep(Duration::from_millis(*milliseconds)).await;
+    }
+    faulty.set(Fault::None).await;
+    for caller in callers {
+        caller.await.unwrap();
+    }
+    let (served, sent) = (served.load(Ordering::Relaxed), sent.load(Ordering::Relaxed));
+    println!("served {served} of {sent}");
+    assert!(served * 100 >= sent * 40, "{served} of {sent}");
+    // The outages did outlive tokens.
+    assert!(served < sent, "{served} of {sent}");
+    let seen = world.plain_api.seen();
+    // Each request that the origin saw was served: it refused no token.
+    assert_eq!(seen.len(), served);
+    for seen in &seen {
+        let expires = seen.token.as_ref().unwrap()["exp"].as_u64().unwrap();
+        let expires = UNIX_EPOCH + Duration::from_secs(expires);
+        assert!(
+            seen.at < expires,
+            "expired {:?} ago",
+            seen.at.duration_since(expires)
+        );
+    }
+    crate::support::eventually(Duration::from_secs(30), || async {
+        (world.curl(&[CACHED]).await.status == 200).then_some(())
+    })
+    .await;
+    world.good().await;
+    reached("through_lifetimes", sent);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_token_request_serves_all_who_wait() {
+    /// A connection's share of the callers; a server allows 250 at once.
+    const STREAMS: usize = 200;
+    const CALLERS: usize = 2000;
+    let (world, faulty) = start().await;
+    // So late that all wait for it.
+    faulty.set(Fault::Late(Duration::from_secs(1))).await;
+    let gateway = Puppet::start(&world.address("gateway").to_string(), None).await;
+    let ready = Arc::new(tokio::sync::Barrier::new(CALLERS));
+    let mut callers = Vec::new();
+    for _ in 0..CALLERS / STREAMS {
+        let Client::Http2(sender) = Client::http2(&gateway).await else {
+            unreachable!();
+        };
+        for _ in 0..STREAMS {
+            let mut client = Client::Http2(sender.clone());
+            let ready = Arc::clone(&ready);
+            callers.push(tokio::spawn(async move {
+                ready.wait().await;
+                client
+                    .get("http://gateway/v1/orders", "gateway")
+                    .await
+                    .unwrap()
+                    .0
+            }));
+        }
+    }
+    let mut answered = 0;
+    for caller in callers {
+        assert_eq!(caller.await.unwrap(), 200);
+        answered += 1;
+    }
+    assert_eq!(world.authorization_server.state().token_requests(), 1);
+    assert_eq!(world.api.seen().len(), answered);
+    world.good().await;
+    reached("cold_callers", answered);
+}
