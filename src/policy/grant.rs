@@ -13,6 +13,11 @@ use crate::config::{CredentialConfig, Destination};
 /// A positive decision. Only [`PolicySnapshot::decide`] and [`DecisionCache`](super::DecisionCache)
 /// make one, each stands for one walk through the policies, and it is consumed by what it permits:
 ///
+/// ```
+/// fn read(grant: &countersign::policy::Grant) -> &[std::sync::Arc<str>] {
+///     grant.deciding_policies()
+/// }
+/// ```
 /// ```compile_fail,E0451
 /// // Fields are private: no grant without a decision.
 /// let grant = countersign::policy::Grant { permission: todo!() };

@@ -13,6 +13,11 @@ use crate::diagnostics::{Diagnostic, Diagnostics, did_you_mean};
 /// The least `@max_lifetime`: a shorter one could never be met by a token.
 const LEAST_LIFETIME: Duration = Duration::from_secs(30);
 
+/// How deep brackets may nest in a policy, and how many operators it may have: expressions become trees
+/// that are walked recursively, and a reload must not overflow the stack on what anybody wrote.
+const MOST_NESTING: usize = 64;
+const MOST_OPERATORS: usize = 500;
+
 const ANNOTATIONS: [&str; 6] = [
     "id",
     "description",
@@ -233,11 +238,58 @@ fn statements(text: &str) -> Vec<Range<usize>> {
     statements
 }
 
+/// Why a policy is too large to be parsed.
+fn too_large(text: &str) -> Option<String> {
+    let (mut nesting, mut deepest, mut operators) = (0_usize, 0, 0);
+    let mut word = String::new();
+    scan(text, |_, byte| {
+        match byte {
+            b'(' | b'[' | b'{' => {
+                nesting += 1;
+                deepest = deepest.max(nesting);
+            }
+            b')' | b']' | b'}' => nesting = nesting.saturating_sub(1),
+            // `&&` and `||` count twice and are not rarer for it.
+            b'.' | b'!' | b'&' | b'|' | b'+' | b'-' | b'*' | b'<' | b'>' | b'=' => operators += 1,
+            _ => {}
+        }
+        match byte.is_ascii_alphanumeric() {
+            true if word.len() < 8 => word.push(char::from(byte)),
+            true => {}
+            false => {
+                operators +=
+                    usize::from(matches!(word.as_str(), "if" | "has" | "like" | "in" | "is"));
+                word.clear();
+            }
+        }
+        false
+    });
+    match (deepest > MOST_NESTING, operators > MOST_OPERATORS) {
+        (true, _) => Some(format!(
+            "brackets nest {deepest} deep, and {MOST_NESTING} is the most"
+        )),
+        (_, true) => Some(format!(
+            "the policy has {operators} operators, and {MOST_OPERATORS} is the most"
+        )),
+        (false, false) => None,
+    }
+}
+
 /// Parses every policy of a file and reads its annotations.
 pub(super) fn parse(file: &PolicyFile, diagnostics: &mut Diagnostics) -> Vec<ParsedPolicy> {
     let mut policies = Vec::new();
     for span in statements(&file.text) {
         let text = file.text.get(span.clone()).unwrap_or_default();
+        if let Some(message) = too_large(text) {
+            diagnostics.push(
+                Diagnostic::error("policy_too_large", &file.path, message)
+                    .at(span)
+                    .next(
+                        "split it into several policies, or ask for a set: `[...].contains(...)`",
+                    ),
+            );
+            continue;
+        }
         let stand_in = PolicyId::new(format!(
             "unnamed policy {} of {}",
             policies.len() + 1,

@@ -192,3 +192,58 @@ fn what_is_asked_of_cedar_fits_the_schema() {
     )
     .unwrap();
 }
+
+/// Deep nesting must end in a diagnostic, never in a stack overflow: a reload reads what anybody wrote.
+#[test]
+fn nesting_is_bounded() {
+    let permit = |condition: String| {
+        format!(
+            "@id(\"a\") permit (principal, action, resource) when {{ principal has unix && {condition} }};"
+        )
+    };
+    let mut passed = 0;
+    for depth in [10, 50, 100, 160, 180, 240, 330, 490, 900, 990, 20_000] {
+        for (name, text) in [
+            (
+                "parentheses",
+                permit(format!("{}true{}", "(".repeat(depth), ")".repeat(depth))),
+            ),
+            (
+                "and",
+                permit(vec!["principal.unix.uid != 7"; depth].join(" && ")),
+            ),
+            (
+                "or",
+                permit(vec!["principal.unix.uid == 7"; depth].join(" || ")),
+            ),
+            ("not", permit(format!("{}true", "!".repeat(depth)))),
+            (
+                "if",
+                permit(format!("{}true", "if true then true else ".repeat(depth))),
+            ),
+            (
+                "sets",
+                permit(format!("{}1{} == 1", "[".repeat(depth), "]".repeat(depth))),
+            ),
+            (
+                "attributes",
+                permit(format!("context{} == 1", ".a".repeat(depth))),
+            ),
+        ] {
+            let fixture = Fixture::new();
+            let loaded = fixture.load(&text);
+            if depth == 20_000 {
+                let diagnostics = loaded.as_ref().unwrap_err().to_string();
+                assert!(diagnostics.contains("is the most"), "{name}: {diagnostics}");
+            }
+            if let Ok((engine, _)) = loaded {
+                passed += 1;
+                let request = request("GET https://orders.example.com/v1/orders");
+                let question = fixture.inject("orders-api", &[], &request);
+                engine.evaluate(&stranger(), &question);
+                engine.evaluate(&WorkloadFacts::default(), &question);
+            }
+        }
+    }
+    assert!(passed >= 4, "{passed} policies of bounded size load");
+}
