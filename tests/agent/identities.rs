@@ -8,10 +8,10 @@ use serde_json::Value;
 
 use crate::support::client::Client;
 use crate::support::counts::reached;
-use crate::support::puppet::{Puppet, connect_send_exit, exec_between};
+use crate::support::puppet::{ARGUMENTS, Departure, Puppet, connect_send_exit, depart, program};
 use crate::support::raw::exchange;
 use crate::support::world::{COMMON, World};
-use crate::support::{NOBODY, is_root};
+use crate::support::{NOBODY, has_user_namespaces, is_root, unprivileged};
 
 const CONNECTIONS: usize = 64;
 const REQUESTS: usize = 10_000;
@@ -140,7 +140,7 @@ async fn a_caller_that_is_gone_is_never_taken_for_root() {
         "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
     let proxy = world.address("proxy").to_string();
     let mut attempts = 0;
-    for _ in 0..20 {
+    for _ in 0..100 {
         connect_send_exit(&proxy, request, 100, Some(NOBODY)).await;
         attempts += 100;
     }
@@ -180,30 +180,104 @@ async fn a_caller_that_is_gone_is_never_taken_for_root() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_executable_on_the_same_connection_is_refused() {
+async fn the_next_request_on_a_departed_workloads_connection_is_refused() {
     let world = World::start().await;
     world.good().await;
+    let to_proxy =
+        "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
+    let to_gateway = "GET /v1/orders HTTP/1.1\r\nHost: gateway\r\n\r\n";
+    let tunnel = "CONNECT plain.example.test:80 HTTP/1.1\r\nHost: plain.example.test:80\r\n\r\n";
+    let in_tunnel = "GET /v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
+    let mut refused = 0;
+    for departure in [Departure::Exec, Departure::Exit] {
+        for (listener, steps, second) in [
+            ("proxy", vec![(to_proxy, "")], to_proxy),
+            ("local", vec![(to_proxy, "")], to_proxy),
+            ("gateway", vec![(to_gateway, "")], to_gateway),
+            ("local-gateway", vec![(to_gateway, "")], to_gateway),
+            ("proxy", vec![(tunnel, ""), (in_tunnel, "")], in_tunnel),
+            ("local", vec![(tunnel, ""), (in_tunnel, "")], in_tunnel),
+        ] {
+            let seen = || world.plain_api.seen().len() + world.api.seen().len();
+            let before = seen();
+            let target = world.target(listener);
+            let departed = depart(departure, &target, unprivileged(), &steps, second).await;
+            assert!(departed.before.contains("\"verified\""), "{departed:#?}");
+            let after = &departed.after;
+            assert!(
+                after.contains("attestation_ended") || after.is_empty(),
+                "{departed:#?}"
+            );
+            assert!(departed.closed.is_some(), "{departed:#?}");
+            assert_eq!(seen(), before + 1, "{departed:#?}");
+            refused += 1;
+        }
+    }
+    world.good().await;
+    reached("departed", refused);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_mounted_over_a_permitted_one_is_not_taken_for_it() {
+    let test = "a_file_mounted_over_a_permitted_one_is_not_taken_for_it";
+    if !is_root(test) || !has_user_namespaces(test) {
+        return;
+    }
+    let mut world = World::servers().await;
+    let permitted = world.path("permitted");
+    std::fs::copy(program(), &permitted).unwrap();
+    // Another program, which happens to do the same.
+    let other = world.path("other");
+    std::fs::copy(program(), &other).unwrap();
+    std::io::Write::write_all(
+        &mut std::fs::File::options().append(true).open(&other).unwrap(),
+        b"other",
+    )
+    .unwrap();
+    let (permitted, other) = (permitted.display().to_string(), other.display().to_string());
+    let policies = format!(
+        r#"
+@id("root")
+permit (principal, action == Action::"inject", resource == Credential::"orders-api")
+when {{ principal has unix && principal.unix.uid == {{uid}} }};
+@id("permitted")
+permit (principal, action == Action::"inject", resource == Credential::"orders-api")
+when {{ principal has unix && principal.unix.uid == {NOBODY} && principal.unix has executable && principal.unix.executable == "{permitted}" }};
+"#
+    );
+    let destinations = crate::support::world::DESTINATIONS;
+    world
+        .start_agent(&format!("{COMMON}{destinations}"), &policies)
+        .await;
+    world.good().await;
+    let arguments = ARGUMENTS.join(" ");
+    let honest = format!("exec {permitted} {arguments}");
+    let mounts = format!(
+        "exec unshare -Urm sh -c 'mount --bind {other} {permitted} && exec {permitted} {arguments}'"
+    );
     let request =
         "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
     let mut refused = 0;
-    for target in [
-        world.address("proxy").to_string(),
-        world.address("proxy").to_string(),
-    ] {
-        let before = world.plain_api.seen().len();
-        let output = exec_between(&target, request, request).await;
-        let (first, second) = output.split_once("\n>>>").unwrap();
-        assert!(first.contains("HTTP/1.1 200"), "{output}");
-        assert!(!second.contains("HTTP/1.1 200"), "{output}");
-        assert!(
-            second.contains("attestation_ended") || !second.contains("HTTP/1.1"),
-            "{output}"
-        );
-        assert_eq!(world.plain_api.seen().len(), before + 1, "{output}");
-        refused += 1;
+    for listener in ["proxy", "local"] {
+        for (script, status) in [(&honest, 200), (&mounts, 403), (&honest, 200)] {
+            let before = world.plain_api.seen().len();
+            let mut command = tokio::process::Command::new("/bin/sh");
+            command.args(["-c", script]);
+            let puppet = Puppet::start_by(command, &world.target(listener), Some(NOBODY)).await;
+            let shown = std::fs::read_link(format!("/proc/{}/exe", puppet.pid())).unwrap();
+            assert_eq!(shown.display().to_string(), permitted, "{script}");
+            let answer = exchange(&mut puppet.connect().await, request).await;
+            let answer = answer.expect(status);
+            let arrived = world.plain_api.seen().len() - before;
+            assert_eq!(arrived, usize::from(status == 200), "{script}");
+            if status == 403 {
+                assert_eq!(answer.code(), "policy_denied");
+                refused += 1;
+            }
+        }
     }
     world.good().await;
-    reached("exec_between", refused);
+    reached("mounted_over", refused);
 }
 
 const NEEDS_TOKEN: &str = r#"
@@ -231,8 +305,8 @@ async fn a_presented_token_is_evidence_of_its_own_request_only() {
             .unwrap()
     };
     let token = mint("countersign", "acme/orders", 300);
-    let proxy = Puppet::start(&world.address("proxy").to_string(), None).await;
-    let gateway = Puppet::start(&world.address("gateway").to_string(), None).await;
+    let proxy = Puppet::start(&world.target("proxy"), unprivileged()).await;
+    let gateway = Puppet::start(&world.target("gateway"), unprivileged()).await;
     let get = |header: &str| {
         format!(
             "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n{header}\r\n"

@@ -23,6 +23,8 @@ pub mod raw;
 pub mod world;
 
 use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Another user than the one that runs the tests, and not the one that owns anything: `nobody`.
@@ -33,14 +35,38 @@ pub const NOBODY: u32 = 65534;
 pub fn is_root(test: &str) -> bool {
     let root = nix::unistd::geteuid().is_root();
     if !root {
-        assert_ne!(
-            std::env::var("COUNTERSIGN_REQUIRE_ROOT").as_deref(),
-            Ok("1"),
-            "{test}: needs root"
-        );
-        println!("{test}: needs root");
+        passed_over(test, "root");
     }
     root
+}
+
+/// The user of callers that are nothing special: `nobody`, or whoever runs the tests without root.
+pub fn unprivileged() -> Option<u32> {
+    nix::unistd::geteuid().is_root().then_some(NOBODY)
+}
+
+/// Whether a user may make namespaces of its own. As with root, the lack of them may be a failure.
+pub fn has_user_namespaces(test: &str) -> bool {
+    let mut command = std::process::Command::new("unshare");
+    command.args(["-Urm", "true"]);
+    if let Some(uid) = unprivileged() {
+        std::os::unix::process::CommandExt::uid(&mut command, uid);
+    }
+    let has = command.status().is_ok_and(|status| status.success());
+    if !has {
+        passed_over(test, "unprivileged user namespaces");
+    }
+    has
+}
+
+/// Says that a test does not run here, or fails it where every test must run.
+fn passed_over(test: &str, need: &str) {
+    assert_ne!(
+        std::env::var("COUNTERSIGN_REQUIRE_ROOT").as_deref(),
+        Ok("1"),
+        "{test}: needs {need}"
+    );
+    println!("{test}: needs {need}");
 }
 
 /// Whether a toolchain is on this machine. As with root, its absence may be a failure.
@@ -49,12 +75,7 @@ pub fn has_program(test: &str, program: &str) -> bool {
         std::env::split_paths(&path).any(|directory| directory.join(program).is_file())
     });
     if !found {
-        assert_ne!(
-            std::env::var("COUNTERSIGN_REQUIRE_ROOT").as_deref(),
-            Ok("1"),
-            "{test}: needs `{program}`"
-        );
-        println!("{test}: needs `{program}`, which is not installed: passed over");
+        passed_over(test, program);
     }
     found
 }
@@ -71,5 +92,34 @@ where
         }
         assert!(Instant::now() < deadline, "did not come true in {limit:?}");
         tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// How long this machine kept us from running since the start of the watch, so that a limit in
+/// seconds holds on a busy one too.
+pub struct Stalls {
+    milliseconds: Arc<AtomicU64>,
+}
+
+impl Stalls {
+    /// Watches until dropped.
+    pub fn watch() -> Self {
+        const NAP: Duration = Duration::from_millis(5);
+        let milliseconds = Arc::new(AtomicU64::new(0));
+        let lost = Arc::downgrade(&milliseconds);
+        std::thread::spawn(move || {
+            while let Some(lost) = lost.upgrade() {
+                let began = Instant::now();
+                std::thread::sleep(NAP);
+                let late = began.elapsed().saturating_sub(NAP).as_millis();
+                lost.fetch_add(u64::try_from(late).unwrap(), Ordering::Relaxed);
+            }
+        });
+        Self { milliseconds }
+    }
+
+    /// `limit`, and the time in which nothing ran.
+    pub fn allow(&self, limit: Duration) -> Duration {
+        limit + Duration::from_millis(self.milliseconds.load(Ordering::Relaxed))
     }
 }

@@ -1,16 +1,16 @@
 //! A caller that is a process of its own: this very test binary started again, which relays bytes
 //! between a TCP port and the agent. What the test sends through it the agent sees as the puppet's.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, BufReader};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::process::{Child, ChildStdin, Command};
 
@@ -28,7 +28,7 @@ pub struct Puppet {
 
 /// The program of the test binary where another user may run it: a copy, where it stands under a
 /// directory that others may not enter.
-fn program() -> &'static Path {
+pub fn program() -> &'static Path {
     static PROGRAM: std::sync::OnceLock<std::path::PathBuf> = std::sync::OnceLock::new();
     PROGRAM.get_or_init(|| {
         let built = std::env::current_exe().unwrap();
@@ -41,22 +41,34 @@ fn program() -> &'static Path {
     })
 }
 
+/// The arguments that make the test binary a puppet.
+pub const ARGUMENTS: [&str; 4] = ["--exact", "puppet_main", "--ignored", "--nocapture"];
+
 fn command(role: &str) -> Command {
     let mut command = Command::new(program());
+    command.args(ARGUMENTS);
+    prepare(&mut command, role);
     command
-        .args(["--exact", "puppet_main", "--ignored", "--nocapture"])
+}
+
+fn prepare(command: &mut Command, role: &str) {
+    command
         .env(ROLE, role)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::inherit())
         .kill_on_drop(true);
-    command
 }
 
 impl Puppet {
     /// A relay to `target` (`ADDRESS:PORT` or a path) that runs as `uid`.
     pub async fn start(target: &str, uid: Option<u32>) -> Self {
-        let mut command = command("relay");
+        Self::start_by(command("relay"), target, uid).await
+    }
+
+    /// As [`Puppet::start`], by a command of the test's that ends in running the test binary.
+    pub async fn start_by(mut command: Command, target: &str, uid: Option<u32>) -> Self {
+        prepare(&mut command, "relay");
         command.env(TARGET, target);
         if let Some(uid) = uid {
             command.uid(uid).gid(uid);
@@ -101,17 +113,93 @@ impl Puppet {
     }
 }
 
-/// Runs a process that sends `first`, waits for the answer's end, becomes `sh`, and sends `second` on
-/// the same connection. Returns all that came back.
-pub async fn exec_between(target: &str, first: &str, second: &str) -> String {
-    let script = serde_json::json!({"first": first, "second": second}).to_string();
-    let mut command = command("exec");
-    command.env(TARGET, target).env(SCRIPT, script);
-    let output = tokio::time::timeout(Duration::from_secs(30), command.output())
-        .await
-        .expect("the puppet ends")
-        .unwrap();
-    String::from_utf8_lossy(&output.stdout).into_owned()
+/// How a workload stops being what was attested, while its connection lives on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Departure {
+    /// It becomes another program.
+    Exec,
+    /// It exits, and its child has the connection.
+    Exit,
+}
+
+/// What a departed workload's connection had to say.
+#[derive(Debug)]
+pub struct Departed {
+    /// What came before.
+    pub before: String,
+    /// What came after.
+    pub after: String,
+    /// When the last byte came, and when the connection was closed if it was: since the departure.
+    pub last_byte: Duration,
+    pub closed: Option<Duration>,
+}
+
+/// Runs a process as `uid` that connects and takes `steps`: what it sends, and the end of what it then
+/// waits for, nothing being the end of a whole response. It departs; whoever has the connection then
+/// sends `second` and listens until the connection closes, or is silent for two seconds.
+pub async fn depart(
+    departure: Departure,
+    target: &str,
+    uid: Option<u32>,
+    steps: &[(&str, &str)],
+    second: &str,
+) -> Departed {
+    const SILENCE: Duration = Duration::from_secs(2);
+    let script = serde_json::json!({
+        "steps": steps,
+        "second": second,
+        "exits": departure == Departure::Exit,
+    });
+    let mut command = command("depart");
+    command
+        .env(TARGET, target)
+        .env(SCRIPT, script.to_string())
+        .stdin(Stdio::null());
+    if let Some(uid) = uid {
+        command.uid(uid).gid(uid);
+    }
+    let mut child = command.spawn().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    let (mut output, mut buffer) = (Vec::new(), vec![0; 4096]);
+    let mut last_byte = monotonic();
+    let closed = loop {
+        let has_departed = output.windows(DEPARTS.len()).any(|part| part == DEPARTS);
+        let patience = match has_departed {
+            true => SILENCE,
+            false => Duration::from_secs(30),
+        };
+        match tokio::time::timeout(patience, stdout.read(&mut buffer)).await {
+            Ok(Ok(0)) => break Some(monotonic()),
+            Ok(read) => {
+                last_byte = monotonic();
+                output.extend_from_slice(&buffer[..read.unwrap()]);
+            }
+            Err(_) if has_departed => break None,
+            Err(_) => panic!("it waits: {}", String::from_utf8_lossy(&output)),
+        }
+    };
+    let output = String::from_utf8_lossy(&output).into_owned();
+    let marker = std::str::from_utf8(DEPARTS).unwrap();
+    let (before, after) = output
+        .split_once(marker)
+        .unwrap_or_else(|| panic!("it did not depart: {output}"));
+    let (departed, after) = after.split_once('\n').unwrap();
+    let departed = Duration::from_nanos(departed.parse().unwrap());
+    Departed {
+        before: before.to_owned(),
+        after: after.to_owned(),
+        last_byte: last_byte.saturating_sub(departed),
+        closed: closed.map(|closed| closed.saturating_sub(departed)),
+    }
+}
+
+/// What a process prints when it departs, before the time.
+const DEPARTS: &[u8] = b"\n>>>departs ";
+
+/// The clock that all processes of the machine share.
+fn monotonic() -> Duration {
+    let clock = nix::time::ClockId::CLOCK_MONOTONIC;
+    nix::time::clock_gettime(clock).unwrap().into()
 }
 
 /// Runs a process as `uid` that opens `times` connections, sends `request` on each and exits without
@@ -137,9 +225,8 @@ pub fn puppet_main() {
     let target = std::env::var(TARGET).unwrap();
     match role.as_str() {
         "relay" => relay(&target),
-        "exec" => exec(&target),
+        "depart" => depart_as_told(&target),
         "rush" => rush(&target),
-        "leave" => leave(&target),
         other => panic!("no role `{other}`"),
     }
     std::process::exit(0);
@@ -180,54 +267,54 @@ async fn join(mut near: TcpStream, mut far: impl AsyncRead + AsyncWrite + Unpin)
     let _ = tokio::io::copy_bidirectional(&mut near, &mut far).await;
 }
 
-fn exec(target: &str) {
+/// A connection to `ADDRESS:PORT` or a path, as a file.
+fn dial(target: &str) -> std::fs::File {
+    let descriptor: OwnedFd = match target.starts_with('/') {
+        true => std::os::unix::net::UnixStream::connect(target)
+            .unwrap()
+            .into(),
+        false => std::net::TcpStream::connect(target).unwrap().into(),
+    };
+    descriptor.into()
+}
+
+fn depart_as_told(target: &str) {
     let script: serde_json::Value = serde_json::from_str(&std::env::var(SCRIPT).unwrap()).unwrap();
-    let mut stream = std::net::TcpStream::connect(target).unwrap();
-    stream
-        .write_all(script["first"].as_str().unwrap().as_bytes())
-        .unwrap();
-    let first = super::raw::read_response_blocking(&mut stream);
-    println!("\n<<<first\n{first}\n>>>");
-    std::io::stdout().flush().unwrap();
-    nix::fcntl::fcntl(
-        stream.as_fd(),
-        nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()),
-    )
-    .unwrap();
-    let descriptor = stream.as_raw_fd();
-    let error = std::process::Command::new("/bin/sh")
-        .arg("-c")
-        .arg(format!(
-            "printf '%s' \"$SECOND\" >&{descriptor}; exec /bin/cat <&{descriptor}"
-        ))
+    let mut stream = dial(target);
+    for step in script["steps"].as_array().unwrap() {
+        let (send, end) = (step[0].as_str().unwrap(), step[1].as_str().unwrap());
+        stream.write_all(send.as_bytes()).unwrap();
+        let received = match end {
+            "" => super::raw::read_response_blocking(&mut stream),
+            end => read_until(&mut stream, end.as_bytes()),
+        };
+        println!("{received}");
+    }
+    let exits = script["exits"].as_bool().unwrap();
+    // The heir of one that exits waits until it has.
+    let mut heir = std::process::Command::new("/bin/sh");
+    heir.args(["-c", "sleep $WAIT; printf %s \"$SECOND\" >&0; exec cat"])
+        .env("WAIT", if exits { "0.1" } else { "0" })
         .env("SECOND", script["second"].as_str().unwrap())
-        .exec();
-    panic!("sh did not start: {error}");
+        .stdin(OwnedFd::from(stream));
+    let mut stdout = std::io::stdout();
+    stdout.write_all(DEPARTS).unwrap();
+    writeln!(stdout, "{}", monotonic().as_nanos()).unwrap();
+    stdout.flush().unwrap();
+    if exits {
+        heir.spawn().unwrap();
+        std::process::exit(0);
+    }
+    panic!("sh did not start: {}", heir.exec());
 }
 
-/// Runs a process that sends `request`, reads the answer's head, leaves the connection to a child that
-/// prints what comes, and exits. Returns when the child is done.
-pub async fn leave_stream(target: &str, request: &str) -> String {
-    let mut command = command("leave");
-    command.env(TARGET, target).env(SCRIPT, request);
-    let output = tokio::time::timeout(Duration::from_secs(60), command.output())
-        .await
-        .expect("the stream ends")
-        .unwrap();
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-fn leave(target: &str) {
-    let request = std::env::var(SCRIPT).unwrap();
-    let mut stream = std::net::TcpStream::connect(target).unwrap();
-    stream.write_all(request.as_bytes()).unwrap();
-    println!("\n{}", super::raw::read_response_blocking(&mut stream));
-    std::io::stdout().flush().unwrap();
-    std::process::Command::new("/bin/cat")
-        .stdin(std::os::fd::OwnedFd::from(stream))
-        .spawn()
-        .unwrap();
-    std::process::exit(0);
+fn read_until(stream: &mut std::fs::File, end: &[u8]) -> String {
+    let mut bytes = Vec::new();
+    let mut byte = [0];
+    while !bytes.ends_with(end) && stream.read(&mut byte).unwrap_or(0) == 1 {
+        bytes.push(byte[0]);
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 fn rush(target: &str) {

@@ -145,7 +145,7 @@ fn parse_head(head: &str) -> Response {
 }
 
 /// Reads one response with `content-length`, without a runtime.
-pub fn read_response_blocking(stream: &mut std::net::TcpStream) -> String {
+pub fn read_response_blocking(stream: &mut impl Read) -> String {
     let mut bytes = Vec::new();
     let mut byte = [0];
     while !bytes.ends_with(b"\r\n\r\n") && stream.read(&mut byte).unwrap_or(0) == 1 {

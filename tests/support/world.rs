@@ -244,6 +244,14 @@ impl World {
         }
     }
 
+    /// Where callers of a listener connect: `ADDRESS:PORT` or a path.
+    pub fn target(&self, listener: &str) -> String {
+        match &self.app().bound().listeners[listener] {
+            Bind::Tcp(address) => address.to_string(),
+            Bind::Unix(path) => path.display().to_string(),
+        }
+    }
+
     /// The proxy's URL.
     pub fn proxy(&self) -> String {
         format!("http://{}", self.address("proxy"))
