@@ -140,15 +140,16 @@ impl Answer {
         serde_json::from_slice(&self.body).unwrap_or(Value::Null)
     }
 
-    /// What a problem says, in one line: `DETAIL (NEXT)`.
+    /// What a problem says, in one line: `CODE: DETAIL (NEXT)`, of which an answer may leave out the code and the next step.
     pub fn problem(&self) -> String {
         let problem = self.json();
         let member = |name: &str| problem.get(name).and_then(Value::as_str);
-        match (member("detail"), member("next")) {
-            (Some(detail), Some(next)) => format!("{detail} ({next})"),
-            (Some(detail), None) => detail.to_owned(),
-            _ => format!("the agent answered {}", self.status),
-        }
+        let Some(detail) = member("detail") else {
+            return format!("the agent answered {}", self.status);
+        };
+        let code = member("code").map_or_else(String::new, |code| format!("{code}: "));
+        let next = member("next").map_or_else(String::new, |next| format!(" ({next})"));
+        format!("{code}{detail}{next}")
     }
 }
 
