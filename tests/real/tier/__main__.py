@@ -3,6 +3,7 @@
 Closing line: `N passed, N failed`. Exit code 0 only where every test that should run ran and passed.
 """
 
+import signal
 import sys
 import unittest
 
@@ -44,4 +45,6 @@ def main(names: list[str]) -> int:
     return 1 if failed else 0
 
 
+# As an interrupt from the keyboard, so that what was started is ended.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 sys.exit(main(sys.argv[1:]))

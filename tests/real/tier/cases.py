@@ -1,13 +1,14 @@
 """What holds before every authorization server: the cases that the servers' modules inherit."""
 
 import pathlib
-import shutil
+import re
+import secrets
 import tempfile
 import unittest
 
 from .agent import PLAIN_HOST, SECURE_HOST, Agent, Clients, Configuration, Surroundings
 from .authorization_servers import AUDIENCE, NODE_CLIENT
-from .processes import AGENT, CACHE, Certificates, client_key, node_server
+from .processes import AGENT, Certificates, client_key, node_server
 
 SECURE_ORDERS = f"https://{SECURE_HOST}/v1/orders"
 PLAIN_ORDERS = f"http://{PLAIN_HOST}/v1/orders"
@@ -23,8 +24,10 @@ class Server(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls) -> None:
-        cls.directory = pathlib.Path(tempfile.mkdtemp(prefix="run-", dir=CACHE))
-        cls.addClassCleanup(shutil.rmtree, cls.directory, ignore_errors=True)
+        # Not in the clone: a Unix socket's path has at most 107 bytes, and nobody knows how deep the clone lies.
+        directory = tempfile.TemporaryDirectory(prefix="countersign-real-", ignore_cleanup_errors=True)
+        cls.addClassCleanup(directory.cleanup)
+        cls.directory = pathlib.Path(directory.name)
         cls.certificates = Certificates.make(cls.directory, ["localhost", SECURE_HOST])
         cls.key_file = cls.directory / "client.pem"
         cls.jwks = client_key(cls.key_file)
@@ -188,17 +191,39 @@ class Cases:
     def test_a_swapped_key_is_refused(self) -> None:
         """Begins and ends with a good request: only the key of the second agent differs."""
         self.assertEqual(self.clients.curl("GET", SECURE_ORDERS)["status"], 200)
-        other_key = self.directory / "other.pem"
-        client_key(other_key)
-        swapped = Clients(self.start_agent("agent-with-another-key", other_key))
-        self.seen_before = len(self.received())
+        swapped = self.clients_of_a_swapped_key()
         refusals_before = len(self.authorization_server.refusals())
+        self.seen_before = len(self.received())
         for method in (swapped.curl, swapped.requests, swapped.fetch):
-            answer = method("GET", SECURE_ORDERS)
-            self.assertEqual(answer["status"], 502)
-            self.assert_refused(502, answer["body"], "invalid_client")
+            for url in (SECURE_ORDERS, PLAIN_ORDERS):
+                answer = method("GET", url)
+                self.assertEqual(answer["status"], 502)
+                self.assert_refused(502, answer["body"], "invalid_client")
+        answer = swapped.grpc("ListOrders")
+        self.assertEqual(answer["status"], "UNAVAILABLE", answer)
+        self.assertIn("invalid_client", answer["details"])
+        self.assertEqual(self.arrived(), [])
         self.assertGreater(len(self.authorization_server.refusals()), refusals_before)
         self.assertEqual(self.clients.curl("GET", SECURE_ORDERS)["status"], 200)
+
+    def test_every_case_that_injects_fails_with_a_swapped_key(self) -> None:
+        """The tier itself, with only the key of the agent swapped: that it is green says that a token was issued for *this* key."""
+        swapped = self.clients_of_a_swapped_key()
+        injecting = re.compile("test_(curl|requests|fetch|grpc)_")
+        names = [name for name in unittest.defaultTestLoader.getTestCaseNames(type(self)) if injecting.match(name)]
+        self.assertEqual(len(names), 9, names)
+        for name in names:
+            case = type(self)(name)
+            case.clients = swapped
+            result = unittest.TestResult()
+            case.run(result)
+            self.assertEqual((result.testsRun, len(result.failures)), (1, 1), f"{name}: {result}")
+
+    def clients_of_a_swapped_key(self) -> Clients:
+        name = f"swapped-{secrets.token_hex(4)}"
+        key_file = self.directory / f"{name}.pem"
+        client_key(key_file)
+        return Clients(self.start_agent(name, key_file))
 
     def test_the_audit_is_whole_and_names_no_token(self) -> None:
         answer = self.clients.curl("GET", SECURE_ORDERS)
@@ -214,12 +239,15 @@ class Cases:
         """Last by its name: looks through all that the clients of the other tests held and sent."""
         tokens = {event["token"] for event in self.received() if event.get("token")}
         self.assertTrue(tokens)
-        secrets = {part for token in tokens if token.count(".") == 2 for part in (token, token.rpartition(".")[2])}
-        secrets |= {line for line in self.key_file.read_text().splitlines() if not line.startswith("-")}
+        known = {part for token in tokens if token.count(".") == 2 for part in (token, token.rpartition(".")[2])}
+        known |= {line for line in self.key_file.read_text().splitlines() if not line.startswith("-")}
         sent = self.agent.sent.read_bytes()
-        self.assertIn(b"CONNECT ", sent)
+        for target in (SECURE_HOST, PLAIN_HOST):
+            self.assertIn(f"CONNECT {target}".encode(), sent)
         self.assertIn(f"GET {PLAIN_ORDERS} HTTP/1.1".encode(), sent)
         self.assertNotIn(b"proxy-authorization", sent.lower())
-        for secret in secrets:
-            self.assertNotIn(secret.encode(), sent)
-            self.assertNotIn(secret.encode(), self.clients.held)
+        for place in (sent, self.clients.held):
+            for secret in known:
+                self.assertNotIn(secret.encode(), place)
+            # Nor any other token or key, whoever made it: an assertion, a token of another test, PEM.
+            self.assertIsNone(re.search(rb"eyJ[\w-]{10,}\.|PRIVATE KEY", place))

@@ -1,5 +1,6 @@
 """Processes that the tier starts and ends, and the files that they are given."""
 
+import atexit
 import base64
 import collections.abc
 import dataclasses
@@ -42,6 +43,8 @@ class Process:
                 stderr=errors,
                 start_new_session=True,
             )
+        # A run that is interrupted ends what it started too.
+        atexit.register(self.stop)
 
     def events(self) -> list[dict]:
         """The JSON lines printed so far; a line that is still being written is left out."""
@@ -68,6 +71,7 @@ class Process:
 
     def stop(self) -> None:
         """Ends the process and what it started: they are alone in the group that was made for them."""
+        atexit.unregister(self.stop)
         for stop_signal, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
             try:
                 os.killpg(self.process.pid, stop_signal)
