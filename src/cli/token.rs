@@ -16,6 +16,9 @@ pub struct TokenArguments {
     /// The credential whose token is asked for.
     #[arg(long, value_name = "NAME")]
     pub credential: String,
+    /// A scope, of those of the credential; may be repeated [default: all of them].
+    #[arg(long = "scope", value_name = "SCOPE")]
+    pub scopes: Option<Vec<String>>,
     #[command(flatten)]
     workload: WorkloadArguments,
     /// The token alone, or the whole answer.
@@ -26,7 +29,10 @@ pub struct TokenArguments {
 /// Writes the token to `out`. Exit code 77 where policy or attestation refuses, 69 where the agent or
 /// the authorization server is away.
 pub fn run(arguments: &TokenArguments, out: &mut dyn Write) -> ExitCode {
-    let body = json!({"credential": arguments.credential});
+    let body = json!({
+        "credential": arguments.credential,
+        "scopes": arguments.scopes,
+    });
     let answer = match ask_once(&arguments.workload, Method::POST, "/v1/token", Some(&body)) {
         Ok(answer) => answer,
         Err(failure) => return failure.report(),

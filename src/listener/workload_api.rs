@@ -32,9 +32,7 @@ use crate::admin::ActionRefused;
 use crate::agent::Agent;
 use crate::audit::record::{AskedAndGranted, DecisionReference, TokenReference, workload_summary};
 use crate::audit::{AttestedRecord, Latency, Obtained, Record, TokenIssueRecord};
-use crate::config::{
-    Bind, Config, CredentialConfig, ListenerKind, OauthClientCredentials, TokenSource,
-};
+use crate::config::{Bind, Config, CredentialConfig, ListenerKind, TokenSource};
 use crate::connection::evidence_refusal;
 use crate::credentials::IssuedToken;
 use crate::policy::{Action, LeaseEnded, Question, Resource, explain};
@@ -439,7 +437,8 @@ struct Ask {
     credential: String,
     /// Scopes, each one of the credential's; all of them where absent.
     scopes: Option<Vec<String>>,
-    /// An audience, one that the credential is configured for.
+    /// The audience that the credential is configured for. One of several `resources` cannot be asked
+    /// for alone: the token would be good for all of them.
     audience: Option<String>,
 }
 
@@ -486,22 +485,14 @@ fn resolve<'a>(
         }
     };
     if let Some(audience) = &asked.audience
-        && !is_audience_of(settings, audience)
+        && settings.audience.as_ref() != Some(audience)
     {
         let audience = crate::request::printable(audience);
         return Err(malformed(format!(
-            "audience `{audience}` is not one of credential `{name}`"
+            "audience `{audience}` is not the one of credential `{name}`"
         )));
     }
     Ok((credential, scopes))
-}
-
-fn is_audience_of(settings: &OauthClientCredentials, audience: &str) -> bool {
-    settings.audience.as_deref() == Some(audience)
-        || settings
-            .resources
-            .iter()
-            .any(|resource| resource.as_str() == audience)
 }
 
 /// RFC 6750 section 2.1.

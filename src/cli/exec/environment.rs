@@ -40,7 +40,7 @@ pub(super) struct Environment {
     pub(super) no_proxy: String,
     /// The interception root.
     pub(super) ca_certificate: Option<String>,
-    /// The workload API.
+    /// The workload API, or the relay to it.
     pub(super) agent: String,
 }
 

@@ -91,7 +91,7 @@ async fn with_agent(
     presenter.header().await.map_err(Failure::unavailable)?;
     let presenter = Arc::new(presenter);
     let relay = match presenter.presents() {
-        true => Some(Relay::start(address, Arc::clone(&presenter)).await?),
+        true => Some(Relay::start(address, agent.address().clone(), Arc::clone(&presenter)).await?),
         false => None,
     };
     let directory = PrivateDirectory::new()?;
@@ -99,7 +99,10 @@ async fn with_agent(
         proxy: relay.as_ref().map_or(address, Relay::address),
         no_proxy: proxy.no_proxy,
         ca_certificate: proxy.ca_certificate,
-        agent: agent.address().to_string(),
+        agent: match &relay {
+            Some(relay) => relay.address().to_string(),
+            None => agent.address().to_string(),
+        },
     };
     let variables = environment.variables(&directory)?;
     say(&environment, &presenter, &variables);

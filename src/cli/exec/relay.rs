@@ -1,5 +1,5 @@
-//! A private relay to the proxy that adds the current token to every request: clients cannot renew a
-//! token that stands in `HTTPS_PROXY`, and must not hold one.
+//! A private relay to the proxy, and to the workload API, that adds the current token to every
+//! request: clients cannot renew a token that stands in `HTTPS_PROXY`, and must not hold one.
 
 use std::convert::Infallible;
 use std::io;
@@ -9,26 +9,33 @@ use std::time::SystemTime;
 
 use bytes::Bytes;
 use countersign_attestors::PeerEvidence;
-use http::header::PROXY_AUTHORIZATION;
-use http::{Method, Request, Response, StatusCode};
+use http::header::{
+    AUTHORIZATION, CONTENT_TYPE, PROXY_AUTHORIZATION, RETRY_AFTER, WWW_AUTHENTICATE,
+};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use http_body_util::combinators::BoxBody;
-use http_body_util::{BodyExt, Empty, Full};
+use http_body_util::{BodyExt, Empty, Full, Limited};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{self as client, SendRequest};
 use hyper::server::conn::http1 as server;
 use hyper::service::service_fn;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
+use serde_json::Value;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Mutex;
 
 use crate::cli::presented::Presenter;
+use crate::client::{AgentAddress, ask};
 use crate::problem::{self, Surface};
 use crate::refusal::{Refusal, RefusalCode};
-use crate::request_id::RequestId;
+use crate::request_id::{REQUEST_ID_HEADER, RequestId};
 
 /// How many ancestors of a caller are looked at.
 const GENERATIONS: usize = 64;
+
+/// The largest body that is passed on to the workload API.
+const BODY_LIMIT_BYTES: usize = 64 * 1024;
 
 type Body = BoxBody<Bytes, hyper::Error>;
 
@@ -40,16 +47,29 @@ pub(super) struct Relay {
 
 /// What every connection needs.
 struct Shared {
+    /// Where the relay is.
+    address: SocketAddr,
     proxy: SocketAddr,
+    workload_api: AgentAddress,
     presenter: Arc<Presenter>,
 }
 
 impl Relay {
-    /// Listens on loopback for this process's descendants, and relays to `proxy`.
-    pub(super) async fn start(proxy: SocketAddr, presenter: Arc<Presenter>) -> io::Result<Self> {
+    /// Listens on loopback for this process's descendants, and relays requests in absolute form and
+    /// CONNECT to `proxy`, others to `workload_api`.
+    pub(super) async fn start(
+        proxy: SocketAddr,
+        workload_api: AgentAddress,
+        presenter: Arc<Presenter>,
+    ) -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
-        let shared = Arc::new(Shared { proxy, presenter });
+        let shared = Arc::new(Shared {
+            address,
+            proxy,
+            workload_api,
+            presenter,
+        });
         tokio::spawn(async move {
             loop {
                 let Ok((stream, peer)) = listener.accept().await else {
@@ -137,6 +157,9 @@ async fn forward(
         .header()
         .await
         .map_err(|problem| Refusal::new(RefusalCode::AttestationUnavailable, problem))?;
+    if request.uri().authority().is_none() {
+        return ask_workload_api(shared, request, token).await;
+    }
     request.headers_mut().remove(PROXY_AUTHORIZATION);
     if let Some(token) = token {
         request.headers_mut().insert(PROXY_AUTHORIZATION, token);
@@ -188,6 +211,67 @@ async fn forward(
     Ok(response.map(|_| Empty::new().map_err(|never| match never {}).boxed()))
 }
 
+/// The verbs of the command ask here, and are answered as the workload that the token names.
+async fn ask_workload_api(
+    shared: &Shared,
+    request: Request<Incoming>,
+    token: Option<HeaderValue>,
+) -> Result<Response<Body>, Refusal> {
+    let (head, body) = request.into_parts();
+    let malformed = |_| {
+        Refusal::new(
+            RefusalCode::MalformedRequest,
+            "the body is no JSON, or is too large",
+        )
+    };
+    let body = Limited::new(body, BODY_LIMIT_BYTES)
+        .collect()
+        .await
+        .map_err(malformed)?
+        .to_bytes();
+    let body: Option<Value> = match body.is_empty() {
+        true => None,
+        false => Some(serde_json::from_slice(&body).map_err(|error| malformed(error.into()))?),
+    };
+    let mut headers = HeaderMap::new();
+    headers.extend(token.map(|token| (AUTHORIZATION, token)));
+    let path = head.uri.path();
+    let answer = ask(
+        &shared.workload_api,
+        head.method,
+        path,
+        headers,
+        body.as_ref(),
+    )
+    .await
+    .map_err(|error| Refusal::new(RefusalCode::UpstreamUnreachable, error.to_string()))?;
+    let mut content = answer.body.clone();
+    if path == "/v1/proxy" && answer.status.is_success() {
+        let mut proxy = answer.json();
+        // The proxy of the command's own commands is this relay.
+        if let Some(members) = proxy.as_object_mut() {
+            members.insert(
+                "proxy".to_owned(),
+                format!("http://{}", shared.address).into(),
+            );
+        }
+        content = Bytes::from(proxy.to_string());
+    }
+    let mut response = Response::new(full(content));
+    *response.status_mut() = answer.status;
+    for name in [
+        CONTENT_TYPE,
+        WWW_AUTHENTICATE,
+        RETRY_AFTER,
+        REQUEST_ID_HEADER,
+    ] {
+        if let Some(value) = answer.headers.get(&name) {
+            response.headers_mut().insert(name, value.clone());
+        }
+    }
+    Ok(response)
+}
+
 async fn connect(
     proxy: SocketAddr,
 ) -> Result<SendRequest<Incoming>, Box<dyn std::error::Error + Send + Sync>> {
@@ -206,6 +290,9 @@ async fn connect(
 }
 
 fn refused(refusal: &Refusal) -> Response<Body> {
-    problem::response(refusal, RequestId::new(SystemTime::now()), Surface::Connect)
-        .map(|body| Full::new(body).map_err(|never| match never {}).boxed())
+    problem::response(refusal, RequestId::new(SystemTime::now()), Surface::Connect).map(full)
+}
+
+fn full(body: Bytes) -> Body {
+    Full::new(body).map_err(|never| match never {}).boxed()
 }
