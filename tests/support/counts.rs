@@ -1,15 +1,21 @@
-//! The figures that tests reach stand in `tests/agent/expected-counts`, so that a test which does
-//! less than it says is a failure.
+//! The figures that tests reach stand in `expected-counts` beside them, so that a test which does less
+//! than it says is a failure.
 
 /// Prints a figure and compares it with the one that is held.
 pub fn reached(name: &str, count: usize) {
     println!("count {name} {count}");
-    let held = include_str!("../agent/expected-counts");
+    let path = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/",
+        env!("CARGO_CRATE_NAME"),
+        "/expected-counts"
+    );
+    let held = std::fs::read_to_string(path).unwrap();
     let expected = held
         .lines()
         .filter_map(|line| line.split_once(' '))
         .find(|(known, _)| *known == name)
-        .unwrap_or_else(|| panic!("tests/agent/expected-counts has no `{name}`"))
+        .unwrap_or_else(|| panic!("{path} has no `{name}`"))
         .1
         .trim();
     let holds = match expected.strip_prefix(">=") {
