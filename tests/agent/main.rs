@@ -13,6 +13,7 @@
 mod support;
 
 mod changes;
+mod clients;
 mod entrances;
 mod faults;
 mod headers;
