@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
@@ -15,7 +15,6 @@ use http::{HeaderValue, Method, Request, StatusCode};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde_json::Value;
-use tokio::sync::Mutex;
 use url::Url;
 use zeroize::Zeroizing;
 
@@ -47,6 +46,8 @@ pub struct Issuer {
 pub struct Presenter {
     source: Source,
     held: Mutex<Option<Held>>,
+    /// Whose turn it is to ask the service.
+    turn: Arc<tokio::sync::Mutex<()>>,
 }
 
 #[derive(Debug)]
@@ -90,7 +91,7 @@ impl Presenter {
     ///
     /// # Errors
     /// The environment names a token service by something that is no URL.
-    pub fn new(token_file: Option<&Path>, issuers: &[Issuer]) -> Result<Self, String> {
+    pub fn new(token_file: Option<&Path>, issuers: &[Issuer]) -> Result<Arc<Self>, String> {
         let source = match (token_file, service_of_environment()) {
             (Some(path), _) => Source::File(path.to_owned()),
             (None, Some((url, bearer))) if !issuers.is_empty() => Source::Service(TokenService {
@@ -101,9 +102,14 @@ impl Presenter {
             }),
             (None, _) => Source::Nothing,
         };
-        Ok(Self {
+        Ok(Self::of(source))
+    }
+
+    fn of(source: Source) -> Arc<Self> {
+        Arc::new(Self {
             source,
             held: Mutex::new(None),
+            turn: Arc::default(),
         })
     }
 
@@ -125,38 +131,85 @@ impl Presenter {
     ///
     /// # Errors
     /// There is no token that is good.
-    pub async fn header(&self) -> Result<Option<HeaderValue>, String> {
-        let mut held = self.held.lock().await;
+    pub async fn header(self: &Arc<Self>) -> Result<Option<HeaderValue>, String> {
         match &self.source {
-            Source::Nothing => return Ok(None),
-            Source::File(path) => {
-                let mark = mark(path)?;
-                if held.as_ref().and_then(|held| held.mark) != Some(mark) {
-                    *held = Some(Held {
-                        mark: Some(mark),
-                        ..read(path)?
-                    });
-                }
-            }
-            Source::Service(service) => {
-                let now = SystemTime::now();
-                let is_due = held
-                    .as_ref()
-                    .is_none_or(|held| held.renew_at.is_some_and(|renew_at| now >= renew_at));
-                if is_due {
-                    match service.fetch().await {
-                        Ok(fresh) => *held = Some(fresh),
-                        Err(problem) => match held.as_mut() {
-                            Some(held) if held.expires_at.is_some_and(|end| now < end) => {
-                                held.renew_at = Some(now + RETRY_AFTER);
-                            }
-                            _ => return Err(problem),
-                        },
+            Source::Nothing => Ok(None),
+            Source::File(path) => self.of_file(path).map(Some),
+            Source::Service(service) => self.of_service(service).await.map(Some),
+        }
+    }
+
+    fn of_file(&self, path: &Path) -> Result<HeaderValue, String> {
+        let mut held = self.held();
+        let now = SystemTime::now();
+        match mark(path) {
+            Ok(mark) if held.as_ref().and_then(|held| held.mark) == Some(mark) => {}
+            changed => match changed.and_then(|mark| read(path, mark)) {
+                Ok(fresh) => *held = Some(fresh),
+                // The file may be half written: what was in it is good for a while.
+                Err(_) if held.as_ref().is_some_and(|held| held.is_good(now)) => {}
+                Err(problem) => return Err(problem),
+            },
+        }
+        match held.as_ref() {
+            Some(held) => Ok(held.header.clone()),
+            None => Err(empty(path)),
+        }
+    }
+
+    async fn of_service(self: &Arc<Self>, service: &TokenService) -> Result<HeaderValue, String> {
+        if let Some((header, is_due)) = self.good() {
+            // Renewed beside: no request waits for the service while its token is good.
+            if is_due && let Ok(turn) = Arc::clone(&self.turn).try_lock_owned() {
+                let presenter = Arc::clone(self);
+                tokio::spawn(async move {
+                    if let Source::Service(service) = &presenter.source
+                        && let Err(problem) = presenter.renew(service).await
+                    {
+                        tracing::warn!(problem, "the token is not renewed yet");
                     }
+                    drop(turn);
+                });
+            }
+            return Ok(header);
+        }
+        let _turn = self.turn.lock().await;
+        // Who had its turn before may have renewed it.
+        match self.good() {
+            Some((header, _)) => Ok(header),
+            None => self.renew(service).await,
+        }
+    }
+
+    async fn renew(&self, service: &TokenService) -> Result<HeaderValue, String> {
+        let fetched = service.fetch().await;
+        let mut held = self.held();
+        match fetched {
+            Ok(fresh) => {
+                let header = fresh.header.clone();
+                *held = Some(fresh);
+                Ok(header)
+            }
+            Err(problem) => {
+                if let Some(held) = held.as_mut() {
+                    held.renew_at = Some(SystemTime::now() + RETRY_AFTER);
                 }
+                Err(problem)
             }
         }
-        Ok(held.as_ref().map(|held| held.header.clone()))
+    }
+
+    /// The token that is held and good, and whether it is to be renewed.
+    fn good(&self) -> Option<(HeaderValue, bool)> {
+        let now = SystemTime::now();
+        let held = self.held();
+        let held = held.as_ref().filter(|held| held.is_good(now))?;
+        let is_due = held.renew_at.is_some_and(|renew_at| now >= renew_at);
+        Some((held.header.clone(), is_due))
+    }
+
+    fn held(&self) -> MutexGuard<'_, Option<Held>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -181,12 +234,19 @@ fn mark(path: &Path) -> Result<Mark, String> {
     })
 }
 
-fn read(path: &Path) -> Result<Held, String> {
+fn read(path: &Path, mark: Mark) -> Result<Held, String> {
     let text = fs::read_to_string(path)
         .map(Zeroizing::new)
         .map_err(|error| unreadable(path, &error))?;
-    Held::new(text.trim())
-        .ok_or_else(|| format!("the token file `{}` holds no token", path.display()))
+    let held = Held::new(text.trim()).ok_or_else(|| empty(path))?;
+    Ok(Held {
+        mark: Some(mark),
+        ..held
+    })
+}
+
+fn empty(path: &Path) -> String {
+    format!("the token file `{}` holds no token", path.display())
 }
 
 fn unreadable(path: &Path, error: &std::io::Error) -> String {
@@ -197,6 +257,11 @@ fn unreadable(path: &Path, error: &std::io::Error) -> String {
 }
 
 impl Held {
+    /// Whether it has not expired, as far as it says.
+    fn is_good(&self, now: SystemTime) -> bool {
+        self.expires_at.is_none_or(|end| now < end)
+    }
+
     fn new(token: &str) -> Option<Self> {
         if token.is_empty() {
             return None;
@@ -298,5 +363,87 @@ impl TokenService {
             StatusCode::OK => Ok(answer.body),
             status => Err(format!("the CI's token service answers {status}")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A token that lives from `issued` to `expires`, in seconds from now. Nobody verifies it here.
+    fn token(issued: i64, expires: i64) -> String {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let at = |offset: i64| now.as_secs().saturating_add_signed(offset);
+        let claims = serde_json::json!({"iat": at(issued), "exp": at(expires)});
+        format!("e30.{}.c2ln", URL_SAFE_NO_PAD.encode(claims.to_string()))
+    }
+
+    fn value(header: Result<Option<HeaderValue>, String>) -> String {
+        header.unwrap().unwrap().to_str().unwrap().to_owned()
+    }
+
+    #[tokio::test]
+    async fn a_file_is_read_again_and_kept_while_it_is_half_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("token");
+        let presenter = Presenter::of(Source::File(path.clone()));
+        assert!(
+            presenter
+                .header()
+                .await
+                .unwrap_err()
+                .contains("cannot be read")
+        );
+        fs::write(&path, "").unwrap();
+        assert!(
+            presenter
+                .header()
+                .await
+                .unwrap_err()
+                .contains("holds no token")
+        );
+        let (first, second) = (token(-10, 10), token(-5, 100));
+        fs::write(&path, format!("{first}\n")).unwrap();
+        assert_eq!(value(presenter.header().await), format!("Bearer {first}"));
+        fs::write(&path, "").unwrap();
+        assert_eq!(value(presenter.header().await), format!("Bearer {first}"));
+        fs::write(&path, &second).unwrap();
+        assert_eq!(value(presenter.header().await), format!("Bearer {second}"));
+        // One that has expired is not kept in place of nothing.
+        fs::write(&path, token(-20, -10)).unwrap();
+        presenter.header().await.unwrap();
+        fs::remove_file(&path).unwrap();
+        assert!(
+            presenter
+                .header()
+                .await
+                .unwrap_err()
+                .contains("cannot be read")
+        );
+    }
+
+    #[tokio::test]
+    async fn no_request_waits_for_a_service_that_hangs_while_the_token_is_good() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        let presenter = Presenter::of(Source::Service(TokenService {
+            url: Url::parse(&url).unwrap(),
+            bearer: SecretString::from("bearer"),
+            issuers: vec![Issuer {
+                issuer: "https://ci.example.test".to_owned(),
+                audiences: vec!["countersign".to_owned()],
+            }],
+        }));
+        // Two thirds of its life are over, so it is due.
+        let due = token(-90, 30);
+        *presenter.held() = Held::new(&due);
+        let limit = REQUEST_TIMEOUT / 2;
+        for _ in 0..3 {
+            let header = tokio::time::timeout(limit, presenter.header()).await;
+            assert_eq!(value(header.unwrap()), format!("Bearer {due}"));
+        }
+        // The service was asked all the same, once; it never answers.
+        let _asked = listener.accept().await.unwrap();
+        assert!(presenter.turn.try_lock().is_err());
     }
 }

@@ -1,6 +1,7 @@
 //! What the verbs that a workload uses have in common: which agent they ask, and what they present.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use http::header::AUTHORIZATION;
 use http::{HeaderMap, HeaderValue, Method};
@@ -67,7 +68,7 @@ impl Agent {
         &self,
         method: Method,
         path: &str,
-        presenter: &Presenter,
+        presenter: &Arc<Presenter>,
         body: Option<&Value>,
     ) -> Result<Value, Failure> {
         let mut headers = HeaderMap::new();

@@ -151,6 +151,19 @@ async fn signals_reach_the_command() {
         assert_eq!(status.code(), Some(41), "SIG{name}");
     }
     reached("signals", rows.len());
+
+    // What it was started to ignore does not reach it.
+    let script = "echo ready; read _; exit 42";
+    let mut command = running.user.command("nohup");
+    command.args(["countersign", "exec", "--agent", &running.agent, "--"]);
+    command.args(["sh", "-c", script]).stdin(Stdio::piped());
+    let mut child = command.process_group(0).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next_line().await.unwrap().as_deref(), Some("ready"));
+    send(child.id().unwrap(), Signal::SIGHUP);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    drop(child.stdin.take());
+    assert_eq!(child.wait().await.unwrap().code(), Some(42));
 }
 
 #[tokio::test(flavor = "multi_thread")]

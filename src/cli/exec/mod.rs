@@ -89,7 +89,6 @@ async fn with_agent(
         .map_err(Failure::unavailable)?;
     // Better no command than one whose every request is refused.
     presenter.header().await.map_err(Failure::unavailable)?;
-    let presenter = Arc::new(presenter);
     let relay = match presenter.presents() {
         true => Some(Relay::start(address, agent.address().clone(), Arc::clone(&presenter)).await?),
         false => None,
@@ -167,8 +166,11 @@ struct Signals {
 
 impl Signals {
     fn new() -> std::io::Result<Self> {
+        let ignored = ignored_signals();
         let passed_on = PASSED_ON
             .into_iter()
+            // What nohup(1) and a shell's `&` have the command ignore it goes on to ignore.
+            .filter(|number| ignored & (1 << (*number as u32 - 1)) == 0)
             .map(|number| Ok((number, signal(SignalKind::from_raw(number as i32))?)))
             .collect::<std::io::Result<_>>()?;
         Ok(Self {
@@ -203,6 +205,19 @@ impl Signals {
             }
         }
     }
+}
+
+/// The signals that this process was started to ignore, one bit each. proc_pid_status(5): `SigIgn`.
+fn ignored_signals() -> u64 {
+    std::fs::read_to_string("/proc/self/status")
+        .ok()
+        .and_then(|status| {
+            let mask = status
+                .lines()
+                .find_map(|line| line.strip_prefix("SigIgn:"))?;
+            u64::from_str_radix(mask.trim(), 16).ok()
+        })
+        .unwrap_or_default()
 }
 
 /// Takes the exit status of every child that ended; that of the command is the answer.
