@@ -18,7 +18,7 @@ const API: &str = "https://orders.countersign.test";
 const AUTHORIZATION_SERVER: &str = "https://auth.countersign.test";
 
 /// A running `countersign dev`.
-struct Dev {
+pub struct Dev {
     child: Child,
     lines: Lines<BufReader<ChildStdout>>,
     /// What it printed until it was ready.
@@ -54,12 +54,12 @@ impl Dev {
         }
     }
 
-    async fn in_text(user: &User) -> Self {
+    pub async fn in_text(user: &User) -> Self {
         Self::start(user, &["--port", "0"], |line| line.starts_with("Keep it: ")).await
     }
 
     /// What stands behind `label` in what was printed.
-    fn said(&self, label: &str) -> &str {
+    pub fn said(&self, label: &str) -> &str {
         self.printed
             .iter()
             .find_map(|line| line.trim_start().strip_prefix(label))
@@ -74,7 +74,7 @@ impl Dev {
     }
 
     /// Ctrl-C.
-    async fn interrupt(mut self) {
+    pub async fn interrupt(mut self) {
         send(self.child.id().unwrap(), Signal::SIGINT);
         let status = tokio::time::timeout(Duration::from_secs(30), self.child.wait())
             .await
