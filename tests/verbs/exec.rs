@@ -140,7 +140,11 @@ async fn signals_reach_the_command() {
     ];
     for (signal, name) in rows {
         let script = format!("trap 'exit 41' {name}; echo ready; while :; do sleep 0.05; done");
-        let mut child = running.exec(&["sh", "-c", &script]).spawn().unwrap();
+        // A shell that starts the tests in the background has them ignore two of these.
+        let mut command = running.user.command("env");
+        command.args(["--default-signal", "countersign", "exec", "--agent"]);
+        command.args([&running.agent, "--", "sh", "-c", &script]);
+        let mut child = command.process_group(0).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         assert_eq!(lines.next_line().await.unwrap().as_deref(), Some("ready"));
         send(child.id().unwrap(), signal);
