@@ -10,7 +10,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 
@@ -206,10 +206,11 @@ async fn start_clients(proxy: &str, root: &Path, directory: &Path) -> Vec<Busy> 
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_outlive_the_agent() {
     let world = World::servers().await;
-    // The port stays the same over restarts, so it is chosen here.
-    let free = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = free.local_addr().unwrap().to_string();
-    drop(free);
+    // The port stays the same over restarts: it is chosen here, and held without listening.
+    let port = TcpSocket::new_v4().unwrap();
+    port.set_reuseaddr(true).unwrap();
+    port.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = port.local_addr().unwrap().to_string();
     let common = COMMON.replacen("127.0.0.1:0", &address, 1);
     let configuration = world.fill(&format!("{common}{DESTINATIONS}"));
     let with_another_host = world.fill(&format!("{common}{DESTINATIONS}{ADDED_DESTINATION}"));

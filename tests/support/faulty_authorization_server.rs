@@ -13,7 +13,7 @@ use countersign::dev::authorization_server::AuthorizationServerState;
 use http::{Request, Response};
 use rustls::ServerConfig;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
@@ -59,6 +59,8 @@ pub struct FaultyAuthorizationServer {
     shared: Arc<Shared>,
     address: SocketAddr,
     stop: Mutex<CancellationToken>,
+    /// Bound and never listening: while nothing listens, nobody else gets the port.
+    _reserved: TcpSocket,
 }
 
 #[derive(Debug)]
@@ -90,12 +92,17 @@ impl FaultyAuthorizationServer {
             metadata_fails: AtomicBool::new(false),
         });
         let stop = CancellationToken::new();
+        let reserved = TcpSocket::new_v4().unwrap();
+        reserved.set_reuseaddr(true).unwrap();
         let any_port = SocketAddr::from(([127, 0, 0, 1], 0));
-        let address = serve(&shared, any_port, stop.clone()).await.unwrap();
+        reserved.bind(any_port).unwrap();
+        let address = reserved.local_addr().unwrap();
+        serve(&shared, address, stop.clone()).await.unwrap();
         Self {
             shared,
             address,
             stop: Mutex::new(stop),
+            _reserved: reserved,
         }
     }
 
@@ -154,7 +161,7 @@ async fn serve(
     shared: &Arc<Shared>,
     address: SocketAddr,
     stop: CancellationToken,
-) -> io::Result<SocketAddr> {
+) -> io::Result<()> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let certificate = shared.certificate.clone();
     let tls = ServerConfig::builder_with_provider(provider)
@@ -165,7 +172,6 @@ async fn serve(
         .unwrap();
     let acceptor = TlsAcceptor::from(Arc::new(tls));
     let listener = TcpListener::bind(address).await?;
-    let address = listener.local_addr()?;
     let shared = Arc::clone(shared);
     tokio::spawn(async move {
         loop {
@@ -188,7 +194,7 @@ async fn serve(
             });
         }
     });
-    Ok(address)
+    Ok(())
 }
 
 /// Reads one request and answers it; an error ends the connection.
