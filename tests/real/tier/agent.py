@@ -44,6 +44,14 @@ when {{
     context has request && context.request.safe
 }};
 
+@id("main-branch-lists-orders-by-grpc")
+permit (principal, action == Action::"inject", resource == Credential::"orders-api")
+when {{
+    principal has ci.repository_id && principal.ci.repository_id == "{repository}" &&
+    principal has ci.ref && principal.ci.ref == "{branch}" &&
+    context has request && ["/orders.v1.Orders/ListOrders", "/orders.v1.Orders/WatchOrders"].contains(context.request.path)
+}};
+
 @id("main-branch-is-issued-tokens")
 permit (principal, action == Action::"issue", resource == Credential::"orders-api")
 when {{

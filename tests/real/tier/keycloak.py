@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.request
 
-from .agent import BRANCH, REPOSITORY, WORKLOAD_CLIENT, Agent, Clients, Configuration
+from .agent import BRANCH, REPOSITORY, WORKLOAD_CLIENT, Agent, Client, Clients, Configuration
 from .authorization_servers import Keycloak
 from .cases import PLAIN_ORDERS, SECURE_ORDERS, Cases, Server
 from .processes import AGENT, HERE, PYTHON, node_server
@@ -32,7 +32,7 @@ class CiSystem:
         self.trusted = ssl.create_default_context(cafile=certificates.authority_file)
         self.minted = []
 
-    def mint(self, audience: str, branch: str = BRANCH) -> str:
+    def mint(self, audience: str, branch: str = BRANCH, lifetime: int = TOKEN_SECONDS) -> str:
         claims = {
             "sub": SUBJECT,
             "aud": audience,
@@ -44,7 +44,7 @@ class CiSystem:
         }
         request = urllib.request.Request(
             f"{self.issuer}/mint",
-            data=json.dumps({"claims": claims, "lifetime": TOKEN_SECONDS}).encode(),
+            data=json.dumps({"claims": claims, "lifetime": lifetime}).encode(),
             headers={"x-mint-secret": self.mint_secret},
         )
         with urllib.request.urlopen(request, context=self.trusted, timeout=10) as response:
@@ -79,6 +79,26 @@ class TokenFile:
         self.stopped.set()
         self.thread.join()
         self.file.unlink()
+
+
+class JobClients(Clients):
+    """Clients as a CI job's commands, under `exec`: the environment that they were given goes to standard error first."""
+
+    SHOW_AND_START = 'tr "\\0" "\\n" </proc/self/environ >&2; exec "$@"'
+
+    def __init__(self, configuration: Configuration, ci: CiSystem, audience: str) -> None:
+        self.ci, self.audience = ci, audience
+        self.token_file = configuration.directory / "job.jwt"
+        self.environment = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": str(configuration.directory)}
+        self.exec = [AGENT, "exec", "--config", configuration.file, "--token-file", self.token_file, "--"]
+        self.held = b""
+
+    def run(self, *command) -> Client:
+        # A fresh token for each: Keycloak takes an assertion once.
+        self.token_file.write_text(self.ci.mint(self.audience, lifetime=60))
+        client = super().run(*self.exec, "sh", "-c", self.SHOW_AND_START, "sh", *command)
+        self.held += client.stderr.encode()
+        return client
 
 
 class KeycloakServer(Server):
@@ -159,6 +179,40 @@ class KeycloakTest(Cases, KeycloakServer):
             self.assertNotIn(token, job["cmdline"])
         for seen in self.arrived():
             self.assertNotIn(seen["token"], self.ci.minted)
+
+    def test_exec_serves_every_client(self) -> None:
+        """Each under an agent of its own that has no key: the job's token is the assertion, and no client holds it."""
+        clients = JobClients(self.keyless, self.ci, self.authorization_server.issuer)
+        answers = [
+            clients.curl("GET", SECURE_ORDERS, "--http1.1"),
+            clients.curl("GET", SECURE_ORDERS, "--http2"),
+            clients.curl("GET", PLAIN_ORDERS),
+            clients.requests("GET", SECURE_ORDERS),
+            clients.requests("GET", PLAIN_ORDERS),
+            clients.fetch("GET", SECURE_ORDERS),
+            clients.fetch("GET", PLAIN_ORDERS),
+        ]
+        self.assertEqual([answer["status"] for answer in answers], [200] * 7)
+        bodies = [answer["body"] for answer in answers]
+        for method, count in (("ListOrders", 1), ("WatchOrders", 3)):
+            answer = clients.grpc(method)
+            self.assertEqual((answer["status"], len(answer.get("messages", []))), ("OK", count), answer)
+            bodies.append(answer["messages"][0])
+        arrived = [seen["jti"] for seen in self.arrived()]
+        self.assertEqual(arrived, [body["verified"]["jti"] for body in bodies])
+        self.assertEqual(len(set(arrived)), len(bodies))
+        for jti in arrived:
+            self.assert_names_the_workload(jti)
+        self.seen_before = len(self.received())
+        self.assert_denied(clients.curl("DELETE", f"{SECURE_ORDERS}/7"))
+        denied = clients.grpc("DeleteOrder")
+        self.assertEqual(denied["status"], "PERMISSION_DENIED", denied)
+        self.assertIn("policy_denied", denied["details"])
+        self.assertEqual(self.arrived(), [])
+        self.assertEqual(clients.curl("GET", SECURE_ORDERS)["status"], 200)
+        self.assertIn(b"NODE_USE_ENV_PROXY=1", clients.held)
+        for token in self.ci.minted + [seen["token"] for seen in self.received()]:
+            self.assertNotIn(token.encode(), clients.held)
 
     def test_exec_is_denied_on_another_branch(self) -> None:
         with self.token_file("refs/heads/elsewhere") as token_file:
