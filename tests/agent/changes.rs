@@ -61,7 +61,7 @@ impl Setting {
     }
 
     /// One open exchange of each kind; each task ends when its exchange does.
-    async fn open_all(&self) -> Vec<(&'static str, JoinHandle<Instant>)> {
+    async fn open_all(&self) -> Open {
         let mut open = Vec::new();
 
         let mut io = self.gateway.connect().await;
@@ -128,10 +128,7 @@ impl Setting {
     }
 
     /// Everything that was open ends within the limit; returns how many did.
-    async fn all_end(
-        open: Vec<(&'static str, JoinHandle<Instant>)>,
-        (changed, stalls): (Instant, Stalls),
-    ) -> usize {
+    async fn all_end(open: Open, (changed, stalls): (Instant, Stalls)) -> usize {
         let count = open.len();
         for (name, task) in open {
             let ended = tokio::time::timeout(Duration::from_secs(30), task)
@@ -166,9 +163,7 @@ async fn what_was_allowed_ends_within_a_second() {
     world.write_policies(&format!("{POLICIES}{TUNNELS}// a comment\n"));
     world.app().reload().await.unwrap();
     tokio::time::sleep(Duration::from_millis(700)).await;
-    for (name, task) in &open {
-        assert!(!task.is_finished(), "{name} ended although it may go on");
-    }
+    goes_on(&open);
 
     // A `forbid` is added.
     let forbid = "@id(\"no-more\")\nforbid (principal, action, resource);\n";
@@ -221,6 +216,76 @@ async fn what_was_allowed_ends_within_a_second() {
     exchange(&mut kept, PLAIN).await.expect(200);
     world.good().await;
     reached("ended_by_policy", ended);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_change_does_not_concern_goes_on() {
+    let setting = Setting::start().await;
+    let world = &setting.world;
+    world.good().await;
+    let mut kept = setting.proxy.connect().await;
+    exchange(&mut kept, PLAIN).await.expect(200);
+    let mut ended = 0;
+
+    // A credential, then the token that is in use: what carries neither goes on.
+    let token = world.audited_requests().await.last().unwrap()["token"]["sha256"].clone();
+    let token = token.as_str().unwrap().to_owned();
+    for what in [
+        Revoked::Credential("orders-api".to_owned()),
+        Revoked::TokenSha256(token),
+    ] {
+        let open = setting.open_all().await;
+        let revocation = Revocation {
+            id: "r1".to_owned(),
+            what,
+            until: None,
+        };
+        let changed = (Instant::now(), Stalls::watch());
+        world
+            .app()
+            .replace_revocations(|revocations| Some(revocations.with(revocation.clone())));
+        let answer = exchange(&mut kept, PLAIN).await.expect(403);
+        assert_eq!(answer.code(), "revoked");
+        let (blind, others) = part(open, |name| name == "a blind tunnel");
+        ended += Setting::all_end(others, changed).await;
+        goes_on(&blind);
+        world
+            .app()
+            .replace_revocations(|revocations| revocations.without("r1"));
+        exchange(&mut kept, PLAIN).await.expect(200);
+    }
+    world.good().await;
+
+    // Two destinations are taken out of the configuration.
+    let open = setting.open_all().await;
+    world.write(
+        "countersign.yaml",
+        &world.fill(&format!("{COMMON}{DESTINATIONS}")),
+    );
+    world.write_policies(POLICIES);
+    let changed = (Instant::now(), Stalls::watch());
+    world.app().reload().await.unwrap();
+    let (gone, others) = part(open, |name| ["a blind tunnel", "an upload"].contains(&name));
+    ended += Setting::all_end(gone, changed).await;
+    goes_on(&others);
+    let mut io = setting.proxy.connect().await;
+    let answer = open_tunnel(&mut io, "blind.example.test:7").await;
+    assert_eq!(answer.expect(403).headers("proxy-status").len(), 1);
+    exchange(&mut kept, PLAIN).await.expect(200);
+    world.good().await;
+    reached("ended_by_what_concerns_them", ended);
+}
+
+type Open = Vec<(&'static str, JoinHandle<Instant>)>;
+
+fn part(open: Open, belongs: impl Fn(&'static str) -> bool) -> (Open, Open) {
+    open.into_iter().partition(|(name, _)| belongs(name))
+}
+
+fn goes_on(open: &Open) {
+    for (name, task) in open {
+        assert!(!task.is_finished(), "{name} ended although it may go on");
+    }
 }
 
 /// An HTTP/2 request for `/v1/stream`, without the compression of headers: the preface, empty

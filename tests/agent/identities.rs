@@ -366,6 +366,21 @@ async fn a_presented_token_is_evidence_of_its_own_request_only() {
     );
     refused += 1;
     exchange(&mut io, &ask(&authorization)).await.expect(200);
+    // Nor does a token cover the other requests of an HTTP/2 connection.
+    let mut client = Client::http2(&gateway).await;
+    for (authorization, status) in [(Some(&token), 200), (None, 401), (Some(&token), 200)] {
+        let mut request = http::Request::get("http://gateway/v1/orders");
+        if let Some(token) = authorization {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        let before = world.api.seen().len();
+        let request = request.body(http_body_util::Empty::new()).unwrap();
+        let answer = client.send(request).await.unwrap();
+        assert_eq!(answer.status(), status);
+        let arrived = world.api.seen().len() - before;
+        assert_eq!(arrived, usize::from(status == 200));
+        refused += usize::from(status == 401);
+    }
     // The presented token reached nobody.
     for seen in [world.api.seen(), world.plain_api.seen()].concat() {
         assert!(!format!("{:?}", seen.headers).contains(&token));
