@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use serde_json::Value;
 
+use crate::support::Stalls;
 use crate::support::client::Client;
 use crate::support::counts::reached;
 use crate::support::faults::fault_table;
@@ -135,6 +136,7 @@ async fn no_expired_token_leaves() {
     let state = Arc::clone(world.authorization_server.state());
     state.set_token_lifetime(LIFETIME);
     let puppet = Puppet::start(&world.address("proxy").to_string(), None).await;
+    let stalls = Stalls::watch();
     let until = Instant::now() + LIFETIME * LIFETIMES;
     let served = Arc::new(AtomicUsize::new(0));
     let sent = Arc::new(AtomicUsize::new(0));
@@ -194,16 +196,19 @@ async fn no_expired_token_leaves() {
     // The outages did outlive tokens.
     assert!(served < sent, "{served} of {sent}");
     let seen = world.plain_api.seen();
-    // Each request that the origin saw was served: it refused no token.
-    assert_eq!(seen.len(), served);
-    for seen in &seen {
+    let (accepted, refused): (Vec<_>, Vec<_>) = seen.iter().partition(|seen| seen.token.is_ok());
+    // Each request whose token the origin accepted was served.
+    assert_eq!(accepted.len(), served);
+    for seen in accepted {
         let expires = seen.token.as_ref().unwrap()["exp"].as_u64().unwrap();
-        let expires = UNIX_EPOCH + Duration::from_secs(expires);
-        assert!(
-            seen.at < expires,
-            "expired {:?} ago",
-            seen.at.duration_since(expires)
-        );
+        assert!(seen.at < UNIX_EPOCH + Duration::from_secs(expires));
+    }
+    // It refused none, but for what the machine itself held up on the way for longer than the tenth
+    // of a lifetime for which no token is sent any more.
+    println!("refused by the origin: {}", refused.len());
+    for seen in refused {
+        let held_up = stalls.between(seen.at - LIFETIME, seen.at + LIFETIME);
+        assert!(held_up > LIFETIME / 10, "{held_up:?}: {seen:#?}");
     }
     crate::support::eventually(Duration::from_secs(30), || async {
         (world.curl(&[CACHED]).await.status == 200).then_some(())

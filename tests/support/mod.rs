@@ -23,9 +23,8 @@ pub mod raw;
 pub mod world;
 
 use std::future::Future;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
 
 /// Another user than the one that runs the tests, and not the one that owns anything: `nobody`.
 pub const NOBODY: u32 = 65534;
@@ -95,31 +94,46 @@ where
     }
 }
 
-/// How long this machine kept us from running since the start of the watch, so that a limit in
-/// seconds holds on a busy one too.
+/// When this machine kept us from running, so that a limit in seconds holds on a busy one too.
 pub struct Stalls {
-    milliseconds: Arc<AtomicU64>,
+    began: SystemTime,
+    /// When we ran again, and how late that was.
+    late: Arc<Mutex<Vec<(SystemTime, Duration)>>>,
 }
 
 impl Stalls {
     /// Watches until dropped.
     pub fn watch() -> Self {
         const NAP: Duration = Duration::from_millis(5);
-        let milliseconds = Arc::new(AtomicU64::new(0));
-        let lost = Arc::downgrade(&milliseconds);
+        let late = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::downgrade(&late);
         std::thread::spawn(move || {
-            while let Some(lost) = lost.upgrade() {
+            while let Some(late) = seen.upgrade() {
                 let began = Instant::now();
                 std::thread::sleep(NAP);
-                let late = began.elapsed().saturating_sub(NAP).as_millis();
-                lost.fetch_add(u64::try_from(late).unwrap(), Ordering::Relaxed);
+                let by = began.elapsed().saturating_sub(NAP);
+                if by >= Duration::from_millis(1) {
+                    late.lock().unwrap().push((SystemTime::now(), by));
+                }
             }
         });
-        Self { milliseconds }
+        Self {
+            began: SystemTime::now(),
+            late,
+        }
     }
 
-    /// `limit`, and the time in which nothing ran.
+    /// How long nothing ran between two times.
+    pub fn between(&self, from: SystemTime, to: SystemTime) -> Duration {
+        let late = self.late.lock().unwrap();
+        late.iter()
+            .filter(|(at, _)| (from..=to).contains(at))
+            .map(|(_, by)| *by)
+            .sum()
+    }
+
+    /// `limit`, and the time since the start of the watch in which nothing ran.
     pub fn allow(&self, limit: Duration) -> Duration {
-        limit + Duration::from_millis(self.milliseconds.load(Ordering::Relaxed))
+        limit + self.between(self.began, SystemTime::now())
     }
 }
