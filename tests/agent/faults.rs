@@ -1,7 +1,8 @@
 //! The authorization server in trouble: what callers get, and that no expired token leaves.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use serde_json::Value;
@@ -140,11 +141,13 @@ async fn no_expired_token_leaves() {
     let until = Instant::now() + LIFETIME * LIFETIMES;
     let served = Arc::new(AtomicUsize::new(0));
     let sent = Arc::new(AtomicUsize::new(0));
+    let told = Arc::new(Mutex::new(BTreeMap::new()));
     let ended = Arc::new(AtomicBool::new(false));
     let mut callers = Vec::new();
     for _ in 0..CALLERS {
         let mut client = Client::http1(&puppet).await;
         let (served, sent, ended) = (Arc::clone(&served), Arc::clone(&sent), Arc::clone(&ended));
+        let told = Arc::clone(&told);
         callers.push(tokio::spawn(async move {
             while !ended.load(Ordering::Relaxed) {
                 let (status, body) = client
@@ -160,6 +163,8 @@ async fn no_expired_token_leaves() {
                         (502..=504).contains(&status) && refusal["code"] != "invalid_token",
                         "{refusal}"
                     );
+                    let code = refusal["code"].as_str().unwrap().to_owned();
+                    *told.lock().unwrap().entry(code).or_insert(0_usize) += 1;
                 }
                 // At most some 400 in a second of all callers, however fast the machine.
                 tokio::time::sleep(Duration::from_millis(12)).await;
@@ -191,14 +196,17 @@ async fn no_expired_token_leaves() {
         caller.await.unwrap();
     }
     let (served, sent) = (served.load(Ordering::Relaxed), sent.load(Ordering::Relaxed));
-    println!("served {served} of {sent}");
+    let told = told.lock().unwrap().clone();
+    println!("served {served} of {sent}; told otherwise: {told:?}");
     assert!(served * 100 >= sent * 40, "{served} of {sent}");
     // The outages did outlive tokens.
     assert!(served < sent, "{served} of {sent}");
     let seen = world.plain_api.seen();
     let (accepted, refused): (Vec<_>, Vec<_>) = seen.iter().partition(|seen| seen.token.is_ok());
-    // Each request whose token the origin accepted was served.
-    assert_eq!(accepted.len(), served);
+    // Each request whose token the origin accepted was served, but where the machine was too slow to
+    // write down what was answered.
+    let unrecorded = told.get("audit_unavailable").copied().unwrap_or(0);
+    assert!((served..=served + unrecorded).contains(&accepted.len()));
     for seen in accepted {
         let expires = seen.token.as_ref().unwrap()["exp"].as_u64().unwrap();
         assert!(seen.at < UNIX_EPOCH + Duration::from_secs(expires));
