@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use countersign_attestors::AttestedWorkload;
+use countersign_attestors::{AttestedWorkload, PresentedToken};
 use http::{Method, Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
 
@@ -38,7 +38,7 @@ pub struct Exchange {
     began_at: Duration,
     method: Method,
     protocol: Version,
-    asked: Option<Asked>,
+    asked: Option<Arc<EgressRequest>>,
     session: Option<(SessionId, Arc<str>)>,
     destination: Option<Arc<str>>,
     decision: Option<DecisionReference>,
@@ -56,12 +56,6 @@ pub struct Exchange {
     /// The lease that the response stream will be held under.
     pub lease: Option<Lease>,
     metrics: Option<crate::telemetry::metrics::DestinationMetrics>,
-}
-
-struct Asked {
-    authority: Arc<str>,
-    scheme: crate::config::Scheme,
-    path: http::uri::PathAndQuery,
 }
 
 /// What a record says of the end.
@@ -102,12 +96,8 @@ impl Exchange {
     }
 
     /// Notes what the request is for.
-    pub fn asked(&mut self, asked: &EgressRequest) {
-        self.asked = Some(Asked {
-            authority: Arc::from(asked.target.to_string()),
-            scheme: asked.scheme,
-            path: asked.path_and_query.clone(),
-        });
+    pub fn asked(&mut self, asked: &Arc<EgressRequest>) {
+        self.asked = Some(Arc::clone(asked));
     }
 
     /// Attests the caller, and begins a session in the audit when its facts are new.
@@ -115,11 +105,11 @@ impl Exchange {
         &mut self,
         connection: &Connection,
         snapshot: &Snapshot,
-        asked: &EgressRequest,
+        presented: Option<&PresentedToken>,
     ) -> Result<Arc<AttestedWorkload>, Refusal> {
         let workload = connection
             .caller
-            .attest(&snapshot.catalog, asked.presented.as_ref())
+            .attest(&snapshot.catalog, presented)
             .await?;
         if let Some(tunnel) = &connection.tunnel {
             tunnel.valid_until.set(workload.valid_until());
@@ -143,9 +133,9 @@ impl Exchange {
     /// Notes a positive decision.
     pub fn granted(&mut self, snapshot: &Snapshot, grant: &Grant, question: &Question<'_>) {
         self.lease = Some(grant.lease().clone());
-        self.question(question);
-        self.asked_and_granted.scopes_granted = grant.scopes().into();
-        self.asked_and_granted.audience_granted = grant.audience().map(Arc::from);
+        self.question(question, grant.scopes());
+        self.asked_and_granted.scopes_granted = Arc::clone(grant.scopes());
+        self.asked_and_granted.audience_granted = grant.audience().cloned();
         self.decision = Some(DecisionReference::of_grant(grant));
         self.agent.metrics.decision(Decided::Allow.as_str());
         self.remember(snapshot, grant.workload(), question, Ok(grant));
@@ -160,7 +150,7 @@ impl Exchange {
         question: &Question<'_>,
         reported: bool,
     ) {
-        self.question(question);
+        self.question(question, &Arc::default());
         let decided = match reported {
             true => Decided::ReportOnly,
             false => Decided::Deny,
@@ -193,7 +183,7 @@ impl Exchange {
         );
     }
 
-    fn question(&mut self, question: &Question<'_>) {
+    fn question(&mut self, question: &Question<'_>, granted: &Arc<[String]>) {
         if let Resource::Credential {
             credential,
             scopes,
@@ -201,7 +191,10 @@ impl Exchange {
         } = question.resource
         {
             self.credential = Some(Arc::from(credential.name.as_str()));
-            self.asked_and_granted.scopes_asked = scopes.into();
+            self.asked_and_granted.scopes_asked = match **granted == *scopes {
+                true => Arc::clone(granted),
+                false => scopes.into(),
+            };
             self.asked_and_granted.audience_asked = audience.map(Arc::from);
         }
     }
@@ -301,14 +294,6 @@ impl Exchange {
             metrics.request(total, ours, self.upstream);
         }
         let (session, workload) = self.session.take().unzip();
-        let (authority, scheme, path) = match self.asked.take() {
-            Some(asked) => (asked.authority, asked.scheme, asked.path),
-            None => (
-                Arc::from(""),
-                crate::config::Scheme::Http,
-                http::uri::PathAndQuery::from_static("/"),
-            ),
-        };
         let record = RequestRecord {
             time: self.time,
             request_id: self.request_id,
@@ -317,10 +302,8 @@ impl Exchange {
             workload,
             listener: Arc::clone(&self.listener),
             destination: self.destination.take(),
-            authority,
-            scheme,
+            asked: self.asked.take(),
             method: self.method.clone(),
-            path,
             protocol: self.protocol,
             status,
             decision: self.decision.take(),

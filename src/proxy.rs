@@ -7,7 +7,7 @@ use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use countersign_attestors::AttestedWorkload;
+use countersign_attestors::{AttestedWorkload, PresentedToken};
 use http::header::{ALT_SVC, HeaderName, WWW_AUTHENTICATE};
 use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use hyper::body::{Body, Incoming};
@@ -164,7 +164,7 @@ async fn walk(
     let worker = &connection.worker;
     let snapshot = worker.agent.snapshot.load_full();
     let (head, body) = request.into_parts();
-    let asked = {
+    let (asked, presented) = {
         let gateway = gateway_destination(connection, &snapshot)?;
         let (reception, tunnel_token) = match (&connection.tunnel, gateway) {
             (Some(tunnel), _) => (
@@ -177,14 +177,19 @@ async fn walk(
             (None, Some(destination)) => (Reception::Gateway(destination), None),
             (None, None) => (Reception::Proxy, None),
         };
-        EgressRequest::parse(&head, reception, tunnel_token)?
+        let (asked, presented) = EgressRequest::parse(&head, reception)?;
+        let presented = presented.or_else(|| tunnel_token.cloned());
+        (Arc::new(asked), presented)
     };
     exchange.asked(&asked);
     if asked.method == Method::CONNECT {
         let request = Request::from_parts(head, body);
-        return connect(connection, exchange, &snapshot, asked, request).await;
+        let opened = connect(connection, exchange, &snapshot, asked, presented, request);
+        return Box::pin(opened).await;
     }
-    let workload = exchange.attest(connection, &snapshot, &asked).await?;
+    let workload = exchange
+        .attest(connection, &snapshot, presented.as_ref())
+        .await?;
     let response = forward(connection, exchange, snapshot, workload, asked, head, body).await?;
     Ok(Answer::Response(response))
 }
@@ -217,12 +222,11 @@ async fn forward(
     exchange: &mut Exchange,
     mut snapshot: Arc<Snapshot>,
     workload: Arc<AttestedWorkload>,
-    asked: EgressRequest,
+    asked: Arc<EgressRequest>,
     head: http::request::Parts,
     body: Incoming,
 ) -> Result<Response<ResponseBody>, Refusal> {
     let worker = &connection.worker;
-    let asked = Rc::new(asked);
     let upgrade = head.extensions.get::<hyper::upgrade::OnUpgrade>().cloned();
     let idle = idle_of(&snapshot, &asked);
     let stream = Stream::new(idle);
@@ -240,7 +244,7 @@ async fn forward(
     let permission = Rc::new(Held {
         worker: Rc::downgrade(worker),
         workload: Arc::clone(&workload),
-        asked: Rc::clone(&asked),
+        asked: Arc::clone(&asked),
         under: RefCell::new(None),
     });
 
@@ -387,7 +391,7 @@ impl Worker {
         &self,
         snapshot: &Arc<Snapshot>,
         workload: &Arc<AttestedWorkload>,
-        asked: &EgressRequest,
+        asked: &Arc<EgressRequest>,
         exchange: &mut Exchange,
     ) -> Result<Permitted, Refusal> {
         let destination = match find_route(snapshot, asked) {
@@ -454,11 +458,13 @@ impl Worker {
         &self,
         reason: CutReason,
         workload: &Arc<AttestedWorkload>,
-        asked: &EgressRequest,
+        asked: &Arc<EgressRequest>,
         exchange: &mut Exchange,
     ) -> Refusal {
         match reason {
-            CutReason::Idle => Refusal::new(RefusalCode::UpstreamTimeout, reason.to_string()),
+            CutReason::NoResponse | CutReason::Idle => {
+                Refusal::new(RefusalCode::UpstreamTimeout, reason.to_string())
+            }
             CutReason::ShuttingDown => Refusal::new(RefusalCode::ShuttingDown, reason.to_string()),
             CutReason::PermissionEnded => {
                 let snapshot = self.agent.snapshot.load_full();
@@ -543,16 +549,12 @@ async fn send(
     });
     let sent_at = worker.agent.clock.monotonic();
     exchange.attempts = exchange.attempts.saturating_add(1);
+    stream.await_answer(way.connect_timeout + response_timeout);
     let answered = worker
         .upstreams
-        .send(
-            upstream,
-            workload.isolation_key(),
-            &way,
-            response_timeout,
-            stream,
-        )
+        .send(upstream, workload.isolation_key(), &way)
         .await;
+    stream.answered();
     exchange.upstream += worker.agent.clock.monotonic().saturating_sub(sent_at);
     answered
 }
@@ -620,7 +622,8 @@ async fn connect(
     connection: &Rc<Connection>,
     exchange: &mut Exchange,
     snapshot: &Arc<Snapshot>,
-    asked: EgressRequest,
+    asked: Arc<EgressRequest>,
+    presented: Option<PresentedToken>,
     request: Request<Incoming>,
 ) -> Result<Answer, Refusal> {
     let worker = &connection.worker;
@@ -633,14 +636,16 @@ async fn connect(
         let connection = Rc::clone(connection);
         spawn_local(async move {
             if let Ok(upgraded) = hyper::upgrade::on(request).await {
-                serve_tunnel(connection, upgraded, asked.target, asked.presented).await;
+                serve_tunnel(connection, upgraded, asked.target.clone(), presented).await;
             }
         });
         return Ok(Answer::Unrecorded(Response::new(ResponseBody::whole(
             Vec::new(),
         ))));
     }
-    let workload = exchange.attest(connection, snapshot, &asked).await?;
+    let workload = exchange
+        .attest(connection, snapshot, presented.as_ref())
+        .await?;
     let destination = destinations.first();
     exchange.destination(snapshot, destination);
     let wall = worker.agent.clock.wall();
@@ -689,7 +694,7 @@ async fn connect(
         Rc::new(Tunnelled {
             worker: Rc::downgrade(worker),
             lease: RefCell::new(grant.lease().clone()),
-            target: asked.target,
+            target: asked.target.clone(),
         }),
     );
     spawn_local(async move {
@@ -721,7 +726,7 @@ fn tunnel_question<'a>(
 struct Held {
     worker: Weak<Worker>,
     workload: Arc<AttestedWorkload>,
-    asked: Rc<EgressRequest>,
+    asked: Arc<EgressRequest>,
     under: RefCell<Option<Under>>,
 }
 

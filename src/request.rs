@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use base64::Engine;
 use countersign_attestors::PresentedToken;
@@ -28,8 +29,6 @@ pub struct EgressRequest {
     pub path: RequestPath,
     /// The exact path and query to be forwarded.
     pub path_and_query: PathAndQuery,
-    /// The token that this head, or this request's tunnel, presents.
-    pub presented: Option<PresentedToken>,
 }
 
 impl EgressRequest {
@@ -42,7 +41,7 @@ impl EgressRequest {
 /// A host and port, normalised: lower case, no trailing dot, IPv6 without brackets.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Target {
-    host: String,
+    host: Arc<str>,
     port: u16,
 }
 
@@ -100,7 +99,10 @@ impl Target {
         if port == 0 {
             return Err(malformed("has port 0"));
         }
-        Ok(Self { host, port })
+        Ok(Self {
+            host: host.into(),
+            port,
+        })
     }
 
     /// The host.
@@ -122,7 +124,7 @@ impl Target {
     pub fn to_authority(&self, scheme: Scheme) -> String {
         let host = match self.host.contains(':') {
             true => Cow::Owned(format!("[{}]", self.host)),
-            false => Cow::Borrowed(self.host.as_str()),
+            false => Cow::Borrowed(&*self.host),
         };
         match self.port == scheme.default_port() {
             true => host.into_owned(),
@@ -291,12 +293,11 @@ pub enum Reception<'a> {
 }
 
 impl EgressRequest {
-    /// Reads a request head. `tunnel_token` is the token that the tunnel was opened with.
+    /// Reads a request head: what is asked, and the token that the head presents.
     pub fn parse(
         head: &Parts,
         reception: Reception<'_>,
-        tunnel_token: Option<&PresentedToken>,
-    ) -> Result<Self, Refusal> {
+    ) -> Result<(Self, Option<PresentedToken>), Refusal> {
         if head.method == Method::TRACE {
             return Err(Refusal::new(
                 RefusalCode::MethodNotAllowed,
@@ -316,18 +317,15 @@ impl EgressRequest {
             Some(path_and_query) if head.method != Method::CONNECT => path_and_query.clone(),
             _ => PathAndQuery::from_static("/"),
         };
-        let presented = match presented_token(head, reception)? {
-            Some(token) => Some(token),
-            None => tunnel_token.cloned(),
-        };
-        Ok(Self {
+        let presented = presented_token(head, reception)?;
+        let asked = Self {
             method: head.method.clone(),
             scheme,
             target,
             path: RequestPath::parse(path_and_query.path()),
             path_and_query,
-            presented,
-        })
+        };
+        Ok((asked, presented))
     }
 }
 
@@ -375,7 +373,7 @@ fn proxy_target(head: &Parts, host: Option<&str>) -> Result<(Scheme, Target), Re
         }
     };
     let target = Target::parse(authority.as_str(), Some(scheme.default_port()))?;
-    if let Some(host) = host {
+    if let Some(host) = host.filter(|host| *host != authority.as_str()) {
         same_authority(&Target::parse(host, Some(scheme.default_port()))?, &target)?;
     }
     Ok((scheme, target))
@@ -438,7 +436,7 @@ fn gateway_target(destination: &Destination) -> Result<Target, Refusal> {
         ));
     };
     Ok(Target {
-        host: host.clone(),
+        host: host.as_str().into(),
         port: *port,
     })
 }

@@ -27,6 +27,9 @@ pub enum CutReason {
     /// Policy, revocation or the workload's attestation no longer permits it.
     #[error("the stream's permission ended")]
     PermissionEnded,
+    /// The destination was quiet for `timeouts.response_headers` before it answered.
+    #[error("the destination sent no response head in time")]
+    NoResponse,
     /// No byte passed in either direction for the destination's `timeouts.idle`.
     #[error("the stream was idle for too long")]
     Idle,
@@ -41,6 +44,8 @@ pub struct Stream {
     cut: Cell<Option<CutReason>>,
     last_activity: Cell<Instant>,
     idle: Duration,
+    /// How long the destination may be quiet while its answer is awaited.
+    awaited: Cell<Option<Duration>>,
     wakers: RefCell<Vec<Waker>>,
     held: RefCell<Option<Held>>,
 }
@@ -52,6 +57,7 @@ impl Stream {
             cut: Cell::new(None),
             last_activity: Cell::new(Instant::now()),
             idle,
+            awaited: Cell::new(None),
             wakers: RefCell::new(Vec::new()),
             held: RefCell::new(None),
         })
@@ -79,8 +85,24 @@ impl Stream {
         }
     }
 
-    fn is_idle_at(&self, now: Instant) -> bool {
-        now.duration_since(self.last_activity.get()) > self.idle
+    /// Limits how long nothing may pass until [`Stream::answered`].
+    pub fn await_answer(&self, quiet: Duration) {
+        self.touch();
+        self.awaited.set(Some(quiet));
+    }
+
+    /// Notes that the response's head has come.
+    pub fn answered(&self) {
+        self.awaited.set(None);
+    }
+
+    fn check_activity(&self, now: Instant) -> Result<(), CutReason> {
+        let quiet = now.saturating_duration_since(self.last_activity.get());
+        match self.awaited.get() {
+            Some(limit) if quiet > limit => Err(CutReason::NoResponse),
+            None if quiet > self.idle => Err(CutReason::Idle),
+            _ => Ok(()),
+        }
     }
 
     fn poll_cut(&self, context: &mut Context<'_>) -> Poll<CutReason> {
@@ -99,17 +121,6 @@ impl Stream {
     /// Why the stream was cut, if it was.
     pub fn cut_reason(&self) -> Option<CutReason> {
         self.cut.get()
-    }
-
-    /// Waits until no byte passed for `quiet`.
-    pub async fn until_quiet(&self, quiet: Duration) {
-        loop {
-            let quiet_at = self.last_activity.get() + quiet;
-            if Instant::now() >= quiet_at {
-                return;
-            }
-            tokio::time::sleep_until(quiet_at.into()).await;
-        }
     }
 
     /// Waits until the stream is cut.
@@ -147,11 +158,8 @@ impl OpenStreams {
             let Some(stream) = stream.upgrade() else {
                 return false;
             };
-            let verdict = match stream.is_idle_at(now) {
-                true => Err(CutReason::Idle),
-                false => permission.check(),
-            };
-            if let Err(reason) = verdict {
+            let verdict = stream.check_activity(now);
+            if let Err(reason) = verdict.and_then(|()| permission.check()) {
                 stream.cut(reason);
             }
             stream.cut.get().is_none()

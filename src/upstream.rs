@@ -33,7 +33,7 @@ use crate::inject::UpstreamRequest;
 use crate::local::LocalExecutor;
 use crate::refusal::{Refusal, RefusalCode};
 use crate::request::Target;
-use crate::streams::{RequestBody, Stream};
+use crate::streams::RequestBody;
 use crate::tls::ALPN_HTTP2;
 
 const IDLE: Duration = Duration::from_secs(30);
@@ -194,15 +194,12 @@ impl Upstreams {
         }
     }
 
-    /// Sends a request and waits for the response head, at most `response_timeout` after the last byte
-    /// of the body that passed: a long upload is not a slow answer.
+    /// Sends a request and waits for the response head.
     pub async fn send(
         &self,
         request: UpstreamRequest,
         isolation: &IsolationKey,
         way: &Way<'_>,
-        response_timeout: Duration,
-        stream: &Stream,
     ) -> Result<UpstreamResponse, Refusal> {
         let upgrade = request.is_upgrade();
         let needs_http2 = request.is_grpc();
@@ -216,61 +213,43 @@ impl Upstreams {
             http2_by_prior_knowledge: way.scheme == Scheme::Http && needs_http2 && !upgrade,
         };
         let mut request = request.into_http();
-        let send = async {
-            let mut connecting = None;
-            loop {
-                if upgrade {
-                    break;
+        let mut connecting = None;
+        let mut looks_in_pool = !upgrade;
+        while looks_in_pool {
+            while let Some(connection) = self.pooled(&key).await {
+                match self.attempt(connection, &key, way, request).await {
+                    Attempt::Answered(response) => return Ok(*response),
+                    Attempt::NotSent(returned) => request = *returned,
+                    Attempt::Failed(error) => return Err(protocol_refusal(way, &error)),
                 }
-                while let Some(connection) = self.pooled(&key).await {
-                    match self.attempt(connection, &key, way, request).await {
-                        Attempt::Answered(response) => return Ok(*response),
-                        Attempt::NotSent(returned) => request = *returned,
-                        Attempt::Failed(error) => return Err(protocol_refusal(way, &error)),
-                    }
-                }
-                // Once: where the first failed, or HTTP/1 is spoken, the rest go each their own way.
-                if connecting.is_some() || !self.may_be_shared(&key) {
-                    break;
-                }
+            }
+            // Once: where the first failed, or HTTP/1 is spoken, the rest go each their own way.
+            looks_in_pool = connecting.is_none() && self.may_be_shared(&key);
+            if looks_in_pool {
                 connecting = Some(self.connect_or_wait(&key).await);
-                if let Some(Some(_)) = connecting {
-                    break;
-                }
+                looks_in_pool = matches!(connecting, Some(None));
             }
-            let connection = self
-                .connect(way, upgrade, key.http2_by_prior_knowledge)
-                .await?;
-            self.remember(&key, way, &connection, upgrade);
-            drop(connecting);
-            match self.attempt(connection, &key, way, request).await {
-                Attempt::Answered(mut response) => {
-                    if upgrade {
-                        // An upgraded or once-used connection is never shared.
-                        response.connection = None;
-                    }
-                    Ok(*response)
+        }
+        // Boxed: connecting is rare, and its state would make every request's future large.
+        let connection = Box::pin(self.connect(way, upgrade, key.http2_by_prior_knowledge)).await?;
+        self.remember(&key, way, &connection, upgrade);
+        drop(connecting);
+        match self.attempt(connection, &key, way, request).await {
+            Attempt::Answered(mut response) => {
+                if upgrade {
+                    // An upgraded or once-used connection is never shared.
+                    response.connection = None;
                 }
-                Attempt::NotSent(_) => Err(Refusal::new(
-                    RefusalCode::UpstreamUnreachable,
-                    format!(
-                        "`{}` closed the connection before the request was sent",
-                        way.target
-                    ),
-                )),
-                Attempt::Failed(error) => Err(protocol_refusal(way, &error)),
+                Ok(*response)
             }
-        };
-        stream.touch();
-        tokio::select! {
-            answered = send => answered,
-            () = stream.until_quiet(response_timeout + way.connect_timeout) => Err(Refusal::new(
-                RefusalCode::UpstreamTimeout,
+            Attempt::NotSent(_) => Err(Refusal::new(
+                RefusalCode::UpstreamUnreachable,
                 format!(
-                    "`{}` sent no response head in {response_timeout:?}",
+                    "`{}` closed the connection before the request was sent",
                     way.target
                 ),
             )),
+            Attempt::Failed(error) => Err(protocol_refusal(way, &error)),
         }
     }
 
@@ -320,6 +299,9 @@ impl Upstreams {
             };
             if Instant::now() >= candidate.retire_at {
                 continue;
+            }
+            if candidate.sender.is_ready() {
+                return Some(Connected::Http1(candidate));
             }
             // One that answered before it had the whole request is busy until the rest is sent.
             if let Ok(Ok(())) = timeout(READY, candidate.sender.ready()).await {

@@ -14,6 +14,7 @@ use crate::audit::record::{
     AskedAndGranted, AttestedRecord, DecisionReference, Latency, LifecycleEvent, LifecycleRecord,
     Record, RequestRecord, TokenIssueRecord, TokenReference,
 };
+use crate::request::Target;
 
 /// Appends the record's members, from the first quotation mark to the closing brace.
 pub(super) fn append_members(record: &Record, text: &mut Vec<u8>) {
@@ -251,10 +252,13 @@ struct RequestLine<'a> {
     listener: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     destination: Option<&'a str>,
-    scheme: &'static str,
-    authority: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scheme: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    authority: Option<Displayed<&'a Target>>,
     method: &'a str,
-    path: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    path: Option<&'a str>,
     protocol: &'static str,
     #[serde(flatten)]
     common: Common<'a>,
@@ -268,6 +272,7 @@ fn is_one(attempts: &u8) -> bool {
 
 impl<'a> RequestLine<'a> {
     fn of(record: &'a RequestRecord) -> Self {
+        let asked = record.asked.as_deref();
         Self {
             time: Timestamp(record.time),
             kind: "request",
@@ -277,10 +282,10 @@ impl<'a> RequestLine<'a> {
             workload: record.workload.as_deref(),
             listener: &record.listener,
             destination: record.destination.as_deref(),
-            scheme: record.scheme.as_str(),
-            authority: &record.authority,
+            scheme: asked.map(|asked| asked.scheme.as_str()),
+            authority: asked.map(|asked| Displayed(&asked.target)),
             method: record.method.as_str(),
-            path: record.path.path(),
+            path: asked.map(|asked| asked.path_and_query.path()),
             protocol: protocol_name(record.protocol),
             common: Common::of(
                 record.credential.as_ref(),

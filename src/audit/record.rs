@@ -5,11 +5,10 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use countersign_attestors::{IsolationKey, WorkloadFacts};
-use http::uri::PathAndQuery;
 use http::{Method, StatusCode, Version};
 
-use crate::config::Scheme;
 use crate::policy::{Denial, Grant};
+use crate::request::EgressRequest;
 use crate::request_id::{RequestId, SessionId, TraceId};
 
 /// A record.
@@ -146,10 +145,10 @@ impl DecisionReference {
     pub fn of_grant(grant: &Grant) -> Self {
         Self {
             decided: Decided::Allow,
-            policies: grant.deciding_policies().into(),
+            policies: Arc::clone(grant.deciding_policies()),
             nearest: None,
             policy_version: Arc::clone(grant.policy_version()),
-            attributes: attributes(grant.attributes_read()),
+            attributes: Arc::clone(grant.attributes_read()),
         }
     }
 
@@ -157,21 +156,15 @@ impl DecisionReference {
     pub fn of_denial(denial: &Denial) -> Self {
         Self {
             decided: Decided::Deny,
-            policies: denial.policies.as_slice().into(),
+            policies: Arc::clone(&denial.policies),
             nearest: denial
                 .nearest
                 .as_ref()
                 .map(|nearest| Arc::clone(&nearest.policy)),
             policy_version: Arc::clone(&denial.policy_version),
-            attributes: attributes(&denial.attributes_read),
+            attributes: Arc::clone(&denial.attributes_read),
         }
     }
-}
-
-fn attributes(read: &[(String, String)]) -> Arc<[String]> {
-    read.iter()
-        .map(|(name, value)| format!("{name}={value}"))
-        .collect()
 }
 
 /// One request, answered.
@@ -191,14 +184,11 @@ pub struct RequestRecord {
     pub listener: Arc<str>,
     /// The destination's name; `None` when it matches none.
     pub destination: Option<Arc<str>>,
-    /// Host and port.
-    pub authority: Arc<str>,
-    /// The scheme.
-    pub scheme: Scheme,
+    /// What was asked; `None` when the head could not be read. The query is not recorded, for it may
+    /// hold secrets.
+    pub asked: Option<Arc<EgressRequest>>,
     /// The method.
     pub method: Method,
-    /// Path and query; the query is not recorded, for it may hold secrets.
-    pub path: PathAndQuery,
     /// The protocol spoken with the caller.
     pub protocol: Version,
     /// The status answered.

@@ -19,7 +19,7 @@ use http::{Method, StatusCode, Version};
 use super::verify::{ExpectedHead, VerifyError, Whole, verify};
 use super::*;
 use crate::clock::SystemClock;
-use crate::config::Scheme;
+use crate::request::EgressRequest;
 use crate::request_id::{RequestId, SessionId, TraceContext};
 
 /// Long enough for a machine under load; nothing waits that long unless it is broken.
@@ -40,6 +40,10 @@ fn facts() -> WorkloadFacts {
     }
 }
 
+fn asked(text: &str) -> Option<Arc<EgressRequest>> {
+    Some(Arc::new(crate::policy::described::request(text).unwrap()))
+}
+
 fn request() -> RequestRecord {
     let now = SystemTime::now();
     let scopes: Arc<[String]> = vec!["orders.read".to_owned()].into();
@@ -52,10 +56,8 @@ fn request() -> RequestRecord {
         workload: Some(workload_summary(&facts())),
         listener: "workloads".into(),
         destination: Some("orders".into()),
-        authority: "orders.countersign.test:443".into(),
-        scheme: Scheme::Https,
+        asked: asked("GET https://orders.countersign.test/v1/orders?key=never-recorded"),
         method: Method::GET,
-        path: "/v1/orders?key=never-recorded".parse().unwrap(),
         protocol: Version::HTTP_2,
         status: StatusCode::OK,
         decision: Some(DecisionReference {
@@ -92,7 +94,7 @@ fn request() -> RequestRecord {
 fn denied() -> RequestRecord {
     RequestRecord {
         method: Method::DELETE,
-        path: "/v1/orders/7".parse().unwrap(),
+        asked: asked("DELETE https://orders.countersign.test/v1/orders/7"),
         status: StatusCode::FORBIDDEN,
         decision: Some(DecisionReference {
             decided: Decided::Deny,

@@ -369,7 +369,7 @@ fn explain_described(
             wall,
         }));
     };
-    let request = described::request(text)?;
+    let request = Arc::new(described::request(text)?);
     let routes = Routes::new(config);
     let question: OwnedQuestion = match route(&routes, &request) {
         Route::Destination(destination) => {

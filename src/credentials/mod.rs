@@ -789,7 +789,7 @@ fn ask(grant: &Grant, purpose: Purpose) -> Result<Ask<'_>, Refusal> {
         purpose,
         credential: &credential.name,
         scopes: grant.scopes(),
-        audience: grant.audience(),
+        audience: grant.audience().map(AsRef::as_ref),
         max_lifetime: grant.max_lifetime(),
         facts: workload.facts(),
         presented: workload.presented(),

@@ -33,7 +33,6 @@ const SNIFF_TIMEOUT: Duration = Duration::from_secs(5);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a request head may take (slowloris).
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
-const MAXIMUM_HEADERS: usize = 100;
 const MAXIMUM_HEADER_LIST: u32 = 64 * 1024;
 const MAXIMUM_STREAMS: u32 = 250;
 /// An open connection or tunnel may idle this long between requests.
@@ -160,7 +159,8 @@ where
     Ok((stream, http2))
 }
 
-/// Ends a tunnel when its caller's attestation ends: exit, exec, or expiry of what it presented.
+/// Ends a connection in good order when the agent is, and when its caller's attestation ends: exit,
+/// exec, or expiry of what it presented.
 struct CallerLives {
     connection: std::rc::Weak<Connection>,
 }
@@ -168,6 +168,9 @@ struct CallerLives {
 impl Permission for CallerLives {
     fn check(&self) -> Result<(), CutReason> {
         match self.connection.upgrade() {
+            Some(connection) if *connection.worker.agent.draining.borrow() => {
+                Err(CutReason::ShuttingDown)
+            }
             Some(connection) if connection.is_permitted() => Ok(()),
             _ => Err(CutReason::PermissionEnded),
         }
@@ -202,14 +205,8 @@ where
             }
         })
     };
-    let mut draining = worker.agent.draining.subscribe();
-    let until_drained = async {
-        tokio::select! {
-            _ = draining.wait_for(|draining| *draining) => {}
-            _ = stream.until_cut() => {}
-        }
-    };
-    tokio::pin!(until_drained);
+    let until_cut = stream.until_cut();
+    tokio::pin!(until_cut);
     let ended = if http2 {
         let served = http2::Builder::new(LocalExecutor)
             .timer(TokioTimer::new())
@@ -220,7 +217,7 @@ where
         tokio::pin!(served);
         tokio::select! {
             ended = served.as_mut() => ended,
-            () = &mut until_drained => {
+            _ = &mut until_cut => {
                 served.as_mut().graceful_shutdown();
                 served.await
             }
@@ -229,14 +226,13 @@ where
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEADER_TIMEOUT)
-            .max_headers(MAXIMUM_HEADERS)
             .half_close(true)
             .serve_connection(TokioIo::new(WithInterim { io, interim }), service)
             .with_upgrades();
         tokio::pin!(served);
         tokio::select! {
             ended = served.as_mut() => ended,
-            () = &mut until_drained => {
+            _ = &mut until_cut => {
                 served.as_mut().graceful_shutdown();
                 served.await
             }

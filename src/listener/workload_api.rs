@@ -385,8 +385,8 @@ impl Caller {
                 }
                 refusal
             })?;
-            record.asked_and_granted.scopes_granted = grant.scopes().into();
-            record.asked_and_granted.audience_granted = grant.audience().map(Arc::from);
+            record.asked_and_granted.scopes_granted = Arc::clone(grant.scopes());
+            record.asked_and_granted.audience_granted = grant.audience().cloned();
             let lease = grant.lease().clone();
             let issued = agent.credentials.issue(grant).await?;
             let current = agent.snapshot.load_full();

@@ -207,7 +207,7 @@ struct Described {
 
 /// What a case asks.
 enum Asked {
-    Request(Box<EgressRequest>),
+    Request(Arc<EgressRequest>),
     Issue {
         credential: Arc<crate::config::CredentialConfig>,
         scopes: Vec<String>,
@@ -403,7 +403,7 @@ impl Tester<'_> {
                 Some(_) => {
                     Err("`scopes` belongs to `issue`; a request's are its destination's".to_owned())
                 }
-                None => Ok(Asked::Request(Box::new(described::request(request)?))),
+                None => Ok(Asked::Request(Arc::new(described::request(request)?))),
             },
             (None, Some(name)) => {
                 let credential = self

@@ -23,17 +23,17 @@ pub enum Decision {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Permission {
     /// The satisfied permits, by id.
-    pub policies: Vec<Arc<str>>,
+    pub policies: Arc<[Arc<str>]>,
     /// The smallest `@max_lifetime` of them.
     pub max_lifetime: Option<Duration>,
     /// The scopes asked for, as far as one of them allows it by `@scopes`.
-    pub scopes: Vec<String>,
+    pub scopes: Arc<[String]>,
     /// The audience asked for.
-    pub audience: Option<String>,
+    pub audience: Option<Arc<str>>,
     /// `principal.environment`.
     pub environment: Arc<str>,
-    /// `GROUP.NAME` and value of the attributes that the deciding policies read.
-    pub attributes_read: Vec<(String, String)>,
+    /// `GROUP.NAME=VALUE` of the attributes that the deciding policies read.
+    pub attributes_read: Arc<[String]>,
     /// When the last of the satisfied permits expires by `@expires`; `None` if one of them does not.
     #[serde(skip)]
     pub valid_until: Option<SystemTime>,
@@ -46,15 +46,15 @@ pub struct Denial {
     #[serde(flatten)]
     pub kind: DenialKind,
     /// The deciding policies: satisfied forbids, or those that failed to evaluate.
-    pub policies: Vec<Arc<str>>,
+    pub policies: Arc<[Arc<str>]>,
     /// The version of the policies that decided.
     pub policy_version: Arc<str>,
     /// The permit that came nearest, where none was satisfied.
     pub nearest: Option<NearestMiss>,
     /// `principal.environment`; `unknown` where the question never reached the policies.
     pub environment: Arc<str>,
-    /// `GROUP.NAME` and value of the attributes that the deciding policies read.
-    pub attributes_read: Vec<(String, String)>,
+    /// `GROUP.NAME=VALUE` of the attributes that the deciding policies read.
+    pub attributes_read: Arc<[String]>,
 }
 
 /// The kinds of no.
@@ -126,11 +126,11 @@ impl Denial {
     pub(crate) fn before_policies(kind: DenialKind, policy_version: &Arc<str>) -> Self {
         Self {
             kind,
-            policies: Vec::new(),
+            policies: Arc::default(),
             policy_version: Arc::clone(policy_version),
             nearest: None,
             environment: Arc::from(super::principal::UNKNOWN_ENVIRONMENT),
-            attributes_read: Vec::new(),
+            attributes_read: Arc::default(),
         }
     }
 

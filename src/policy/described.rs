@@ -47,7 +47,6 @@ pub fn request(text: &str) -> Result<EgressRequest, String> {
             .path_and_query()
             .cloned()
             .unwrap_or(PathAndQuery::from_static("/")),
-        presented: None,
     })
 }
 

@@ -417,7 +417,7 @@ impl PolicyEngine {
             let attributes_read = self.values_read(facts, &policies);
             Decision::Deny(Arc::new(Denial {
                 kind,
-                policies,
+                policies: policies.into(),
                 policy_version: Arc::clone(&self.version),
                 nearest: None,
                 environment: Arc::clone(&principal.environment),
@@ -499,7 +499,7 @@ impl PolicyEngine {
                         let nearest = conditions::nearest_miss(slice, &prepared, question);
                         Decision::Deny(Arc::new(Denial {
                             kind: DenialKind::NoPermit,
-                            policies: Vec::new(),
+                            policies: Arc::default(),
                             policy_version: Arc::clone(&self.version),
                             attributes_read: nearest
                                 .as_ref()
@@ -709,7 +709,7 @@ impl PolicyEngine {
     }
 
     /// The established values of what these policies read.
-    fn values_read(&self, facts: &WorkloadFacts, policies: &[Arc<str>]) -> Vec<(String, String)> {
+    fn values_read(&self, facts: &WorkloadFacts, policies: &[Arc<str>]) -> Arc<[String]> {
         let mut attributes = BTreeSet::new();
         for policy in policies {
             if let Some(policy) = self.by_id.get(&PolicyId::new(&**policy)) {
@@ -719,8 +719,8 @@ impl PolicyEngine {
         attributes
             .into_iter()
             .filter_map(|(group, name)| {
-                let value = facts.attribute(&group, &name)?.to_string();
-                Some((format!("{group}.{name}"), value))
+                let value = facts.attribute(&group, &name)?;
+                Some(format!("{group}.{name}={value}"))
             })
             .collect()
     }
@@ -842,10 +842,10 @@ fn permission(
             .iter()
             .filter_map(|permit| permit.max_lifetime)
             .min(),
-        scopes,
-        audience: audience.map(str::to_owned),
+        scopes: scopes.into(),
+        audience: audience.map(Arc::from),
         environment: Arc::clone(&principal.environment),
-        attributes_read: Vec::new(),
+        attributes_read: Arc::default(),
         valid_until: expiries.and_then(|expiries| expiries.into_iter().max()),
     })
 }

@@ -192,7 +192,7 @@ fn explain(
             explanation.allowed = true;
             explanation.permits = permission.policies.iter().filter_map(explained).collect();
             explanation.max_lifetime = permission.max_lifetime.map(duration_text);
-            explanation.scopes = permission.scopes.clone();
+            explanation.scopes = permission.scopes.to_vec();
         }
         Decision::Deny(denial) => {
             let refusal = denial.to_refusal(question);

@@ -71,7 +71,7 @@ impl Grant {
     }
 
     /// The satisfied permits, by id.
-    pub fn deciding_policies(&self) -> &[Arc<str>] {
+    pub fn deciding_policies(&self) -> &Arc<[Arc<str>]> {
         &self.permission.policies
     }
 
@@ -91,13 +91,13 @@ impl Grant {
     }
 
     /// The scopes asked for, after `@scopes`.
-    pub fn scopes(&self) -> &[String] {
+    pub fn scopes(&self) -> &Arc<[String]> {
         &self.permission.scopes
     }
 
     /// The audience asked for.
-    pub fn audience(&self) -> Option<&str> {
-        self.permission.audience.as_deref()
+    pub fn audience(&self) -> Option<&Arc<str>> {
+        self.permission.audience.as_ref()
     }
 
     /// How long a token may be used after it was minted, by `@max_lifetime`.
@@ -115,8 +115,8 @@ impl Grant {
         &self.lease.workload
     }
 
-    /// `GROUP.NAME` and value of the attributes that the deciding policies read, for the audit.
-    pub fn attributes_read(&self) -> &[(String, String)] {
+    /// `GROUP.NAME=VALUE` of the attributes that the deciding policies read, for the audit.
+    pub fn attributes_read(&self) -> &Arc<[String]> {
         &self.permission.attributes_read
     }
 

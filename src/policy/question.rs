@@ -96,13 +96,13 @@ pub struct Question<'a> {
     /// Where the traffic goes: `context.destination`; `None` for traffic to no configured destination and for `issue`.
     pub destination: Option<&'a Arc<Destination>>,
     /// The request: `context.request`; `None` for `issue` and for a tunnel whose requests are not seen.
-    pub request: Option<&'a EgressRequest>,
+    pub request: Option<&'a Arc<EgressRequest>>,
     /// Now: `context.time`, `context.local`.
     pub wall: SystemTime,
 }
 
 impl Question<'_> {
-    /// A copy that outlives the request. The presented token is left behind.
+    /// A copy that outlives the request, and shares it.
     pub fn to_owned(&self) -> OwnedQuestion {
         OwnedQuestion {
             action: self.action,
@@ -122,10 +122,7 @@ impl Question<'_> {
                 Resource::Unmatched => OwnedResource::Unmatched,
             },
             destination: self.destination.map(Arc::clone),
-            request: self.request.map(|request| EgressRequest {
-                presented: None,
-                ..request.clone()
-            }),
+            request: self.request.map(Arc::clone),
             wall: self.wall,
         }
     }
@@ -173,8 +170,8 @@ pub struct OwnedQuestion {
     pub resource: OwnedResource,
     /// As in [`Question`].
     pub destination: Option<Arc<Destination>>,
-    /// As in [`Question`], without the presented token.
-    pub request: Option<EgressRequest>,
+    /// As in [`Question`].
+    pub request: Option<Arc<EgressRequest>>,
     /// As in [`Question`].
     pub wall: SystemTime,
 }

@@ -28,7 +28,7 @@ pub fn route<'a>(routes: &'a Routes, request: &EgressRequest) -> Route<'a> {
 /// `inject` for each credential; one `connect` for a destination without.
 pub fn questions<'a>(
     destination: &'a Arc<Destination>,
-    request: Option<&'a EgressRequest>,
+    request: Option<&'a Arc<EgressRequest>>,
     wall: SystemTime,
 ) -> impl Iterator<Item = (Question<'a>, Option<&'a CredentialUse>)> {
     let injections = destination.credentials.iter().map(move |credential_use| {
@@ -59,7 +59,7 @@ pub fn questions<'a>(
 }
 
 /// The question that traffic to no configured destination raises.
-pub fn unmatched(request: Option<&EgressRequest>, wall: SystemTime) -> Question<'_> {
+pub fn unmatched(request: Option<&Arc<EgressRequest>>, wall: SystemTime) -> Question<'_> {
     Question {
         action: Action::Connect,
         resource: Resource::Unmatched,

@@ -13,6 +13,7 @@ mod tests;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, sockopt};
@@ -27,7 +28,7 @@ use socket_diagnostics::TcpSocket;
 #[derive(Debug)]
 pub(crate) struct Peer {
     /// Never empty. More than one only where all attest the same.
-    processes: Vec<Process>,
+    processes: Vec<Arc<Process>>,
     /// In the words of [`crate::workload::WorkloadFacts::evidence`].
     words: Vec<&'static str>,
 }
@@ -123,11 +124,12 @@ impl Peer {
         if !processes.iter().all(Process::exec_is_seen) {
             words.push("weaker:exec_unseen");
         }
+        let processes = processes.into_iter().map(Process::shared).collect();
         Self { processes, words }
     }
 
     pub(crate) fn process(&self) -> Option<&Process> {
-        self.processes.first()
+        self.processes.first().map(Arc::as_ref)
     }
 
     pub(crate) fn words(&self) -> &[&'static str] {

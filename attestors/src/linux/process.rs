@@ -1,12 +1,13 @@
 //! One live process: a pidfd, its open `/proc` directory, and what was read through it.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -23,6 +24,12 @@ const CHECK_AGAIN_AFTER: Duration = Duration::from_millis(1);
 
 /// No file of procfs that is read here comes near this; a longer one is not believed.
 const LARGEST_PROC_FILE: u64 = 4 * 1024 * 1024;
+
+/// Processes found before, by number: a caller's connections share its descriptors and its checks.
+static KNOWN: LazyLock<Mutex<HashMap<u32, Weak<Process>>>> = LazyLock::new(Mutex::default);
+
+/// Above this many, numbers whose process is no longer held are forgotten.
+const FORGET_ABOVE: usize = 1024;
 
 /// A process that held a caller's socket.
 #[derive(Debug)]
@@ -104,6 +111,25 @@ impl Process {
             Err(error) if gone(&error) => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// This process as it was found before, if nothing about it has changed since.
+    pub(super) fn shared(self) -> Arc<Self> {
+        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(before) = known.get(&self.pid).and_then(Weak::upgrade)
+            // One that lives still has its number, so that both are the same process.
+            && matches!(exited(&before.pidfd), Ok(false))
+            && before.credentials == self.credentials
+            && before.executable == self.executable
+        {
+            return before;
+        }
+        if known.len() > FORGET_ABOVE {
+            known.retain(|_, process| process.strong_count() > 0);
+        }
+        let process = Arc::new(self);
+        known.insert(process.pid, Arc::downgrade(&process));
+        process
     }
 
     /// The process number. It names the process only while the process lives.

@@ -36,14 +36,11 @@ fn the_design_s_example_decides_as_it_says() {
     };
     assert_eq!(deciding(&allowed), ["orders-service-reads-orders"]);
     assert_eq!(permission.max_lifetime, Some(Duration::from_secs(600)));
-    assert_eq!(permission.scopes, scopes);
+    assert_eq!(*permission.scopes, scopes);
     assert_eq!(&*permission.environment, "prod");
     assert_eq!(
-        permission.attributes_read,
-        [(
-            "systemd.system_unit".to_owned(),
-            "orders.service".to_owned()
-        )]
+        *permission.attributes_read,
+        ["systemd.system_unit=orders.service".to_owned()]
     );
 
     let denied = engine.evaluate(&orders(), &fixture.inject("orders-api", &scopes, &delete));
@@ -430,7 +427,7 @@ fn a_grant_says_what_was_decided() {
     assert_eq!(grant.action(), Action::Inject);
     assert_eq!(grant.credential().unwrap().name, "orders-api");
     assert_eq!(grant.destination().unwrap().name, "orders");
-    assert_eq!(grant.scopes(), scopes);
+    assert_eq!(**grant.scopes(), scopes);
     assert_eq!(grant.audience(), None);
     assert_eq!(grant.max_lifetime(), Some(Duration::from_secs(600)));
     assert_eq!(

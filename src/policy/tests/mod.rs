@@ -134,7 +134,7 @@ impl Fixture {
         &'a self,
         credential: &str,
         scopes: &'a [String],
-        request: &'a EgressRequest,
+        request: &'a Arc<EgressRequest>,
     ) -> Question<'a> {
         Question {
             action: Action::Inject,
@@ -155,8 +155,8 @@ pub(super) fn noon() -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(1_795_003_200)
 }
 
-pub(super) fn request(text: &str) -> EgressRequest {
-    described::request(text).unwrap()
+pub(super) fn request(text: &str) -> Arc<EgressRequest> {
+    Arc::new(described::request(text).unwrap())
 }
 
 /// Facts by `GROUP.NAME` and value.

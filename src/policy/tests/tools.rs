@@ -342,15 +342,12 @@ fn a_case_that_cannot_be_read_is_no_case_that_failed() {
 }
 
 #[test]
-fn the_ring_keeps_the_last_decisions_and_no_token() {
+fn the_ring_keeps_the_last_decisions() {
     let fixture = Fixture::new();
     let snapshot = fixture.snapshot(READS_ORDERS);
     let ring = DecisionRing::new();
     let workload = attested(stranger());
-    let mut get = request("GET https://orders.example.com/v1/orders");
-    get.presented = Some(countersign_attestors::PresentedToken::new(
-        "token".to_owned(),
-    ));
+    let get = request("GET https://orders.example.com/v1/orders");
     let question = fixture.inject("orders-api", &[], &get);
     let denial = snapshot.decide(&workload, &question).unwrap_err();
     let ids: Vec<RequestId> = (0..=RING_CAPACITY)
@@ -362,7 +359,6 @@ fn the_ring_keeps_the_last_decisions_and_no_token() {
     assert_eq!(ring.len(), RING_CAPACITY);
     assert!(ring.find(ids[0]).is_none());
     let found = ring.find(ids[RING_CAPACITY]).unwrap();
-    assert!(found.question.request.as_ref().unwrap().presented.is_none());
     assert_eq!(found.isolation_key, *workload.isolation_key());
     assert!(Arc::ptr_eq(&found.facts, &ring.find(ids[1]).unwrap().facts));
     let explanation = explain::recorded(&found);
