@@ -31,8 +31,8 @@ pub struct Agent {
     pub control: tokio::runtime::Handle,
     /// What each identity holds of the agent.
     pub limits: IdentityLimits,
-    /// Where listeners were bound at start, by name.
-    pub bound_listeners: HashMap<String, Bind>,
+    /// Where listeners are bound, by name.
+    pub bound_listeners: ArcSwap<HashMap<String, Bind>>,
     /// Whether a refusal tells its caller which policy came nearest: in `dev` only.
     pub tells_nearest: bool,
     /// The last decisions, for `policy explain`.

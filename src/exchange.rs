@@ -150,6 +150,7 @@ impl Exchange {
         question: &Question<'_>,
         reported: bool,
     ) {
+        self.lease = None;
         self.question(question, &Arc::default());
         let decided = match reported {
             true => Decided::ReportOnly,

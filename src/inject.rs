@@ -52,7 +52,8 @@ impl UpstreamRequest {
 pub fn is_grpc(headers: &HeaderMap) -> bool {
     headers
         .get(CONTENT_TYPE)
-        .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
+        .and_then(|value| value.as_bytes().strip_prefix(b"application/grpc"))
+        .is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
 }
 
 /// Why a credential was not put on a request.
@@ -133,10 +134,7 @@ fn check_lease(
         Err(LeaseEnded::SnapshotReplaced | LeaseEnded::PolicyExpired) => {
             Err(NotInjected::DecideAgain(Box::new(request)))
         }
-        Err(LeaseEnded::Attestation(ended)) => Err(NotInjected::Refused(Refusal::new(
-            RefusalCode::AttestationEnded,
-            ended.to_string(),
-        ))),
+        Err(LeaseEnded::Attestation(ended)) => Err(NotInjected::Refused(ended.into())),
     }
 }
 
@@ -192,9 +190,28 @@ fn strip_credentials(headers: &mut HeaderMap) {
     headers.remove(AUTHORIZATION);
 }
 
+const CONNECTION_HEADERS: [HeaderName; 9] = [
+    CONNECTION,
+    TE,
+    TRANSFER_ENCODING,
+    PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION,
+    HeaderName::from_static("proxy-connection"),
+    HeaderName::from_static("proxy-authentication-info"),
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("http2-settings"),
+];
+
+fn concerns_one_connection(name: &HeaderName) -> bool {
+    *name == UPGRADE || CONNECTION_HEADERS.contains(name)
+}
+
 /// Removes what concerns one connection only (RFC 9110 section 7.6.1). Returns whether the request
 /// asks for an upgrade; then `Connection` and `Upgrade` are set anew.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> bool {
+    if !headers.keys().any(concerns_one_connection) {
+        return false;
+    }
     let mut named: Vec<HeaderName> = Vec::new();
     let mut upgrade = false;
     for value in headers.get_all(CONNECTION) {
@@ -217,23 +234,18 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> bool {
         .get_all(TE)
         .iter()
         .any(|value| value.as_bytes().eq_ignore_ascii_case(b"trailers"));
-    for name in [
-        CONNECTION,
-        TE,
-        TRANSFER_ENCODING,
-        PROXY_AUTHENTICATE,
-        PROXY_AUTHORIZATION,
-        HeaderName::from_static("proxy-connection"),
-        HeaderName::from_static("proxy-authentication-info"),
-        HeaderName::from_static("keep-alive"),
-        HeaderName::from_static("http2-settings"),
-    ] {
+    for name in &CONNECTION_HEADERS {
         headers.remove(name);
     }
     if trailers_accepted {
         headers.insert(TE, HeaderValue::from_static("trailers"));
     }
-    match (upgrade, headers.contains_key(UPGRADE)) {
+    // An HTTP/2 inside would carry requests that nobody decides on (RFC 9113 section 3.1).
+    let leads_past_us = headers.get_all(UPGRADE).iter().any(|protocol| {
+        let protocol = protocol.as_bytes().to_ascii_lowercase();
+        protocol.starts_with(b"h2c") || protocol.starts_with(b"tls") || protocol.contains(&b',')
+    });
+    match (upgrade && !leads_past_us, headers.contains_key(UPGRADE)) {
         (true, true) => {
             headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
             true
@@ -310,6 +322,12 @@ mod tests {
                 &["connection: upgrade", "upgrade: websocket"],
             ),
             (&[("connection", "upgrade")], false, &[]),
+            (&[("connection", "upgrade"), ("upgrade", "h2c")], false, &[]),
+            (
+                &[("connection", "upgrade"), ("upgrade", "websocket, h2c")],
+                false,
+                &[],
+            ),
             (&[("transfer-encoding", "chunked")], false, &[]),
         ];
         for (headers, upgrade, left) in rows {

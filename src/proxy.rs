@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use countersign_attestors::{AttestedWorkload, PresentedToken};
-use http::header::{ALT_SVC, HeaderName, WWW_AUTHENTICATE};
+use http::header::{ALT_SVC, AUTHORIZATION, HeaderName, WWW_AUTHENTICATE};
 use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use hyper::body::{Body, Incoming};
 use hyper_util::rt::TokioIo;
@@ -163,7 +163,7 @@ async fn walk(
 ) -> Result<Answer, Refusal> {
     let worker = &connection.worker;
     let snapshot = worker.agent.snapshot.load_full();
-    let (head, body) = request.into_parts();
+    let (mut head, body) = request.into_parts();
     let (asked, presented) = {
         let gateway = gateway_destination(connection, &snapshot)?;
         let (reception, tunnel_token) = match (&connection.tunnel, gateway) {
@@ -190,6 +190,10 @@ async fn walk(
     let workload = exchange
         .attest(connection, &snapshot, presented.as_ref())
         .await?;
+    if connection.entry.gateway.is_some() && workload.presented().is_some() {
+        // It is for the agent, and would serve whoever gets it as an assertion.
+        head.headers.remove(AUTHORIZATION);
+    }
     let response = forward(connection, exchange, snapshot, workload, asked, head, body).await?;
     Ok(Answer::Response(response))
 }
@@ -241,7 +245,7 @@ async fn forward(
     *request.uri_mut() = http::Uri::from(asked.path_and_query.clone());
     connection.pass_interim(&mut request);
     let mut token_was_rejected = false;
-    let permission = Rc::new(Held {
+    let permission = Rc::new(OpenRequest {
         worker: Rc::downgrade(worker),
         workload: Arc::clone(&workload),
         asked: Arc::clone(&asked),
@@ -437,11 +441,18 @@ impl Worker {
         match answered {
             Ok((grant, question, _)) => {
                 exchange.granted(snapshot, &grant, &question);
+                let verdict = match grant.action() {
+                    Action::Connect => Verdict::Connect(grant),
+                    Action::Inject => Verdict::Inject(grant),
+                    Action::Issue => {
+                        return Err(Refusal::new(
+                            RefusalCode::PolicyDenied,
+                            "a token was granted to the workload, and none to its request",
+                        ));
+                    }
+                };
                 Ok(Permitted {
-                    verdict: match grant.action() {
-                        Action::Connect => Verdict::Connect(grant),
-                        Action::Inject | Action::Issue => Verdict::Inject(grant),
-                    },
+                    verdict,
                     destination: destination.cloned(),
                 })
             }
@@ -648,21 +659,7 @@ async fn connect(
         .await?;
     let destination = destinations.first();
     exchange.destination(snapshot, destination);
-    let wall = worker.agent.clock.wall();
-    let question = tunnel_question(snapshot, destination, wall).ok_or_else(|| {
-        Refusal::new(
-            RefusalCode::DestinationNotConfigured,
-            format!("no destination is configured for `{}`", asked.target),
-        )
-    })?;
-    let grant = match worker.ask(snapshot, &workload, &question) {
-        Ok(grant) => grant,
-        Err(denial) => {
-            exchange.denied(snapshot, &workload, &denial, &question, false);
-            return Err(worker.refusal(&denial, &question));
-        }
-    };
-    exchange.granted(snapshot, &grant, &question);
+    let grant = permit_tunnel(worker, snapshot, &workload, &asked.target, Some(exchange))?;
     let prepared = destination.and_then(|destination| snapshot.prepared.get(&destination.name));
     let way = Way {
         destination,
@@ -707,23 +704,58 @@ async fn connect(
     ))))
 }
 
-/// The question that a blind tunnel raises; `None` where tunnels are not opened.
-fn tunnel_question<'a>(
-    snapshot: &Snapshot,
-    destination: Option<&'a Arc<Destination>>,
-    wall: SystemTime,
-) -> Option<Question<'a>> {
-    match destination {
-        Some(destination) => questions(destination, None, wall)
-            .map(|(question, _)| question)
-            .find(|question| question.action == Action::Connect),
-        None => (snapshot.config.unmatched == Unmatched::Tunnel).then(|| unmatched(None, wall)),
+/// Decides on a blind tunnel: nobody sees which of the destinations at its host and port its requests
+/// are for, so `connect` must be permitted for each.
+fn permit_tunnel(
+    worker: &Worker,
+    snapshot: &Arc<Snapshot>,
+    workload: &Arc<AttestedWorkload>,
+    target: &Target,
+    mut exchange: Option<&mut Exchange>,
+) -> Result<Grant, Refusal> {
+    let destinations = snapshot.routes.at(target.host(), target.port());
+    let wall = worker.agent.clock.wall();
+    let not_covered = |detail: String| Refusal::new(RefusalCode::DestinationNotConfigured, detail);
+    if let Some(partial) = destinations
+        .iter()
+        .find(|destination| !destination.paths.cover_everything())
+    {
+        return Err(not_covered(format!(
+            "destination `{}` covers some paths only, and a tunnel shows none",
+            partial.name
+        )));
     }
+    let mut all: Vec<Question<'_>> = destinations
+        .iter()
+        .flat_map(|destination| questions(destination, None, wall))
+        .map(|(question, _)| question)
+        .collect();
+    if all.is_empty() && snapshot.config.unmatched == Unmatched::Tunnel {
+        all.push(unmatched(None, wall));
+    }
+    let mut permitted = None;
+    for question in &all {
+        match worker.ask(snapshot, workload, question) {
+            Ok(grant) => {
+                if let Some(exchange) = exchange.as_deref_mut() {
+                    exchange.granted(snapshot, &grant, question);
+                }
+                permitted = Some(grant);
+            }
+            Err(denial) => {
+                if let Some(exchange) = exchange.as_deref_mut() {
+                    exchange.denied(snapshot, workload, &denial, question, false);
+                }
+                return Err(worker.refusal(&denial, question));
+            }
+        }
+    }
+    permitted.ok_or_else(|| not_covered(format!("no destination is configured for `{target}`")))
 }
 
 /// The permission of an open request, response stream or upgrade: decided again under each new
 /// snapshot.
-struct Held {
+struct OpenRequest {
     worker: Weak<Worker>,
     workload: Arc<AttestedWorkload>,
     asked: Arc<EgressRequest>,
@@ -744,7 +776,7 @@ struct Injected {
     token_sha256: Arc<str>,
 }
 
-impl Held {
+impl OpenRequest {
     /// Holds `stream` under what was decided last.
     fn hold(
         self: &Rc<Self>,
@@ -773,7 +805,7 @@ impl Held {
     }
 }
 
-impl Permission for Held {
+impl Permission for OpenRequest {
     fn check(&self) -> Result<(), CutReason> {
         let worker = self.worker.upgrade().ok_or(CutReason::ShuttingDown)?;
         let snapshot = worker.agent.snapshot.load_full();
@@ -837,9 +869,7 @@ impl Permission for Tunnelled {
         let snapshot = worker.agent.snapshot.load_full();
         let wall = worker.agent.clock.wall();
         renew(&mut self.lease.borrow_mut(), &snapshot, wall, |workload| {
-            let destinations = snapshot.routes.at(self.target.host(), self.target.port());
-            let question = tunnel_question(&snapshot, destinations.first(), wall)?;
-            worker.ask(&snapshot, workload, &question).ok()
+            permit_tunnel(&worker, &snapshot, workload, &self.target, None).ok()
         })
     }
 }

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use countersign_attestors::AttestationEnded;
 use http::StatusCode;
 
 /// A refusal: the code, what happened in this case, and when to come back.
@@ -247,5 +248,15 @@ impl RefusalCode {
     /// The stable code.
     pub const fn as_str(self) -> &'static str {
         self.properties().code
+    }
+}
+
+impl From<AttestationEnded> for Refusal {
+    fn from(ended: AttestationEnded) -> Self {
+        let code = match ended {
+            AttestationEnded::EvidenceExpired => RefusalCode::ProxyTokenRequired,
+            AttestationEnded::Exited | AttestationEnded::Executed => RefusalCode::AttestationEnded,
+        };
+        Self::new(code, ended.to_string())
     }
 }

@@ -16,6 +16,9 @@ use percent_encoding::percent_decode_str;
 use crate::config::{Destination, Scheme};
 use crate::refusal::{Refusal, RefusalCode};
 
+/// How often a path may be encoded over: more would cost time that grows with the square of its length.
+const DECODING_ROUNDS: usize = 4;
+
 /// A request as the agent understands it.
 #[derive(Debug, Clone)]
 pub struct EgressRequest {
@@ -213,7 +216,13 @@ impl RequestPath {
             };
         };
         let encoded_slash = path.to_ascii_lowercase().contains("%2f");
-        let fully_decoded = normalise(&decode_repeatedly(&once));
+        let Some(decoded) = decode_repeatedly(&once) else {
+            return Self {
+                by_segment: once.into_owned(),
+                fully_decoded: Some(String::new()),
+            };
+        };
+        let fully_decoded = normalise(&decoded);
         let same = !encoded_slash && fully_decoded == once;
         Self {
             by_segment: once.into_owned(),
@@ -237,16 +246,16 @@ impl RequestPath {
     }
 }
 
-/// Decodes until nothing changes; each round shortens the text, so this ends.
-fn decode_repeatedly(text: &str) -> String {
+/// Decodes until nothing changes; `None` for what no server would decode as often.
+fn decode_repeatedly(text: &str) -> Option<String> {
     let mut current = text.to_owned();
-    loop {
-        let next = match percent_decode_str(&current).decode_utf8() {
-            Ok(decoded) if decoded != current => decoded.into_owned(),
-            _ => return current,
-        };
-        current = next;
+    for _ in 0..DECODING_ROUNDS {
+        match percent_decode_str(&current).decode_utf8() {
+            Ok(decoded) if decoded != current => current = decoded.into_owned(),
+            _ => return Some(current),
+        }
     }
+    None
 }
 
 /// Removes dot segments (RFC 3986 section 5.2.4), empty segments, path parameters' effect on dots,
@@ -302,6 +311,12 @@ impl EgressRequest {
             return Err(Refusal::new(
                 RefusalCode::MethodNotAllowed,
                 "TRACE is not forwarded",
+            ));
+        }
+        if head.method == Method::CONNECT && matches!(reception, Reception::Gateway(_)) {
+            return Err(Refusal::new(
+                RefusalCode::MethodNotAllowed,
+                "a gateway opens no tunnels",
             ));
         }
         let host = single_host(&head.headers)?;

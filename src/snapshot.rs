@@ -10,7 +10,7 @@ use countersign_attestors::{Catalog, OidcAttestor};
 
 use crate::address::AddressGuard;
 use crate::config::{Config, Destination, OidcIssuer, Scheme};
-use crate::policy::PolicySnapshot;
+use crate::policy::{PolicySnapshot, Revocations};
 use crate::routing::Routes;
 use crate::telemetry::metrics::{DestinationMetrics, Metrics};
 use crate::tls::interception::InterceptionAuthority;
@@ -37,6 +37,17 @@ pub struct Snapshot {
     pub prepared: Arc<HashMap<String, Prepared>>,
     /// The guard of traffic to no configured destination.
     pub unmatched_guard: AddressGuard,
+}
+
+impl Snapshot {
+    /// The same under other revocations; open streams are decided again.
+    pub fn with_revocations(&self, revocations: Arc<Revocations>) -> Arc<Self> {
+        let policy = PolicySnapshot::new(Arc::clone(self.policy.engine()), revocations);
+        Arc::new(Self {
+            policy,
+            ..self.clone()
+        })
+    }
 }
 
 /// Each configured issuer with its attestor.

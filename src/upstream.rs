@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use countersign_attestors::IsolationKey;
+use foldhash::fast::RandomState;
 use http::header::HOST;
 use http::uri::PathAndQuery;
 use http::{HeaderValue, Request, Response, Uri, Version};
@@ -105,7 +106,7 @@ struct Http2Connection {
     last_used: Rc<std::cell::Cell<Instant>>,
 }
 
-type Pools = Rc<RefCell<HashMap<PoolKey, Pool>>>;
+type Pools = Rc<RefCell<HashMap<PoolKey, Pool, RandomState>>>;
 
 type AllConnecting = Rc<RefCell<HashMap<PoolKey, Rc<Notify>>>>;
 
@@ -139,6 +140,8 @@ pub struct Upstreams {
 pub struct Lent {
     connection: Http1Connection,
     key: PoolKey,
+    /// Keeps the address in the key from being used again.
+    destination: Option<Arc<Destination>>,
     pools: Pools,
 }
 
@@ -148,6 +151,7 @@ impl Lent {
         let Self {
             mut connection,
             key,
+            destination,
             pools,
         } = self;
         let now = Instant::now();
@@ -155,8 +159,17 @@ impl Lent {
             return;
         }
         connection.idle_since = now;
-        if let Some(pool) = pools.borrow_mut().get_mut(&key) {
-            pool.idle.push(connection);
+        let mut pools = pools.borrow_mut();
+        match pools.get_mut(&key) {
+            Some(pool) => pool.idle.push(connection),
+            None => {
+                let pool = Pool {
+                    _destination: destination,
+                    http2: None,
+                    idle: vec![connection],
+                };
+                pools.insert(key, pool);
+            }
         }
     }
 }
@@ -341,6 +354,7 @@ impl Upstreams {
                         connection: Some(Lent {
                             connection,
                             key: key.clone(),
+                            destination: way.destination.cloned(),
                             pools: Rc::clone(&self.pools),
                         }),
                     })),

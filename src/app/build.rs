@@ -14,7 +14,7 @@ use url::Url;
 
 use crate::address::AddressGuard;
 use crate::clock::Clock;
-use crate::config::{Attestors, Config, Interception, OidcIssuer};
+use crate::config::{Attestors, CaSource, Config, Interception, OidcIssuer};
 use crate::diagnostics::{Diagnostic, Diagnostics};
 use crate::fetch::{FetchClient, FetchSettings};
 use crate::policy::{PolicyEngine, PolicySnapshot, Revocations};
@@ -71,13 +71,9 @@ impl SnapshotBuilder {
         let prepared = prepare(config, &self.own_listeners, &self.metrics).map_err(|error| {
             Diagnostic::error("roots_unusable", &config.path, error.to_string())
         })?;
-        let revocations = match &self.previous {
-            Some(previous) => Arc::clone(previous.policy.revocations()),
-            None => Revocations::none(),
-        };
         Ok(Snapshot {
             routes: Arc::new(Routes::new(config)),
-            policy: PolicySnapshot::new(Arc::new(engine), revocations),
+            policy: PolicySnapshot::new(Arc::new(engine), Revocations::none()),
             catalog,
             issuers: Arc::new(issuers),
             interception,
@@ -172,9 +168,11 @@ impl SnapshotBuilder {
             let unchanged = previous.config.interception == self.config.interception;
             previous.interception.as_ref().filter(|_| unchanged)
         });
+        let in_files = matches!(interception.source, CaSource::Files { .. });
         if let Some(authority) = in_force
             && authority.hosts() == hosts
             && !authority.is_due(now)
+            && !in_files
         {
             return Ok(Some(Arc::clone(authority)));
         }
@@ -182,6 +180,14 @@ impl SnapshotBuilder {
             |detail: String| Diagnostic::error("interception_unusable", &self.config.path, detail);
         let authority = InterceptionAuthority::open(interception, hosts, now, in_force)
             .map_err(|error| problem(error.to_string()))?;
+        // Files that hold what they held: the leaves that were minted stay.
+        if let Some(in_force) = in_force
+            && in_files
+            && in_force.hosts() == authority.hosts()
+            && in_force.has_same_certificates(&authority)
+        {
+            return Ok(Some(Arc::clone(in_force)));
+        }
         publish(interception, &authority).map_err(problem)?;
         Ok(Some(authority))
     }

@@ -2,9 +2,10 @@
 //! shutdown. Everything binds where it is told, port 0 included, and says where ([`Bound`]).
 
 mod build;
+mod listeners;
 mod operations;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
@@ -13,10 +14,10 @@ use std::time::{Duration, SystemTime};
 use arc_swap::ArcSwap;
 use serde::Serialize;
 use tokio::sync::{Mutex, watch};
-use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use self::build::{SnapshotBuilder, build_off_thread, reuse_unchanged};
+use self::listeners::Listeners;
 use crate::admin::{AdminActions, AdminServer};
 use crate::agent::Agent;
 use crate::audit::{Audit, AuditWriter, LifecycleEvent};
@@ -25,9 +26,8 @@ use crate::config::{Bind, Config, Listener, ListenerKind};
 use crate::credentials::{Credentials, TokenEvent, TokenEvents};
 use crate::diagnostics::{Diagnostic, Diagnostics};
 use crate::limits::IdentityLimits;
-use crate::listener::{BoundListener, Workers, accept};
-use crate::policy::{DecisionRing, PolicySnapshot, Revocations};
-use crate::snapshot::Snapshot;
+use crate::listener::Workers;
+use crate::policy::{DecisionRing, Revocations};
 use crate::telemetry::metrics::Metrics;
 
 /// How long open requests may take to end after SIGTERM.
@@ -74,8 +74,7 @@ impl StartOptions {
 pub struct App {
     agent: Arc<Agent>,
     bound: Bound,
-    own_listeners: Arc<[SocketAddr]>,
-    acceptors: Mutex<HashMap<(Bind, String), Acceptor>>,
+    listeners: Mutex<Listeners>,
     workers: Workers,
     audit_writer: Mutex<Option<AuditWriter>>,
     /// One reload at a time.
@@ -92,11 +91,6 @@ pub struct LastReload {
     at: String,
     succeeded: bool,
     problem: Option<String>,
-}
-
-struct Acceptor {
-    listener: Listener,
-    task: JoinHandle<()>,
 }
 
 impl App {
@@ -124,27 +118,9 @@ impl App {
         let config = Arc::new(config);
         let admin = AdminServer::bind(&config.admin).await?;
 
-        let mut bound_listeners = Vec::new();
-        let mut bound = Bound::default();
-        for listener in &config.listeners {
-            let bound_listener = BoundListener::bind(&listener.bind, &listener.access)
-                .await
-                .map_err(|error| bind_problem(&config, listener, &error))?;
-            let address = bound_listener
-                .address()
-                .map_err(|error| bind_problem(&config, listener, &error))?;
-            bound.listeners.insert(listener.name.clone(), address);
-            bound_listeners.push((bound_listener, listener.clone()));
-        }
-        let own_listeners: Arc<[SocketAddr]> = bound
-            .listeners
-            .values()
-            .filter_map(|bind| match bind {
-                Bind::Tcp(address) => Some(*address),
-                Bind::Unix(_) => None,
-            })
-            .chain(admin.metrics_address())
-            .collect();
+        let mut listeners = Listeners::default();
+        let prepared = listeners.prepare(&config).await?;
+        let own_listeners = prepared.own(admin.metrics_address());
 
         let snapshot = {
             let builder = SnapshotBuilder {
@@ -181,32 +157,24 @@ impl App {
             clock,
             control,
             limits: IdentityLimits::default(),
-            bound_listeners: bound.listeners.clone(),
+            bound_listeners: ArcSwap::from_pointee(prepared.addresses()),
             tells_nearest: options.tells_nearest,
             recent_decisions: DecisionRing::new(),
             draining: watch::Sender::new(false),
         });
         let workers = Workers::start(&agent, worker_count(&config))
             .map_err(|error| start_problem(&config, "workers_not_started", &error))?;
-        let mut acceptors = HashMap::new();
-        for (bound_listener, listener) in bound_listeners {
-            let task = tokio::spawn(accept(
-                Arc::clone(&agent),
-                workers.clone(),
-                bound_listener,
-                listener.clone(),
-            ));
-            let key = (listener.bind.clone(), listener.name.clone());
-            acceptors.insert(key, Acceptor { listener, task });
-        }
-        bound.admin_socket.clone_from(&config.admin.socket);
-        bound.metrics = admin.metrics_address();
+        let bound = Bound {
+            listeners: prepared.addresses(),
+            admin_socket: config.admin.socket.clone(),
+            metrics: admin.metrics_address(),
+        };
+        listeners.replace(prepared, &agent, &workers);
         let started_at = agent.clock.wall();
         let app = Arc::new(Self {
             agent,
             bound,
-            own_listeners,
-            acceptors: Mutex::new(acceptors),
+            listeners: Mutex::new(listeners),
             workers,
             audit_writer: Mutex::new(Some(audit_writer)),
             reloading: Mutex::new(()),
@@ -280,70 +248,33 @@ impl App {
         let mut config = reuse_unchanged(config, &previous.config);
         self.options.apply(&mut config);
         let config = Arc::new(config);
+        let mut listeners = self.listeners.lock().await;
+        let prepared = listeners.prepare(&config).await?;
+        let own_listeners = prepared.own(self.bound.metrics);
         let snapshot = build_off_thread(SnapshotBuilder {
             config: Arc::clone(&config),
-            own_listeners: Arc::clone(&self.own_listeners),
+            own_listeners: Arc::clone(&own_listeners),
             clock: Arc::clone(&self.agent.clock),
             metrics: Arc::clone(&self.agent.metrics),
             control: self.agent.control.clone(),
             previous: Some(Arc::clone(&previous)),
         })
         .await?;
-        self.rebind(&config).await?;
         let policy_version = snapshot.policy.engine().version().to_string();
+        self.agent.credentials.configure(&config, &own_listeners);
+        // What was revoked or lifted while this was built holds.
         self.agent
-            .credentials
-            .configure(&config, &self.own_listeners);
-        self.agent.snapshot.store(Arc::new(snapshot));
+            .snapshot
+            .rcu(|current| snapshot.with_revocations(Arc::clone(current.policy.revocations())));
+        self.agent
+            .bound_listeners
+            .store(Arc::new(prepared.addresses()));
+        listeners.replace(prepared, &self.agent, &self.workers);
         let _ = self.agent.audit.lifecycle(LifecycleEvent::Reload {
             configuration_sha256: configuration_sha256(&config),
             policy_version: policy_version.clone(),
         });
         tracing::info!(policy_version, "reloaded");
-        Ok(())
-    }
-
-    /// Binds what is new and closes what is gone; a listener whose `bind` is unchanged stays as it is.
-    async fn rebind(&self, config: &Config) -> Result<(), Diagnostics> {
-        let mut acceptors = self.acceptors.lock().await;
-        let mut fresh = Vec::new();
-        for listener in &config.listeners {
-            let key = (listener.bind.clone(), listener.name.clone());
-            if acceptors
-                .get(&key)
-                .is_none_or(|acceptor| acceptor.listener.kind != listener.kind)
-            {
-                if let Some(changed) = acceptors.remove(&key) {
-                    changed.task.abort();
-                    let _ = changed.task.await;
-                }
-                let bound = BoundListener::bind(&listener.bind, &listener.access)
-                    .await
-                    .map_err(|error| bind_problem(config, listener, &error))?;
-                fresh.push((key, bound, listener.clone()));
-            }
-        }
-        let wanted: BTreeSet<String> = config
-            .listeners
-            .iter()
-            .map(|listener| listener.name.clone())
-            .collect();
-        acceptors.retain(|(_, name), acceptor| {
-            let keep = wanted.contains(name);
-            if !keep {
-                acceptor.task.abort();
-            }
-            keep
-        });
-        for (key, bound, listener) in fresh {
-            let task = tokio::spawn(accept(
-                Arc::clone(&self.agent),
-                self.workers.clone(),
-                bound,
-                listener.clone(),
-            ));
-            acceptors.insert(key, Acceptor { listener, task });
-        }
         Ok(())
     }
 
@@ -366,12 +297,7 @@ impl App {
             .rcu(|snapshot| match change(snapshot.policy.revocations()) {
                 Some(revocations) => {
                     changed = true;
-                    let mut next = Snapshot::clone(snapshot);
-                    next.policy = PolicySnapshot::new(
-                        Arc::clone(snapshot.policy.engine()),
-                        Arc::new(revocations),
-                    );
-                    Arc::new(next)
+                    snapshot.with_revocations(Arc::new(revocations))
                 }
                 None => {
                     changed = false;
@@ -384,9 +310,7 @@ impl App {
     /// Stops taking connections, lets open requests end, and closes the audit.
     pub async fn shutdown(&self) {
         self.agent.draining.send_replace(true);
-        for acceptor in self.acceptors.lock().await.values() {
-            acceptor.task.abort();
-        }
+        self.listeners.lock().await.close();
         let deadline = tokio::time::Instant::now() + DRAIN;
         while self.workers.open_connections() > 0 && tokio::time::Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(20)).await;

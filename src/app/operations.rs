@@ -99,13 +99,14 @@ impl AdminActions for App {
         let revocation = Revocation {
             id: RequestId::new(self.agent.clock.wall()).to_string(),
             what: request.what,
-            until: for_how_long.map(|length| self.agent.clock.monotonic() + length),
+            // One that ends after the end of time has none.
+            until: for_how_long.and_then(|length| self.agent.clock.monotonic().checked_add(length)),
         };
         self.replace_revocations(|revocations| Some(revocations.with(revocation.clone())));
         let _ = self.agent.audit.lifecycle(LifecycleEvent::Revoked {
             id: revocation.id.clone(),
             what: words(&revocation.what),
-            until: for_how_long.map(|length| self.agent.clock.wall() + length),
+            until: for_how_long.and_then(|length| self.agent.clock.wall().checked_add(length)),
         });
         let tokens = match &revocation.what {
             Revoked::Workload(selector) => RevokedTokens::Workload(selector.clone()),

@@ -376,13 +376,6 @@ enum EventLine<'a> {
         problems: usize,
         first: &'a str,
     },
-    CertificateAuthorityRotated {
-        certificate_sha256: &'a str,
-    },
-    KeyRotated {
-        credential: &'a str,
-        key_id: &'a str,
-    },
     Revoked {
         id: &'a str,
         what: &'a str,
@@ -428,12 +421,6 @@ impl<'a> LifecycleLine<'a> {
                 problems: *problems,
                 first,
             },
-            LifecycleEvent::CertificateAuthorityRotated { certificate_sha256 } => {
-                EventLine::CertificateAuthorityRotated { certificate_sha256 }
-            }
-            LifecycleEvent::KeyRotated { credential, key_id } => {
-                EventLine::KeyRotated { credential, key_id }
-            }
             LifecycleEvent::Revoked { id, what, until } => EventLine::Revoked {
                 id,
                 what,

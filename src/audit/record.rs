@@ -281,18 +281,6 @@ pub enum LifecycleEvent {
         /// The first of them.
         first: String,
     },
-    /// The interception authority was made, loaded or replaced.
-    CertificateAuthorityRotated {
-        /// SHA-256 of the certificate, hexadecimal.
-        certificate_sha256: String,
-    },
-    /// A client key was replaced.
-    KeyRotated {
-        /// The credential's name.
-        credential: String,
-        /// The new key's id.
-        key_id: String,
-    },
     /// A revocation was set.
     Revoked {
         /// Its id.

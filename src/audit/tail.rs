@@ -202,15 +202,6 @@ fn event(record: &Value) -> Option<String> {
             "reload failed, the last good configuration is kept: {}",
             text("first")
         ),
-        "certificate_authority_rotated" => format!(
-            "has a certificate authority, sha256 {}",
-            text("certificate_sha256")
-        ),
-        "key_rotated" => format!(
-            "has another key for {}, id {}",
-            text("credential"),
-            text("key_id")
-        ),
         "revoked" => format!("revoked {}, revocation {}", text("what"), text("id")),
         "revocation_lifted" => format!("lifted revocation {}", text("id")),
         "audit_repaired" => format!(

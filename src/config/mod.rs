@@ -394,6 +394,13 @@ pub struct PathPatterns {
     pub compiled: globset::GlobSet,
 }
 
+impl PathPatterns {
+    /// Whether every path is covered, whatever it is.
+    pub fn cover_everything(&self) -> bool {
+        self.patterns.iter().any(|pattern| pattern == "/**")
+    }
+}
+
 impl PartialEq for PathPatterns {
     fn eq(&self, other: &Self) -> bool {
         self.patterns == other.patterns

@@ -10,13 +10,14 @@ mod slot;
 mod token;
 
 use std::collections::HashMap;
-use std::hash::{BuildHasher, Hash, Hasher, RandomState};
+use std::hash::{BuildHasher, Hash, Hasher};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use countersign_attestors::Clock;
+use foldhash::fast::RandomState;
 use serde::Serialize;
 
 use self::slot::{Ask, Failure, Landing, Purpose, Slot};
@@ -190,7 +191,7 @@ impl Credentials {
             metrics,
             events,
             entries: ArcSwap::default(),
-            hasher: RandomState::new(),
+            hasher: RandomState::default(),
             shards: (0..SHARDS).map(|_| Shard::default()).collect(),
         });
         let sweeper = Arc::downgrade(&credentials);

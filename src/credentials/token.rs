@@ -124,8 +124,7 @@ pub enum Obtained {
     Joined,
 }
 
-/// A token and the right to put it on one request: bound to its grant's destination. Redacts itself,
-/// and is consumed by the injection.
+/// A token and the right to put it on one request: bound to its grant's destination. Redacts itself.
 pub struct Credential {
     token: Arc<Token>,
     format: InjectionFormat,
@@ -178,7 +177,7 @@ impl Credential {
         self.token.expires_at()
     }
 
-    /// The scope granted, where the authorization server said.
+    /// The scope granted, where the authorization server said (RFC 6749 section 5.1).
     pub fn scope_granted(&self) -> Option<&str> {
         self.token.scope()
     }

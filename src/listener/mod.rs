@@ -9,7 +9,7 @@ pub mod workload_api;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -61,6 +61,14 @@ impl BoundListener {
         }
     }
 
+    /// Changes who may connect; of a TCP listener nothing.
+    pub fn restrict(&self, access: &SocketAccess) -> io::Result<()> {
+        match self {
+            Self::Tcp(_) => Ok(()),
+            Self::Unix(_, file) => restrict(&file.0, access),
+        }
+    }
+
     /// The address in force, with the port that the kernel chose.
     pub fn address(&self) -> io::Result<Bind> {
         match self {
@@ -71,33 +79,36 @@ impl BoundListener {
 }
 
 fn bind_unix(path: &Path, access: &SocketAccess) -> io::Result<BoundListener> {
-    if path.exists() {
-        match std::os::unix::net::UnixStream::connect(path) {
-            Ok(_) => return Err(io::ErrorKind::AddrInUse.into()),
-            Err(_) => std::fs::remove_file(path)?,
+    if let Ok(found) = std::fs::symlink_metadata(path) {
+        if !found.file_type().is_socket() || std::os::unix::net::UnixStream::connect(path).is_ok() {
+            return Err(io::ErrorKind::AddrInUse.into());
         }
+        std::fs::remove_file(path)?;
     }
     // Bound under a private name and renamed, so that nobody connects before its mode is set.
     let private = path.with_extension(format!("{}.new", std::process::id()));
     let _ = std::fs::remove_file(&private);
     let listener = UnixListener::bind(&private)?;
-    let restrict = || -> io::Result<()> {
-        if let Some(group) = &access.group {
-            let group = nix::unistd::Group::from_name(group)
-                .map_err(io::Error::from)?
-                .ok_or_else(|| {
-                    io::Error::new(io::ErrorKind::NotFound, format!("no group `{group}`"))
-                })?;
-            nix::unistd::chown(&private, None, Some(group.gid)).map_err(io::Error::from)?;
-        }
-        let mode = access.mode.unwrap_or(0o600);
-        std::fs::set_permissions(&private, std::fs::Permissions::from_mode(mode))?;
-        std::fs::rename(&private, path)
-    };
-    restrict().inspect_err(|_| {
-        let _ = std::fs::remove_file(&private);
-    })?;
+    restrict(&private, access)
+        .and_then(|()| std::fs::rename(&private, path))
+        .inspect_err(|_| {
+            let _ = std::fs::remove_file(&private);
+        })?;
     Ok(BoundListener::Unix(listener, SocketFile(path.to_owned())))
+}
+
+/// Gives a socket file its group and mode.
+fn restrict(path: &Path, access: &SocketAccess) -> io::Result<()> {
+    if let Some(group) = &access.group {
+        let group = nix::unistd::Group::from_name(group)
+            .map_err(io::Error::from)?
+            .ok_or_else(|| {
+                io::Error::new(io::ErrorKind::NotFound, format!("no group `{group}`"))
+            })?;
+        nix::unistd::chown(path, None, Some(group.gid)).map_err(io::Error::from)?;
+    }
+    let mode = access.mode.unwrap_or(0o600);
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
 }
 
 /// A connection on its way to a data worker.
@@ -217,7 +228,12 @@ async fn work(agent: Arc<Agent>, mut accepted: mpsc::UnboundedReceiver<Accepted>
 }
 
 /// Accepts on a listener until the agent drains.
-pub async fn accept(agent: Arc<Agent>, workers: Workers, bound: BoundListener, listener: Listener) {
+pub async fn accept(
+    agent: Arc<Agent>,
+    workers: Workers,
+    bound: Arc<BoundListener>,
+    listener: Listener,
+) {
     let name: Arc<str> = Arc::from(listener.name.as_str());
     let entry = Entry {
         listener: Arc::clone(&name),
@@ -228,7 +244,7 @@ pub async fn accept(agent: Arc<Agent>, workers: Workers, bound: BoundListener, l
     };
     let metrics = agent.metrics.listener(&name);
     loop {
-        let arrived = match &bound {
+        let arrived = match &*bound {
             BoundListener::Tcp(listener) => listener.accept().await.and_then(|(stream, peer)| {
                 let _ = stream.set_nodelay(true);
                 let local = stream.local_addr()?;

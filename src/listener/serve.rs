@@ -31,11 +31,11 @@ use countersign_attestors::PresentedToken;
 /// How long a client may take to say what it speaks inside a tunnel.
 const SNIFF_TIMEOUT: Duration = Duration::from_secs(5);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a request head may take (slowloris).
+/// How long a request head may take (slowloris), and the next request of an HTTP/1 connection.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 const MAXIMUM_HEADER_LIST: u32 = 64 * 1024;
 const MAXIMUM_STREAMS: u32 = 250;
-/// An open connection or tunnel may idle this long between requests.
+/// How long an HTTP/2 connection may be idle.
 const CONNECTION_IDLE: Duration = Duration::from_secs(3600);
 
 /// Serves an accepted connection until it closes.
@@ -43,8 +43,12 @@ pub async fn serve_connection<Io>(worker: Rc<Worker>, entry: Entry, caller: Rc<C
 where
     Io: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    // A connection that says nothing is a kept-alive one that was not used: it waits as long as any.
-    let Ok(Ok((protocol, io))) = timeout(CONNECTION_IDLE, sniff(io)).await else {
+    let mut draining = worker.agent.draining.subscribe();
+    let sniffed = tokio::select! {
+        sniffed = timeout(HEADER_TIMEOUT, sniff(io)) => sniffed,
+        _ = draining.wait_for(|draining| *draining) => return,
+    };
+    let Ok(Ok((protocol, io))) = sniffed else {
         return;
     };
     let connection = Rc::new(Connection {

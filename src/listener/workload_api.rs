@@ -45,6 +45,7 @@ use crate::telemetry::metrics::OpenConnection;
 
 /// The largest request body; a request for a token is a few dozen bytes.
 const BODY_LIMIT_BYTES: usize = 64 * 1024;
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a request's head may take.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often policies may be replaced under one request before it gives up.
@@ -263,12 +264,8 @@ impl Caller {
             .iter()
             .filter(|listener| listener.kind == ListenerKind::ForwardProxy)
             .find_map(|listener| {
-                match self
-                    .agent
-                    .bound_listeners
-                    .get(&listener.name)
-                    .unwrap_or(&listener.bind)
-                {
+                let bound = self.agent.bound_listeners.load();
+                match bound.get(&listener.name).unwrap_or(&listener.bind) {
                     Bind::Tcp(address) => Some(reachable(*address)),
                     Bind::Unix(_) => None,
                 }
@@ -444,10 +441,11 @@ struct Ask {
 
 async fn read_ask(body: Incoming) -> Result<Ask, Refusal> {
     let malformed = |detail: String| Refusal::new(RefusalCode::MalformedRequest, detail);
-    let body = Limited::new(body, BODY_LIMIT_BYTES)
-        .collect()
+    let unreadable = || malformed("the body cannot be read, or is too large".to_owned());
+    let body = tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, BODY_LIMIT_BYTES).collect())
         .await
-        .map_err(|_| malformed("the body cannot be read, or is too large".to_owned()))?
+        .map_err(|_| unreadable())?
+        .map_err(|_| unreadable())?
         .to_bytes();
     serde_json::from_slice(&body).map_err(|error| {
         malformed(format!(

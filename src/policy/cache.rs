@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use countersign_attestors::{AttestedWorkload, Generation};
+use foldhash::fast::RandomState;
 use http::Method;
-use quick_cache::Equivalent;
-use quick_cache::unsync::Cache;
+use quick_cache::unsync::{Cache, DefaultLifecycle};
+use quick_cache::{Equivalent, UnitWeighter};
 
 use super::decision::{Decision, Denial};
 use super::grant::Grant;
@@ -25,7 +26,7 @@ const PRINCIPALS: usize = 4_096;
 #[derive(Debug)]
 pub struct DecisionCache {
     snapshot: Option<Arc<PolicySnapshot>>,
-    decisions: Cache<Key, Decision>,
+    decisions: Cache<Key, Decision, UnitWeighter, RandomState>,
     principals: Cache<Generation, Arc<Principal>>,
     hits: u64,
     misses: u64,
@@ -36,7 +37,13 @@ impl DecisionCache {
     pub fn new() -> Self {
         Self {
             snapshot: None,
-            decisions: Cache::new(CAPACITY),
+            decisions: Cache::with(
+                CAPACITY,
+                CAPACITY as u64,
+                UnitWeighter,
+                RandomState::default(),
+                DefaultLifecycle::default(),
+            ),
             principals: Cache::new(PRINCIPALS),
             hits: 0,
             misses: 0,

@@ -182,14 +182,7 @@ impl Denial {
                 RefusalCode::Revoked,
                 format!("revocation `{id}` is in force"),
             ),
-            DenialKind::AttestationEnded { ended } => match ended {
-                AttestationEnded::EvidenceExpired => {
-                    Refusal::new(RefusalCode::ProxyTokenRequired, ended.to_string())
-                }
-                AttestationEnded::Exited | AttestationEnded::Executed => {
-                    Refusal::new(RefusalCode::AttestationEnded, ended.to_string())
-                }
-            },
+            DenialKind::AttestationEnded { ended } => (*ended).into(),
             DenialKind::AmbiguousPath => Refusal::new(
                 RefusalCode::AmbiguousPath,
                 "the path reads differently raw and decoded, and a policy reads the path",

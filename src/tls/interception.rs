@@ -147,7 +147,7 @@ impl InterceptionAuthority {
         parameters.use_authority_key_identifier_extension = true;
         parameters.name_constraints = Some(NameConstraints {
             permitted_subtrees: permitted_subtrees(&hosts),
-            excluded_subtrees: excluded_address_families(&hosts),
+            excluded_subtrees: excluded_forms(&hosts),
         });
         let certificate = parameters.signed_by(&key, root)?;
         let chain = vec![certificate.der().clone()];
@@ -213,6 +213,11 @@ impl InterceptionAuthority {
     /// The hosts that leaves may be minted for, in order.
     pub fn hosts(&self) -> &[String] {
         &self.hosts
+    }
+
+    /// Whether both sign under the same certificates.
+    pub fn has_same_certificates(&self, other: &Self) -> bool {
+        self.chain == other.chain && self.root_pem == other.root_pem
     }
 
     /// Whether the intermediate has lived half its life and a new authority should be opened.
@@ -324,15 +329,22 @@ fn permitted_subtrees(hosts: &[String]) -> Vec<GeneralSubtree> {
 }
 
 /// A form of name without any permitted subtree is unconstrained (RFC 5280 section 4.2.1.10), so
-/// addresses are excluded whole where no host is one.
-fn excluded_address_families(hosts: &[String]) -> Vec<GeneralSubtree> {
-    match hosts.iter().any(|host| host.parse::<IpAddr>().is_ok()) {
-        true => Vec::new(),
-        false => vec![
-            GeneralSubtree::IpAddress(CidrSubnet::from_v4_prefix([0; 4], 0)),
-            GeneralSubtree::IpAddress(CidrSubnet::from_v6_prefix([0; 16], 0)),
-        ],
+/// names and addresses are each excluded whole where no host is one.
+fn excluded_forms(hosts: &[String]) -> Vec<GeneralSubtree> {
+    let addresses: Vec<Option<IpAddr>> = hosts.iter().map(|host| host.parse().ok()).collect();
+    let mut excluded = Vec::new();
+    if !addresses.iter().any(Option::is_none) {
+        excluded.push(GeneralSubtree::DnsName(String::new()));
     }
+    if !addresses.iter().any(Option::is_some) {
+        excluded.push(GeneralSubtree::IpAddress(CidrSubnet::from_v4_prefix(
+            [0; 4], 0,
+        )));
+        excluded.push(GeneralSubtree::IpAddress(CidrSubnet::from_v6_prefix(
+            [0; 16], 0,
+        )));
+    }
+    excluded
 }
 
 /// Reads the root kept in `directory`, or makes one there.

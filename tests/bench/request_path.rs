@@ -204,10 +204,15 @@ admin: {{socket: admin.sock}}
     Ok(())
 }
 
+/// As long as a token of the authorization server, so that both proxies write alike.
+const STATIC_TOKEN_BYTES: usize = 560;
+
 /// A bare hyper proxy that adds a static header: a current-thread runtime, its own pool, the same
 /// header timer as the agent.
 fn bare(origin: SocketAddr) -> Fallible<()> {
     pin(PROXY_CORE)?;
+    let authorization =
+        HeaderValue::try_from(format!("Bearer {}", "a".repeat(STATIC_TOKEN_BYTES)))?;
     let runtime = one_thread()?;
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async {
@@ -219,10 +224,10 @@ fn bare(origin: SocketAddr) -> Fallible<()> {
         loop {
             let (stream, _) = listener.accept().await?;
             stream.set_nodelay(true)?;
-            let idle = std::rc::Rc::clone(&idle);
+            let (idle, authorization) = (std::rc::Rc::clone(&idle), authorization.clone());
             tokio::task::spawn_local(async move {
                 let service = service_fn(move |mut request: Request<Incoming>| {
-                    let idle = std::rc::Rc::clone(&idle);
+                    let (idle, authorization) = (std::rc::Rc::clone(&idle), authorization.clone());
                     async move {
                         let pooled = idle.borrow_mut().pop();
                         let mut sender = match pooled {
@@ -234,10 +239,7 @@ fn bare(origin: SocketAddr) -> Fallible<()> {
                         if let Some(path_and_query) = path_and_query {
                             *request.uri_mut() = Uri::from(path_and_query);
                         }
-                        request.headers_mut().insert(
-                            "authorization",
-                            HeaderValue::from_static("Bearer a-static-token-of-a-usual-length"),
-                        );
+                        request.headers_mut().insert("authorization", authorization);
                         let response = sender.send_request(request).await?;
                         idle.borrow_mut().push(sender);
                         Ok::<_, Box<dyn Error + Send + Sync>>(response)
