@@ -136,7 +136,7 @@ refusal_codes! {
         "send the path without encoded slashes, dot segments or empty segments";
     /// TRACE would echo the token.
     MethodNotAllowed = METHOD_NOT_ALLOWED, "method_not_allowed", "http_request_denied", None,
-        "use another method; TRACE would echo the injected token";
+        "use another method: TRACE would echo the injected token, and CONNECT is for the forward proxy";
     /// The inner authority is not the tunnel's.
     AuthorityMismatch = MISDIRECTED_REQUEST, "authority_mismatch", "http_request_denied", None,
         "send requests for another host through a tunnel of their own";

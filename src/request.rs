@@ -500,3 +500,26 @@ fn presented_token(
     }
     Ok(None)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_that_is_encoded_over_too_often_matches_nothing() {
+        let path = |rounds: usize| RequestPath::parse(&format!("/%{}41", "25".repeat(rounds)));
+        for rounds in 0..DECODING_ROUNDS {
+            assert!(
+                path(rounds).all_readings(|path| path.starts_with('/')),
+                "{rounds}"
+            );
+        }
+        for rounds in [DECODING_ROUNDS, 9, 32_000] {
+            assert!(path(rounds).is_ambiguous(), "{rounds}");
+            assert!(
+                !path(rounds).all_readings(|path| path.starts_with('/')),
+                "{rounds}"
+            );
+        }
+    }
+}

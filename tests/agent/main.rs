@@ -19,6 +19,7 @@ mod faults;
 mod headers;
 mod identities;
 mod refusals;
+mod reloads;
 mod streams;
 
 /// Not a test: what the harness starts this binary again for.
