@@ -1,9 +1,8 @@
 //! An issuer's keys (RFC 7517), each for exactly one algorithm.
 
-use aws_lc_rs::rsa;
-use aws_lc_rs::signature::{self, EcdsaVerificationAlgorithm, RsaParameters, UnparsedPublicKey};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use jsonwebtoken::{Algorithm, DecodingKey};
 use serde_json::{Map, Value};
 
 use super::token::{Header, InvalidToken, StrictValue};
@@ -12,49 +11,28 @@ use super::token::{Header, InvalidToken, StrictValue};
 const MOST_KEYS: usize = 100;
 
 /// The signature algorithms that are accepted (RFC 7518 section 3.1, RFC 8037). None is symmetric.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Algorithm {
-    Rs256,
-    Rs384,
-    Rs512,
-    Ps256,
-    Ps384,
-    Ps512,
-    Es256,
-    Es384,
-    EdDsa,
+/// Names are compared byte for byte.
+pub(super) fn accepted_algorithm(name: &str) -> Option<Algorithm> {
+    Some(match name {
+        "RS256" => Algorithm::RS256,
+        "RS384" => Algorithm::RS384,
+        "RS512" => Algorithm::RS512,
+        "PS256" => Algorithm::PS256,
+        "PS384" => Algorithm::PS384,
+        "PS512" => Algorithm::PS512,
+        "ES256" => Algorithm::ES256,
+        "ES384" => Algorithm::ES384,
+        // RFC 9864 gives EdDSA over Curve25519 a name of its own.
+        "EdDSA" | "Ed25519" => Algorithm::EdDSA,
+        _ => return None,
+    })
 }
 
-impl Algorithm {
-    /// Names are compared byte for byte.
-    pub(super) fn of_name(name: &str) -> Option<Self> {
-        Some(match name {
-            "RS256" => Self::Rs256,
-            "RS384" => Self::Rs384,
-            "RS512" => Self::Rs512,
-            "PS256" => Self::Ps256,
-            "PS384" => Self::Ps384,
-            "PS512" => Self::Ps512,
-            "ES256" => Self::Es256,
-            "ES384" => Self::Es384,
-            // RFC 9864 gives EdDSA over Curve25519 a name of its own.
-            "EdDSA" | "Ed25519" => Self::EdDsa,
-            _ => return None,
-        })
-    }
-
-    fn rsa(self) -> Option<&'static RsaParameters> {
-        // Each of these refuses a modulus under 2048 bits.
-        Some(match self {
-            Self::Rs256 => &signature::RSA_PKCS1_2048_8192_SHA256,
-            Self::Rs384 => &signature::RSA_PKCS1_2048_8192_SHA384,
-            Self::Rs512 => &signature::RSA_PKCS1_2048_8192_SHA512,
-            Self::Ps256 => &signature::RSA_PSS_2048_8192_SHA256,
-            Self::Ps384 => &signature::RSA_PSS_2048_8192_SHA384,
-            Self::Ps512 => &signature::RSA_PSS_2048_8192_SHA512,
-            Self::Es256 | Self::Es384 | Self::EdDsa => return None,
-        })
-    }
+fn is_of_rsa(algorithm: Algorithm) -> bool {
+    !matches!(
+        algorithm,
+        Algorithm::ES256 | Algorithm::ES384 | Algorithm::EdDSA
+    )
 }
 
 /// The usable keys of a set. What is of another kind, for encryption, or too weak is left out: a
@@ -68,22 +46,7 @@ pub(super) struct KeySet {
 pub(super) struct VerificationKey {
     id: Option<String>,
     algorithm: Algorithm,
-    material: KeyMaterial,
-}
-
-#[derive(Debug)]
-enum KeyMaterial {
-    Rsa {
-        modulus: Vec<u8>,
-        exponent: Vec<u8>,
-    },
-    EllipticCurve {
-        algorithm: &'static EcdsaVerificationAlgorithm,
-        point: Vec<u8>,
-    },
-    Ed25519 {
-        point: Vec<u8>,
-    },
+    key: DecodingKey,
 }
 
 impl KeySet {
@@ -148,38 +111,21 @@ impl VerificationKey {
         }
         let stated = match key.get("alg") {
             None => None,
-            Some(name) => Some(Algorithm::of_name(name.as_str()?)?),
+            Some(name) => Some(accepted_algorithm(name.as_str()?)?),
         };
-        let (algorithm, material) = match (text("kty")?, text("crv")) {
+        let (algorithm, decoding_key) = match (text("kty")?, text("crv")) {
             ("RSA", _) => {
                 // An RSA key that does not say is for RS256, what OpenID Connect Core defaults to.
-                let algorithm = stated.unwrap_or(Algorithm::Rs256);
-                algorithm.rsa()?;
-                let material = KeyMaterial::Rsa {
-                    modulus: octets("n").filter(|modulus| bits(modulus) >= 2048)?,
-                    exponent: octets("e")?,
-                };
-                (algorithm, material)
+                let algorithm = stated.unwrap_or(Algorithm::RS256);
+                let modulus = octets("n").filter(|modulus| bits(modulus) >= 2048)?;
+                let key = DecodingKey::from_rsa_raw_components(&modulus, &octets("e")?);
+                (is_of_rsa(algorithm).then_some(algorithm)?, key)
             }
-            ("EC", Some("P-256")) => {
-                let algorithm = &signature::ECDSA_P256_SHA256_FIXED;
-                let point = point(octets("x")?, octets("y")?, 32)?;
-                (
-                    Algorithm::Es256,
-                    KeyMaterial::EllipticCurve { algorithm, point },
-                )
-            }
-            ("EC", Some("P-384")) => {
-                let algorithm = &signature::ECDSA_P384_SHA384_FIXED;
-                let point = point(octets("x")?, octets("y")?, 48)?;
-                (
-                    Algorithm::Es384,
-                    KeyMaterial::EllipticCurve { algorithm, point },
-                )
-            }
+            ("EC", Some("P-256")) => (Algorithm::ES256, point(text("x")?, text("y")?, 32)?),
+            ("EC", Some("P-384")) => (Algorithm::ES384, point(text("x")?, text("y")?, 48)?),
             ("OKP", Some("Ed25519")) => {
                 let point = octets("x").filter(|point| point.len() == 32)?;
-                (Algorithm::EdDsa, KeyMaterial::Ed25519 { point })
+                (Algorithm::EdDSA, DecodingKey::from_ed_der(&point))
             }
             _ => return None,
         };
@@ -189,38 +135,29 @@ impl VerificationKey {
         Some(Self {
             id: text("kid").map(str::to_owned),
             algorithm,
-            material,
+            key: decoding_key,
         })
     }
 
     pub(super) fn verify(&self, signed: &str, signature: &[u8]) -> Result<(), InvalidToken> {
-        let message = signed.as_bytes();
-        let verified = match &self.material {
-            KeyMaterial::Rsa { modulus, exponent } => {
-                let key = rsa::PublicKeyComponents {
-                    n: modulus,
-                    e: exponent,
-                };
-                match self.algorithm.rsa() {
-                    Some(parameters) => key.verify(parameters, message, signature),
-                    None => return Err(InvalidToken::AlgorithmOfKey),
-                }
-            }
-            KeyMaterial::EllipticCurve { algorithm, point } => {
-                UnparsedPublicKey::new(*algorithm, point).verify(message, signature)
-            }
-            KeyMaterial::Ed25519 { point } => {
-                UnparsedPublicKey::new(&signature::ED25519, point).verify(message, signature)
-            }
-        };
-        verified.map_err(|_| InvalidToken::Signature)
+        let signature = URL_SAFE_NO_PAD.encode(signature);
+        let verified =
+            jsonwebtoken::crypto::verify(&signature, signed.as_bytes(), &self.key, self.algorithm);
+        match verified {
+            Ok(true) => Ok(()),
+            Ok(false) | Err(_) => Err(InvalidToken::Signature),
+        }
     }
 }
 
-/// The uncompressed form of a curve point (SEC 1 section 2.3.3). The coordinates have the field's
-/// full length (RFC 7518 section 6.2.1.2).
-fn point(x: Vec<u8>, y: Vec<u8>, length: usize) -> Option<Vec<u8>> {
-    (x.len() == length && y.len() == length).then(|| [vec![4], x, y].concat())
+/// A curve point, whose coordinates have the field's full length (RFC 7518 section 6.2.1.2).
+fn point(x: &str, y: &str, length: usize) -> Option<DecodingKey> {
+    let is_whole = |text| {
+        URL_SAFE_NO_PAD
+            .decode(text)
+            .is_ok_and(|octets| octets.len() == length)
+    };
+    (is_whole(x) && is_whole(y)).then(|| DecodingKey::from_ec_components(x, y).ok())?
 }
 
 fn bits(number: &[u8]) -> usize {

@@ -8,7 +8,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
-use super::keys::Algorithm;
+use super::keys::accepted_algorithm;
 
 const LARGEST_TOKEN: usize = 16 * 1024;
 const LARGEST_HEADER: usize = 8 * 1024;
@@ -28,7 +28,7 @@ pub(super) struct UnverifiedToken<'a> {
 /// own key.
 #[derive(Debug)]
 pub(super) struct Header {
-    pub(super) algorithm: Algorithm,
+    pub(super) algorithm: jsonwebtoken::Algorithm,
     pub(super) key_id: Option<String>,
 }
 
@@ -148,7 +148,7 @@ impl Header {
             return Err(InvalidToken::KeyId);
         }
         Ok(Self {
-            algorithm: Algorithm::of_name(algorithm)
+            algorithm: accepted_algorithm(algorithm)
                 .ok_or_else(|| InvalidToken::Algorithm(shortened(algorithm)))?,
             key_id,
         })
