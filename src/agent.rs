@@ -11,7 +11,8 @@ use crate::clock::Clock;
 use crate::config::Bind;
 use crate::credentials::Credentials;
 use crate::limits::IdentityLimits;
-use crate::policy::DecisionRing;
+use crate::policy::{DecisionRing, Denial, Question};
+use crate::refusal::Refusal;
 use crate::snapshot::Snapshot;
 use crate::telemetry::metrics::Metrics;
 
@@ -39,4 +40,15 @@ pub struct Agent {
     pub recent_decisions: DecisionRing,
     /// True once the agent stops taking new connections.
     pub draining: watch::Sender<bool>,
+}
+
+impl Agent {
+    /// What a denied caller is told: the nearest miss too, in `dev`.
+    pub fn denied(&self, denial: &Denial, question: &Question<'_>) -> Refusal {
+        let mut refusal = denial.to_refusal(question);
+        if self.tells_nearest {
+            refusal.nearest = denial.nearest.as_ref().map(ToString::to_string);
+        }
+        refusal
+    }
 }

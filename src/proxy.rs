@@ -15,7 +15,7 @@ use hyper_util::rt::TokioIo;
 use tokio::task::spawn_local;
 
 use crate::agent::Agent;
-use crate::config::{Destination, Mode, Scheme, Unmatched};
+use crate::config::{Destination, Mode, Unmatched};
 use crate::connection::Connection;
 use crate::credentials::Credential;
 use crate::exchange::Exchange;
@@ -23,7 +23,7 @@ use crate::inject::{NotInjected, UpstreamRequest, is_grpc, is_reported, strip_ho
 use crate::listener::serve::serve_tunnel;
 use crate::policy::{
     Action, DecisionCache, Denial, Grant, Lease, LeaseEnded, Question, Refused, first_permitted,
-    questions, unmatched,
+    questions, route, unmatched,
 };
 use crate::problem::{self, Surface};
 use crate::refusal::{Refusal, RefusalCode};
@@ -353,23 +353,30 @@ fn is_invalid_token(response: &Response<Incoming>) -> bool {
 }
 
 fn idle_of(snapshot: &Snapshot, asked: &EgressRequest) -> Duration {
-    match find_route(snapshot, asked) {
+    match route(&snapshot.routes, asked) {
         Route::Destination(destination) => destination.timeouts.idle,
         Route::NotCovered(_) | Route::Unmatched(_) => UNMATCHED_IDLE,
     }
 }
 
-fn find_route<'a>(snapshot: &'a Snapshot, asked: &EgressRequest) -> Route<'a> {
-    snapshot.routes.find(
-        asked.scheme,
-        asked.target.host(),
-        asked.target.port(),
-        |destination| {
-            asked
-                .path
-                .all_readings(|path| destination.paths.compiled.is_match(path))
-        },
-    )
+/// How a request or a tunnel gets to its destination.
+fn way_to<'a>(
+    snapshot: &'a Snapshot,
+    destination: Option<&'a Arc<Destination>>,
+    asked: &'a EgressRequest,
+) -> Way<'a> {
+    let prepared = destination.and_then(|destination| snapshot.prepared.get(&destination.name));
+    Way {
+        destination,
+        scheme: asked.scheme,
+        target: &asked.target,
+        tls: prepared.and_then(|prepared| prepared.tls.as_ref()),
+        guard: prepared.map_or(&snapshot.unmatched_guard, |prepared| &prepared.guard),
+        connect_timeout: destination.map_or(UNMATCHED_CONNECT_TIMEOUT, |destination| {
+            destination.timeouts.connect
+        }),
+        connect_to: destination.and_then(|destination| destination.connect_to),
+    }
 }
 
 /// A positive answer of [`Worker::decide`].
@@ -398,7 +405,7 @@ impl Worker {
         asked: &Arc<EgressRequest>,
         exchange: &mut Exchange,
     ) -> Result<Permitted, Refusal> {
-        let destination = match find_route(snapshot, asked) {
+        let destination = match route(&snapshot.routes, asked) {
             Route::Destination(destination) => Some(destination),
             Route::NotCovered(_) | Route::Unmatched(_)
                 if snapshot.config.unmatched == Unmatched::Tunnel =>
@@ -515,17 +522,8 @@ impl Worker {
                 verdict: Verdict::Reported(denial, Arc::clone(destination)),
                 destination: Some(Arc::clone(destination)),
             }),
-            None => Err(self.refusal(&denial, &question)),
+            None => Err(self.agent.denied(&denial, &question)),
         }
-    }
-
-    /// What a denied caller is told: the nearest miss too, in `dev`.
-    fn refusal(&self, denial: &Denial, question: &Question<'_>) -> Refusal {
-        let mut refusal = denial.to_refusal(question);
-        if self.agent.tells_nearest {
-            refusal.nearest = denial.nearest.as_ref().map(ToString::to_string);
-        }
-        refusal
     }
 }
 
@@ -543,18 +541,7 @@ async fn send(
     upstream: UpstreamRequest,
     stream: &Stream,
 ) -> Result<UpstreamResponse, Refusal> {
-    let prepared = destination.and_then(|destination| snapshot.prepared.get(&destination.name));
-    let way = Way {
-        destination,
-        scheme: asked.scheme,
-        target: &asked.target,
-        tls: prepared.and_then(|prepared| prepared.tls.as_ref()),
-        guard: prepared.map_or(&snapshot.unmatched_guard, |prepared| &prepared.guard),
-        connect_timeout: destination.map_or(UNMATCHED_CONNECT_TIMEOUT, |destination| {
-            destination.timeouts.connect
-        }),
-        connect_to: destination.and_then(|destination| destination.connect_to),
-    };
+    let way = way_to(snapshot, destination, asked);
     let response_timeout = destination.map_or(UNMATCHED_RESPONSE_TIMEOUT, |destination| {
         destination.timeouts.response_headers
     });
@@ -660,18 +647,7 @@ async fn connect(
     let destination = destinations.first();
     exchange.destination(snapshot, destination);
     let grant = permit_tunnel(worker, snapshot, &workload, &asked.target, Some(exchange))?;
-    let prepared = destination.and_then(|destination| snapshot.prepared.get(&destination.name));
-    let way = Way {
-        destination,
-        scheme: Scheme::Https,
-        target: &asked.target,
-        tls: None,
-        guard: prepared.map_or(&snapshot.unmatched_guard, |prepared| &prepared.guard),
-        connect_timeout: destination.map_or(UNMATCHED_CONNECT_TIMEOUT, |destination| {
-            destination.timeouts.connect
-        }),
-        connect_to: destination.and_then(|destination| destination.connect_to),
-    };
+    let way = way_to(snapshot, destination, &asked);
     let sent_at = worker.agent.clock.monotonic();
     let dialled = tokio::time::timeout(way.connect_timeout, worker.upstreams.dial(&way)).await;
     exchange.upstream = worker.agent.clock.monotonic().saturating_sub(sent_at);
@@ -746,7 +722,7 @@ fn permit_tunnel(
                 if let Some(exchange) = exchange.as_deref_mut() {
                     exchange.denied(snapshot, workload, &denial, question, false);
                 }
-                return Err(worker.refusal(&denial, question));
+                return Err(worker.agent.denied(&denial, question));
             }
         }
     }
@@ -822,7 +798,7 @@ impl Permission for OpenRequest {
                 Err(CutReason::PermissionEnded)
             }
             Some(Under::Lease(lease, injected)) => renew(lease, &snapshot, wall, |workload| {
-                let destination = match find_route(&snapshot, &self.asked) {
+                let destination = match route(&snapshot.routes, &self.asked) {
                     Route::Destination(destination) => destination,
                     Route::NotCovered(_) | Route::Unmatched(_) => {
                         let question = unmatched(Some(&self.asked), wall);
@@ -844,7 +820,7 @@ impl Permission for OpenRequest {
             }),
             Some(Under::ReportOnly) => {
                 let reports = matches!(
-                    find_route(&snapshot, &self.asked),
+                    route(&snapshot.routes, &self.asked),
                     Route::Destination(destination) if destination.mode == Mode::ReportOnly
                 );
                 match reports && self.workload.check_liveness(wall).is_ok() {

@@ -375,13 +375,7 @@ impl Caller {
             };
             agent.metrics.decision(reference.decided.as_str());
             record.decision = Some(reference);
-            let grant = decided.map_err(|denial| {
-                let mut refusal = denial.to_refusal(&question);
-                if agent.tells_nearest {
-                    refusal.nearest = denial.nearest.as_ref().map(ToString::to_string);
-                }
-                refusal
-            })?;
+            let grant = decided.map_err(|denial| agent.denied(&denial, &question))?;
             record.asked_and_granted.scopes_granted = Arc::clone(grant.scopes());
             record.asked_and_granted.audience_granted = grant.audience().cloned();
             let lease = grant.lease().clone();
