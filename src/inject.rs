@@ -42,6 +42,11 @@ impl UpstreamRequest {
         is_grpc(self.request.headers())
     }
 
+    /// Its headers, as they leave.
+    pub fn headers(&self) -> &HeaderMap {
+        self.request.headers()
+    }
+
     /// The request, for the one place that sends it.
     pub(crate) fn into_http(self) -> Request<RequestBody> {
         self.request

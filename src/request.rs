@@ -187,8 +187,9 @@ pub fn printable(input: &str) -> String {
         .collect()
 }
 
-/// A path in its two readings: segment by segment as sent, and with everything decoded and dot
-/// segments and empty segments removed. A server may read it either way.
+/// A path in its two readings: segment by segment as sent, where an encoded slash is part of its
+/// segment, and with everything decoded and dot segments and empty segments removed. A server may read
+/// it either way.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RequestPath {
     by_segment: String,
@@ -208,24 +209,27 @@ impl RequestPath {
                 fully_decoded: None,
             };
         }
-        let by_segment = percent_decode_str(path).decode_utf8();
-        let Ok(once) = by_segment else {
-            return Self {
-                by_segment: path.to_owned(),
-                fully_decoded: Some(String::new()),
-            };
+        let nothing = |by_segment: String| Self {
+            by_segment,
+            fully_decoded: Some(String::new()),
         };
-        let encoded_slash = path.to_ascii_lowercase().contains("%2f");
-        let Some(decoded) = decode_repeatedly(&once) else {
-            return Self {
-                by_segment: once.into_owned(),
-                fully_decoded: Some(String::new()),
-            };
+        let Some(by_segment) = decode_segments(path) else {
+            return nothing(path.to_owned());
         };
+        let Some(decoded) = decode_repeatedly(path) else {
+            return nothing(by_segment);
+        };
+        // A separator that only some servers see decides what a dot segment takes away.
+        let is_separator = ['/', '\\'];
+        let some_separators_are_hidden =
+            decoded.matches(is_separator).count() != path.matches('/').count();
+        if some_separators_are_hidden && decoded.split(is_separator).any(is_dot_segment) {
+            return nothing(by_segment);
+        }
         let fully_decoded = normalise(&decoded);
-        let same = !encoded_slash && fully_decoded == once;
+        let same = fully_decoded == by_segment;
         Self {
-            by_segment: once.into_owned(),
+            by_segment,
             fully_decoded: (!same).then_some(fully_decoded),
         }
     }
@@ -246,10 +250,25 @@ impl RequestPath {
     }
 }
 
+/// Decodes once, but for the slashes; `None` where that is not UTF-8.
+fn decode_segments(path: &str) -> Option<String> {
+    const SLASH: &str = "%2F";
+    let mut decoded = String::with_capacity(path.len());
+    let mut rest = path;
+    while let Some(at) = rest.to_ascii_uppercase().find(SLASH) {
+        let (before, after) = rest.split_at_checked(at)?;
+        decoded.push_str(&percent_decode_str(before).decode_utf8().ok()?);
+        decoded.push_str(SLASH);
+        rest = after.get(SLASH.len()..)?;
+    }
+    decoded.push_str(&percent_decode_str(rest).decode_utf8().ok()?);
+    Some(decoded)
+}
+
 /// Decodes until nothing changes; `None` for what no server would decode as often.
-fn decode_repeatedly(text: &str) -> Option<String> {
-    let mut current = text.to_owned();
-    for _ in 0..DECODING_ROUNDS {
+fn decode_repeatedly(path: &str) -> Option<String> {
+    let mut current = path.to_owned();
+    for _ in 0..=DECODING_ROUNDS {
         match percent_decode_str(&current).decode_utf8() {
             Ok(decoded) if decoded != current => current = decoded.into_owned(),
             _ => return Some(current),
@@ -258,16 +277,14 @@ fn decode_repeatedly(text: &str) -> Option<String> {
     None
 }
 
-/// Removes dot segments (RFC 3986 section 5.2.4), empty segments, path parameters' effect on dots,
+/// Removes dot segments (RFC 3986 section 5.2.4) and empty segments, also those with path parameters,
 /// and reads `\` as `/`, as lenient servers do.
 fn normalise(path: &str) -> String {
     let mut segments: Vec<&str> = Vec::new();
     let ends_with_slash = path.ends_with(['/', '\\']);
     for segment in path.split(['/', '\\']) {
-        let name = segment.split(';').next().unwrap_or(segment);
-        match name {
-            "" if segment.is_empty() => {}
-            "." => {}
+        match without_parameters(segment) {
+            "" | "." => {}
             ".." => {
                 segments.pop();
             }
@@ -283,6 +300,15 @@ fn normalise(path: &str) -> String {
         normalised.push('/');
     }
     normalised
+}
+
+/// Servers that know path parameters (RFC 3986 section 3.3) resolve a segment by its name alone.
+fn without_parameters(segment: &str) -> &str {
+    segment.split_once(';').map_or(segment, |(name, _)| name)
+}
+
+fn is_dot_segment(segment: &str) -> bool {
+    matches!(without_parameters(segment), "." | "..")
 }
 
 /// How a request reached the agent, which decides how its target is read.
@@ -504,6 +530,57 @@ fn presented_token(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Each server may be the lenient one: what a pattern covers, it covers in every reading.
+    #[test]
+    fn no_reading_of_a_covered_path_leaves_its_pattern() {
+        let is_covered = |path: &str| {
+            RequestPath::parse(path).all_readings(|reading| reading.starts_with("/v1/"))
+        };
+        for covered in [
+            "/v1/orders",
+            "/v1/orders/",
+            "/v1//orders",
+            "/v1/./orders",
+            "/v1/a/../orders",
+            "/v1/a%2Fb",
+            "/v1/a%252fb",
+            "/v1/a\\b",
+            "/v1/caf%C3%A9",
+            "/v1/orders;v=2",
+            "/v1/.hidden",
+            "/v1/...",
+        ] {
+            assert!(is_covered(covered), "{covered}");
+        }
+        for escaping in [
+            "/v1/../admin",
+            "/v1/%2e%2e/admin",
+            "/v1/%252e%252e/admin",
+            "/v1/..%2fadmin",
+            "/v1/..;/admin",
+            "/v1//../admin",
+            "/v1/;x/../admin",
+            "/v1/%3bx/../admin",
+            "/v1%2fadmin",
+            // One segment here, two there: which one do the dots take away?
+            "/v1/a%2fb/../../admin",
+            "/v1/a%252fb/../../admin",
+            "/v1/a\\b/../../admin",
+            "/v1/a%5cb/../../admin",
+            "/v1/a%2fb/..%3b/../admin",
+        ] {
+            assert!(!is_covered(escaping), "{escaping}");
+            assert!(RequestPath::parse(escaping).is_ambiguous(), "{escaping}");
+        }
+    }
+
+    #[test]
+    fn an_encoded_slash_stays_in_its_segment() {
+        let path = RequestPath::parse("/public/a%2fread");
+        assert_eq!(path.as_str(), "/public/a%2Fread");
+        assert!(!path.all_readings(|reading| reading == "/public/a/read"));
+    }
 
     #[test]
     fn a_path_that_is_encoded_over_too_often_matches_nothing() {

@@ -14,6 +14,9 @@ mod counts;
 pub mod evidence;
 pub mod fetch;
 pub mod oidc;
+#[cfg(all(target_os = "linux", feature = "test-support"))]
+#[doc(hidden)]
+pub mod readers;
 pub mod systemd;
 pub mod unix;
 pub mod workload;

@@ -19,6 +19,10 @@ use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, sockopt};
 
 pub use process::Process;
+#[cfg(feature = "test-support")]
+pub(crate) use process::parse_status;
+#[cfg(feature = "test-support")]
+pub(crate) use socket_diagnostics::read_answer;
 
 use crate::evidence::EvidenceError;
 use crate::workload::AttestationEnded;

@@ -47,10 +47,10 @@ pub struct Process {
 
 /// Effective credentials, as in `/proc/PID/status` (proc_pid_status(5)).
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Credentials {
-    pub(super) uid: u32,
-    pub(super) gid: u32,
-    pub(super) groups: Vec<u32>,
+pub(crate) struct Credentials {
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    pub(crate) groups: Vec<u32>,
 }
 
 impl Process {
@@ -303,7 +303,7 @@ fn read_file(directory: &OwnedFd, name: &std::ffi::CStr) -> io::Result<Vec<u8>> 
 }
 
 /// Reads the effective ids and the groups out of `/proc/PID/status`.
-fn parse_status(status: &[u8]) -> Option<Credentials> {
+pub(crate) fn parse_status(status: &[u8]) -> Option<Credentials> {
     // The second line is `Umask:`; the first holds the process's name, in which the kernel escapes
     // line feeds, so that no name can pretend to be another line.
     let status = String::from_utf8_lossy(status);

@@ -26,12 +26,12 @@ const TCP_CLOSE_WAIT: u8 = 8;
 
 /// What the kernel says of a caller's TCP socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct TcpSocket {
-    pub(super) inode: u32,
-    pub(super) uid: u32,
-    pub(super) cookie: [u8; 8],
+pub(crate) struct TcpSocket {
+    pub(crate) inode: u32,
+    pub(crate) uid: u32,
+    pub(crate) cookie: [u8; 8],
     /// The cgroup-v2 directory in which the socket was made.
-    pub(super) cgroup_id: Option<u64>,
+    pub(crate) cgroup_id: Option<u64>,
 }
 
 /// The socket at `caller`, connected to `listener`, in the network namespace of this thread.
@@ -55,10 +55,17 @@ pub(super) fn find_tcp(caller: SocketAddr, listener: SocketAddr) -> io::Result<O
     request.extend(0_u32.to_ne_bytes());
     request.extend(ANY_COOKIE);
 
-    match ask(&request)? {
-        Some(answer) => Ok(read_tcp_answer(&answer, caller, listener)),
-        None => Ok(None),
-    }
+    read_answer(&ask(&request)?, caller, listener)
+}
+
+/// Reads the message that answers the question about a TCP socket.
+pub(crate) fn read_answer(
+    message: &[u8],
+    caller: SocketAddr,
+    listener: SocketAddr,
+) -> io::Result<Option<TcpSocket>> {
+    let answer = read_header(message)?;
+    Ok(answer.and_then(|answer| read_tcp_answer(&answer, caller, listener)))
 }
 
 /// The inode of the socket that is connected to the Unix socket with `inode`.
@@ -70,7 +77,7 @@ pub(super) fn find_unix_peer(inode: u32) -> io::Result<Option<u32>> {
     request.extend(UDIAG_SHOW_PEER.to_ne_bytes());
     request.extend(ANY_COOKIE);
 
-    let Some(answer) = ask(&request)? else {
+    let Some(answer) = read_header(&ask(&request)?)? else {
         return Ok(None);
     };
     if bytes::<4>(&answer, 4).map(u32::from_ne_bytes) != Some(inode) {
@@ -82,8 +89,8 @@ pub(super) fn find_unix_peer(inode: u32) -> io::Result<Option<u32>> {
     Ok(peer.filter(|peer| *peer != 0))
 }
 
-/// Sends one sock_diag request; the payload of its answer, or `None` when there is no such socket.
-fn ask(request: &[u8]) -> io::Result<Option<Vec<u8>>> {
+/// Sends one sock_diag request; the message that answers it.
+fn ask(request: &[u8]) -> io::Result<Vec<u8>> {
     let netlink = socket(
         AddressFamily::Netlink,
         SockType::Raw,
@@ -102,9 +109,10 @@ fn ask(request: &[u8]) -> io::Result<Option<Vec<u8>>> {
     let mut buffer = vec![0_u8; 8192];
     let received = recv(netlink.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
     buffer.truncate(received);
-    read_header(&buffer)
+    Ok(buffer)
 }
 
+/// The payload of an answer, or `None` when there is no such socket.
 fn read_header(message: &[u8]) -> io::Result<Option<Vec<u8>>> {
     let malformed = || io::Error::new(io::ErrorKind::InvalidData, "malformed netlink answer");
     let length = bytes::<4>(message, 0)

@@ -1,0 +1,78 @@
+//! The readers of what the kernel writes, for fuzzing from outside of this crate: bytes in, plain values
+//! out.
+
+use std::io;
+use std::net::SocketAddr;
+
+use crate::cgroup;
+use crate::platform;
+
+/// What a `/proc/PID/cgroup` says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CgroupReading {
+    /// The path that stands for the process.
+    pub path: Option<String>,
+    /// The container's id and runtime, or the contradiction between hierarchies.
+    pub container: Result<Option<(String, Option<String>)>, String>,
+    /// The unit of the system's manager.
+    pub system_unit: Option<String>,
+    /// The unit of a user's manager.
+    pub user_unit: Option<String>,
+    /// Whose manager.
+    pub user_id: Option<u32>,
+}
+
+/// Reads `/proc/PID/cgroup`.
+pub fn cgroup(file: &[u8]) -> CgroupReading {
+    let memberships = cgroup::memberships(file);
+    let units = cgroup::units(&memberships);
+    CgroupReading {
+        path: cgroup::path(&memberships).map(str::to_owned),
+        container: cgroup::container(&memberships)
+            .map(|container| {
+                let named = |container: cgroup::Container| {
+                    let runtime = container.runtime.map(|runtime| runtime.to_string());
+                    (container.id, runtime)
+                };
+                container.map(named)
+            })
+            .map_err(|contradiction| contradiction.to_string()),
+        system_unit: units.system,
+        user_unit: units.user,
+        user_id: units.user_id,
+    }
+}
+
+/// Reads the effective uid and gid and the groups out of `/proc/PID/status`.
+pub fn process_status(file: &[u8]) -> Option<(u32, u32, Vec<u32>)> {
+    let credentials = platform::parse_status(file)?;
+    Some((credentials.uid, credentials.gid, credentials.groups))
+}
+
+/// What sock_diag answered about a socket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SocketReading {
+    /// Its inode.
+    pub inode: u32,
+    /// Its owner.
+    pub uid: u32,
+    /// The cgroup in which it was made.
+    pub cgroup_id: Option<u64>,
+}
+
+/// Reads a netlink message about the socket at `caller` that is connected to `listener`.
+///
+/// # Errors
+/// The kernel's own, or that the message is malformed.
+pub fn socket_answer(
+    message: &[u8],
+    caller: SocketAddr,
+    listener: SocketAddr,
+) -> io::Result<Option<SocketReading>> {
+    let socket = platform::read_answer(message, caller, listener)?;
+    Ok(socket.map(|socket| SocketReading {
+        inode: socket.inode,
+        uid: socket.uid,
+        cgroup_id: socket.cgroup_id,
+    }))
+}
