@@ -31,6 +31,8 @@ pub struct Snapshot {
     pub catalog: Arc<Catalog>,
     /// The OIDC issuers' attestors, kept over reloads.
     pub issuers: Arc<Issuers>,
+    /// What the files of trusted roots held when this was made.
+    pub roots: Arc<Roots>,
     /// The interception authority, where one is configured.
     pub interception: Option<Arc<InterceptionAuthority>>,
     /// What sending to each destination takes, by name.
@@ -52,6 +54,9 @@ impl Snapshot {
 
 /// Each configured issuer with its attestor.
 pub type Issuers = Vec<(OidcIssuer, Arc<OidcAttestor>)>;
+
+/// The SHA-256 of files of trusted roots, by which their replacement is noticed.
+pub type Roots = HashMap<PathBuf, Vec<u8>>;
 
 /// What sending to a destination takes.
 #[derive(Debug, Clone)]

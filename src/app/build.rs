@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -19,7 +20,7 @@ use crate::diagnostics::{Diagnostic, Diagnostics};
 use crate::fetch::{FetchClient, FetchSettings};
 use crate::policy::{PolicyEngine, PolicySnapshot, Revocations};
 use crate::routing::Routes;
-use crate::snapshot::{Issuers, Snapshot, prepare};
+use crate::snapshot::{Issuers, Roots, Snapshot, prepare};
 use crate::telemetry::metrics::Metrics;
 use crate::tls::interception::{InterceptionAuthority, write_atomically};
 use crate::tls::trust::bundle;
@@ -58,14 +59,20 @@ pub(super) async fn build_off_thread(builder: SnapshotBuilder) -> Result<Snapsho
 }
 
 impl SnapshotBuilder {
-    fn build(self) -> Result<Snapshot, Diagnostics> {
+    fn build(mut self) -> Result<Snapshot, Diagnostics> {
+        // Before anything reads them: a file that changes meanwhile is another at the next reload.
+        let roots = roots_of(&self.config);
+        if let Some(previous) = &self.previous {
+            let config = Config::clone(&self.config);
+            self.config = Arc::new(reuse_unchanged(config, previous, &roots));
+        }
         let config = &self.config;
         let declarations = config.attestors.declarations();
         let (engine, warnings) = PolicyEngine::load(config, &declarations)?;
         for warning in &warnings {
             tracing::warn!(code = warning.code, "{}", warnings.line(warning));
         }
-        let issuers = self.issuers()?;
+        let issuers = self.issuers(&roots)?;
         let catalog = self.catalog_for(&engine, &issuers);
         let interception = self.interception()?;
         let prepared = prepare(config, &self.own_listeners, &self.metrics).map_err(|error| {
@@ -76,6 +83,7 @@ impl SnapshotBuilder {
             policy: PolicySnapshot::new(Arc::new(engine), Revocations::none()),
             catalog,
             issuers: Arc::new(issuers),
+            roots: Arc::new(roots),
             interception,
             prepared: Arc::new(prepared),
             unmatched_guard: AddressGuard::new(&[], Arc::clone(&self.own_listeners)),
@@ -87,6 +95,7 @@ impl SnapshotBuilder {
     fn catalog_for(&self, engine: &PolicyEngine, issuers: &Issuers) -> Arc<Catalog> {
         if let Some(previous) = &self.previous
             && previous.config.attestors == self.config.attestors
+            && have_same_attestors(&previous.issuers, issuers)
             && previous.policy.engine().attributes_read() == engine.attributes_read()
         {
             return Arc::clone(&previous.catalog);
@@ -114,15 +123,18 @@ impl SnapshotBuilder {
         Catalog::new(attestors, Arc::clone(&self.clock))
     }
 
-    /// An attestor per issuer; one whose configuration is the same is kept, with its keys.
-    fn issuers(&self) -> Result<Issuers, Diagnostics> {
-        let known = self.previous.as_ref().map(|previous| &previous.issuers);
+    /// An attestor per issuer; one whose configuration and roots are the same is kept, with its keys.
+    fn issuers(&self, roots: &Roots) -> Result<Issuers, Diagnostics> {
         self.config
             .attestors
             .oidc_issuers
             .iter()
             .map(|issuer| {
-                let kept = known.and_then(|known| known.iter().find(|(same, _)| same == issuer));
+                let kept = self
+                    .previous
+                    .as_ref()
+                    .filter(|previous| trusts_alike(&issuer.ca_file, &previous.roots, roots))
+                    .and_then(|previous| previous.issuers.iter().find(|(same, _)| same == issuer));
                 match kept {
                     Some((_, attestor)) => Ok((issuer.clone(), Arc::clone(attestor))),
                     None => Ok((issuer.clone(), Arc::new(self.oidc_attestor(issuer)?))),
@@ -220,18 +232,21 @@ fn intercepted_hosts(config: &Config) -> Vec<String> {
 
 /// Keeps the sections in force where a new configuration says the same, so that connections and
 /// tokens made under them stay good.
-pub(super) fn reuse_unchanged(mut config: Config, previous: &Config) -> Config {
+fn reuse_unchanged(mut config: Config, previous: &Snapshot, roots: &Roots) -> Config {
     for destination in &mut config.destinations {
         if let Some(same) = previous
+            .config
             .destinations
             .iter()
             .find(|known| *known == destination)
+            && trusts_alike(&destination.ca_file, &previous.roots, roots)
         {
             *destination = Arc::clone(same);
         }
     }
     for credential in &mut config.credentials {
         if let Some(same) = previous
+            .config
             .credentials
             .iter()
             .find(|known| *known == credential)
@@ -240,6 +255,44 @@ pub(super) fn reuse_unchanged(mut config: Config, previous: &Config) -> Config {
         }
     }
     config
+}
+
+/// The SHA-256 of each file of roots that a destination or an issuer names.
+fn roots_of(config: &Config) -> Roots {
+    let of_destinations = config
+        .destinations
+        .iter()
+        .filter_map(|destination| destination.ca_file.as_ref());
+    let of_issuers = config
+        .attestors
+        .oidc_issuers
+        .iter()
+        .filter_map(|issuer| issuer.ca_file.as_ref());
+    let files: BTreeSet<&PathBuf> = of_destinations.chain(of_issuers).collect();
+    files
+        .into_iter()
+        // One that cannot be read is refused where it is used.
+        .filter_map(|path| {
+            let content = std::fs::read(path).ok()?;
+            let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &content);
+            Some((path.clone(), digest.as_ref().to_vec()))
+        })
+        .collect()
+}
+
+/// Whether a file of roots holds what it held.
+fn trusts_alike(ca_file: &Option<PathBuf>, before: &Roots, now: &Roots) -> bool {
+    ca_file
+        .as_ref()
+        .is_none_or(|path| before.get(path) == now.get(path))
+}
+
+fn have_same_attestors(one: &Issuers, other: &Issuers) -> bool {
+    one.len() == other.len()
+        && one
+            .iter()
+            .zip(other)
+            .all(|((_, one), (_, other))| Arc::ptr_eq(one, other))
 }
 
 /// Tells the metrics when an issuer's documents were fetched.

@@ -16,7 +16,7 @@ use serde::Serialize;
 use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
 
-use self::build::{SnapshotBuilder, build_off_thread, reuse_unchanged};
+use self::build::{SnapshotBuilder, build_off_thread};
 use self::listeners::Listeners;
 use crate::admin::{AdminActions, AdminServer};
 use crate::agent::Agent;
@@ -239,13 +239,12 @@ impl App {
 
     async fn try_reload(&self, path: PathBuf) -> Result<(), Diagnostics> {
         let previous = self.agent.snapshot.load_full();
-        let config = tokio::task::spawn_blocking(move || Config::load(&path))
+        let mut config = tokio::task::spawn_blocking(move || Config::load(&path))
             .await
             .map_err(|error| {
                 let path = &previous.config.path;
                 Diagnostic::error("reload_interrupted", path, error.to_string())
             })??;
-        let mut config = reuse_unchanged(config, &previous.config);
         self.options.apply(&mut config);
         let config = Arc::new(config);
         let mut listeners = self.listeners.lock().await;
@@ -260,6 +259,7 @@ impl App {
             previous: Some(Arc::clone(&previous)),
         })
         .await?;
+        let config = Arc::clone(&snapshot.config);
         let policy_version = snapshot.policy.engine().version().to_string();
         self.agent.credentials.configure(&config, &own_listeners);
         // What was revoked or lifted while this was built holds.

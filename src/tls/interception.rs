@@ -437,3 +437,92 @@ fn file_error(path: &Path, detail: impl ToString) -> AuthorityError {
         detail: detail.to_string(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rustls::pki_types::ServerName;
+    use rustls::{ClientConfig, RootCertStore};
+
+    use super::*;
+
+    /// Whether a client that trusts the authority's root takes a leaf for `name` that its intermediate
+    /// signed, whatever the agent itself would sign.
+    fn is_taken(authority: &InterceptionAuthority, name: &str) -> Result<(), rustls::Error> {
+        let server = authority
+            .mint(name, Offer::Http1, SystemTime::now())
+            .unwrap();
+        let mut roots = RootCertStore::empty();
+        roots
+            .add(CertificateDer::from_pem_slice(authority.root_pem.as_bytes()).unwrap())
+            .unwrap();
+        let client = ClientConfig::builder()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let name = ServerName::try_from(name.to_owned()).unwrap();
+        let mut client = rustls::ClientConnection::new(Arc::new(client), name).unwrap();
+        let mut server = rustls::ServerConnection::new(server).unwrap();
+        while client.is_handshaking() {
+            let mut bytes = Vec::new();
+            client.write_tls(&mut bytes).unwrap();
+            server.read_tls(&mut bytes.as_slice()).unwrap();
+            server.process_new_packets().unwrap();
+            let mut bytes = Vec::new();
+            server.write_tls(&mut bytes).unwrap();
+            client.read_tls(&mut bytes.as_slice()).unwrap();
+            client.process_new_packets()?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_stolen_intermediate_is_good_for_the_configured_hosts_only() {
+        super::super::install_cryptography_provider();
+        let address = "192.0.2.7";
+        let six = "2001:db8::7";
+        let rows: &[(&[&str], &[&str], &[&str])] = &[
+            (
+                &["api.example.com"],
+                &["api.example.com", "sub.api.example.com"],
+                &["example.com", "other.example", address, six],
+            ),
+            (
+                &[address],
+                &[address],
+                &["192.0.2.8", six, "example.com", "localhost"],
+            ),
+            (
+                &[address, six],
+                &[address, six],
+                &["2001:db8::8", "example.com"],
+            ),
+            (
+                &[address, "api.example.com"],
+                &[address, "api.example.com"],
+                &["192.0.2.8", "example.com"],
+            ),
+        ];
+        for (hosts, taken, refused) in rows {
+            let interception = Interception {
+                source: CaSource::Memory,
+                ca_certificate_file: None,
+                trust_bundle_file: None,
+            };
+            let hosts = hosts.iter().map(ToString::to_string).collect::<Vec<_>>();
+            let authority =
+                InterceptionAuthority::open(&interception, hosts.clone(), SystemTime::now(), None)
+                    .unwrap();
+            for name in *taken {
+                is_taken(&authority, name)
+                    .unwrap_or_else(|error| panic!("{hosts:?}: {name}: {error}"));
+            }
+            for name in *refused {
+                let error = is_taken(&authority, name).expect_err(name);
+                let said = format!("{error:?}");
+                assert!(
+                    said.contains("NameConstraintViolation"),
+                    "{hosts:?}: {name}: {said}"
+                );
+            }
+        }
+    }
+}

@@ -3,6 +3,7 @@
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
+use countersign::policy::{Revocation, Revoked};
 use tokio::net::{TcpStream, UnixStream};
 
 use crate::support::counts::reached;
@@ -141,3 +142,172 @@ when { principal has unix && resource != Destination::"second" };
     }
     reached("tunnels_refused", refused);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_revoked_while_a_reload_is_under_way_stays_revoked() {
+    let world = World::start().await;
+    world.good().await;
+    let path = world.path("countersign.yaml");
+    let configuration = std::fs::read_to_string(&path).unwrap();
+    let mut held = 0;
+    // The reload reads the configuration from a pipe, and waits there until we write.
+    let pipe = world.path("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    std::fs::rename(&pipe, &path).unwrap();
+    let app = std::sync::Arc::clone(world.app());
+    let reload = tokio::spawn(async move { app.reload().await });
+    let mut writer = tokio::task::spawn_blocking({
+        let path = path.clone();
+        // Returns once there is a reader.
+        move || std::fs::File::options().write(true).open(path).unwrap()
+    })
+    .await
+    .unwrap();
+    world.write("whole.yaml", &configuration);
+    std::fs::rename(world.path("whole.yaml"), &path).unwrap();
+    let revocation = Revocation {
+        id: "r1".to_owned(),
+        what: Revoked::Credential("orders-api".to_owned()),
+        until: None,
+    };
+    world
+        .app()
+        .replace_revocations(|revocations| Some(revocations.with(revocation.clone())));
+    assert!(!reload.is_finished());
+    std::io::Write::write_all(&mut writer, configuration.as_bytes()).unwrap();
+    drop(writer);
+    reload.await.unwrap().unwrap();
+
+    let mut io = TcpStream::connect(world.address("proxy")).await.unwrap();
+    let answer = exchange(&mut io, PLAIN).await.expect(403);
+    assert_eq!(answer.code(), "revoked");
+    held += 1;
+    world
+        .app()
+        .replace_revocations(|revocations| revocations.without("r1"));
+    world.good().await;
+    reached("revoked_meanwhile", held);
+}
+
+/// An authority's certificate and key in PEM.
+fn authority(name: &str) -> (String, String) {
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut parameters = rcgen::CertificateParams::default();
+    parameters.distinguished_name = rcgen::DistinguishedName::new();
+    parameters
+        .distinguished_name
+        .push(rcgen::DnType::CommonName, name);
+    parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let certificate = parameters.self_signed(&key).unwrap();
+    (certificate.pem(), key.serialize_pem())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_reads_the_files_of_the_interception_authority_again() {
+    let mut world = World::servers().await;
+    let replace = |world: &World, (certificate, key): &(String, String)| {
+        world.write("own.pem", certificate);
+        world.write("own.key", key);
+        std::fs::set_permissions(world.path("own.key"), PermissionsExt::from_mode(0o600)).unwrap();
+    };
+    let first = authority("first");
+    let second = authority("second");
+    replace(&world, &first);
+    let common = COMMON.replace(
+        "{source: generated, state_directory: ca}",
+        "{source: files, certificate_file: own.pem, key_file: own.key}",
+    );
+    world
+        .start_agent(&format!("{common}{DESTINATIONS}"), POLICIES)
+        .await;
+    world.good().await;
+    let in_force = || {
+        let snapshot = world.app().agent().snapshot.load_full();
+        snapshot.interception.clone().unwrap()
+    };
+    // Files that hold what they held: the leaves that were minted stay.
+    let before = in_force();
+    world.app().reload().await.unwrap();
+    assert!(std::sync::Arc::ptr_eq(&before, &in_force()));
+
+    replace(&world, &second);
+    world.app().reload().await.unwrap();
+    // What clients load was written anew, and `good` loads it.
+    let published = std::fs::read_to_string(world.path("ca.pem")).unwrap();
+    assert_eq!(published.trim(), second.0.trim());
+    world.good().await;
+    // Whoever trusts the first only is not served under the second.
+    world.write("ca.pem", &first.0);
+    let answer = world.curl(&["https://orders.example.test/v1/orders"]).await;
+    assert_eq!(answer.status, 0, "{answer:#?}");
+    world.write("ca.pem", &second.0);
+    world.good().await;
+    reached("authorities_read", 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_reads_trusted_roots_again() {
+    let mut world = World::servers().await;
+    let right = world.authority.pem().to_owned();
+    let (wrong, _) = authority("another");
+    // Each of the three kinds of server has a file of its own.
+    let text = format!("{COMMON}{DESTINATIONS}");
+    let (before, attestors) = text.split_once("attestors:").unwrap();
+    let (attestors, rest) = attestors.split_once("credentials:").unwrap();
+    let (credentials, destinations) = rest.split_once("destinations:").unwrap();
+    let configuration = format!(
+        "{before}attestors:{}credentials:{}destinations:{}",
+        attestors.replace("servers.pem", "issuer.pem"),
+        credentials.replace("servers.pem", "auth.pem"),
+        destinations.replace("servers.pem", "api.pem"),
+    );
+    for file in ["issuer.pem", "auth.pem", "api.pem"] {
+        world.write(file, &right);
+    }
+    world
+        .start_agent(&configuration, &format!("{POLICIES}{OF_JOBS}"))
+        .await;
+    let claims = serde_json::json!({"repository": "acme/orders"});
+    let mut proxy = TcpStream::connect(world.address("proxy")).await.unwrap();
+    let mut read = 0;
+    world.good().await;
+
+    // A destination: connections that stand were made under the roots of then.
+    world.write("api.pem", &wrong);
+    world.app().reload().await.unwrap();
+    let seen = world.api.seen().len();
+    let answer = world.curl(&["https://orders.example.test/v1/orders"]).await;
+    assert_eq!(answer.code(), "upstream_tls", "{answer:#?}");
+    assert_eq!(world.api.seen().len(), seen);
+    world.write("api.pem", &right);
+    world.app().reload().await.unwrap();
+    world.good().await;
+    read += 1;
+
+    // An issuer: its keys were not fetched yet.
+    world.write("issuer.pem", &wrong);
+    world.app().reload().await.unwrap();
+    for (status, code) in [(503, "attestation_unavailable"), (200, "")] {
+        let token = world
+            .issuer
+            .mint("job", "countersign", Duration::from_secs(300), &claims)
+            .unwrap();
+        let request = format!(
+            "DELETE http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\nProxy-Authorization: Bearer {token}\r\n\r\n"
+        );
+        let answer = exchange(&mut proxy, &request).await.expect(status);
+        assert_eq!(answer.code(), code, "{answer:#?}");
+        world.write("issuer.pem", &right);
+        world.app().reload().await.unwrap();
+    }
+    read += 1;
+    world.good().await;
+    reached("roots_read", read);
+}
+
+/// What only a job of the issuer's may do.
+const OF_JOBS: &str = r#"
+@id("jobs")
+permit (principal, action == Action::"inject", resource == Credential::"orders-api")
+when { principal has ci.repository && principal.ci.repository == "acme/orders" };
+"#;

@@ -291,3 +291,32 @@ async fn http2_callers_reach_http1_destinations() {
     assert!(seen.iter().all(|seen| seen.version == Version::HTTP_11));
     world.good().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_to_a_destination_is_used_again_while_others_are_swept() {
+    const REQUESTS: usize = 5;
+    let mut world = World::servers().await;
+    // 400 ms for a body, so that connections are looked over while each is in use.
+    let body = "b".repeat(20);
+    let mut parts = vec!["HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\n".to_owned()];
+    parts.extend(body.chars().map(String::from));
+    let origin = Origin::start(None, move |_| parts.clone()).await;
+    world.origins.push(("origin".to_owned(), origin.address));
+    let destination = "  - {name: origin, hosts: [origin.example.test], scheme: http, credentials: [{name: orders-api}], connect_to: \"{origin}\"}\n";
+    world
+        .start_agent(&format!("{COMMON}{DESTINATIONS}{destination}"), POLICIES)
+        .await;
+    let puppet = Puppet::start(&world.target("proxy"), None).await;
+    let mut io = puppet.connect().await;
+    for _ in 0..REQUESTS {
+        let request =
+            "GET http://origin.example.test/ HTTP/1.1\r\nHost: origin.example.test\r\n\r\n";
+        let answer = exchange(&mut io, request).await.expect(200);
+        assert_eq!(answer.body, body);
+        // And while none is.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+    assert_eq!(origin.heads().len(), REQUESTS);
+    assert_eq!(origin.connections(), 1);
+    reached("over_one_connection", REQUESTS);
+}

@@ -1,6 +1,7 @@
 //! An origin that answers with bytes of the test's choosing, and keeps the heads that reached it.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use countersign::dev::ServerCertificate;
@@ -14,6 +15,7 @@ use super::raw::read_head;
 pub struct Origin {
     pub address: SocketAddr,
     heads: Arc<Mutex<Vec<String>>>,
+    connections: Arc<AtomicUsize>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -42,9 +44,12 @@ impl Origin {
         let heads = Arc::new(Mutex::new(Vec::new()));
         let answer = Arc::new(answer);
         let seen = Arc::clone(&heads);
+        let connections = Arc::<AtomicUsize>::default();
+        let accepted = Arc::clone(&connections);
         let task = tokio::spawn(async move {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
+                accepted.fetch_add(1, Ordering::SeqCst);
                 let _ = stream.set_nodelay(true);
                 let (seen, answer) = (Arc::clone(&seen), Arc::clone(&answer));
                 let acceptor = acceptor.clone();
@@ -63,8 +68,14 @@ impl Origin {
         Self {
             address,
             heads,
+            connections,
             task,
         }
+    }
+
+    /// How many connections it accepted.
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::SeqCst)
     }
 
     /// The heads that reached it.
