@@ -370,7 +370,9 @@ fn way_to<'a>(
         destination,
         scheme: asked.scheme,
         target: &asked.target,
-        tls: prepared.and_then(|prepared| prepared.tls.as_ref()),
+        tls: prepared.map_or(snapshot.unmatched_tls.as_ref(), |prepared| {
+            prepared.tls.as_ref()
+        }),
         guard: prepared.map_or(&snapshot.unmatched_guard, |prepared| &prepared.guard),
         connect_timeout: destination.map_or(UNMATCHED_CONNECT_TIMEOUT, |destination| {
             destination.timeouts.connect

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use countersign_attestors::{Catalog, OidcAttestor};
@@ -37,6 +37,9 @@ pub struct Snapshot {
     pub interception: Option<Arc<InterceptionAuthority>>,
     /// What sending to each destination takes, by name.
     pub prepared: Arc<HashMap<String, Prepared>>,
+    /// Verified TLS for traffic to no configured destination: the system's roots. `None` where such
+    /// traffic is refused, or the system has no roots.
+    pub unmatched_tls: Option<DestinationTls>,
     /// The guard of traffic to no configured destination.
     pub unmatched_guard: AddressGuard,
 }
@@ -85,7 +88,7 @@ pub fn prepare(
             Scheme::Https => Some(match by_roots.get(&destination.ca_file) {
                 Some(tls) => tls.clone(),
                 None => {
-                    let tls = destination_tls(destination)?;
+                    let tls = verified_tls(destination.ca_file.as_deref())?;
                     by_roots.insert(destination.ca_file.clone(), tls.clone());
                     tls
                 }
@@ -104,8 +107,8 @@ pub fn prepare(
     Ok(prepared)
 }
 
-fn destination_tls(destination: &Destination) -> Result<DestinationTls, TrustError> {
-    let ca_file = destination.ca_file.as_deref();
+/// TLS that trusts the roots in `ca_file`, or the system's.
+pub fn verified_tls(ca_file: Option<&Path>) -> Result<DestinationTls, TrustError> {
     Ok(DestinationTls {
         any: client_config(ca_file, &[ALPN_HTTP2, ALPN_HTTP1])?,
         http1: client_config(ca_file, &[ALPN_HTTP1])?,

@@ -15,15 +15,16 @@ use url::Url;
 
 use crate::address::AddressGuard;
 use crate::clock::Clock;
-use crate::config::{Attestors, CaSource, Config, Interception, OidcIssuer};
+use crate::config::{Attestors, CaSource, Config, Interception, OidcIssuer, Unmatched};
 use crate::diagnostics::{Diagnostic, Diagnostics};
 use crate::fetch::{FetchClient, FetchSettings};
 use crate::policy::{PolicyEngine, PolicySnapshot, Revocations};
 use crate::routing::Routes;
-use crate::snapshot::{Issuers, Roots, Snapshot, prepare};
+use crate::snapshot::{Issuers, Roots, Snapshot, prepare, verified_tls};
 use crate::telemetry::metrics::Metrics;
 use crate::tls::interception::{InterceptionAuthority, write_atomically};
 use crate::tls::trust::bundle;
+use crate::upstream::DestinationTls;
 
 /// Attributes that records name a workload by, whatever policies read.
 const RECORDED_ATTRIBUTES: &[(&str, &str)] = &[
@@ -86,9 +87,22 @@ impl SnapshotBuilder {
             roots: Arc::new(roots),
             interception,
             prepared: Arc::new(prepared),
+            unmatched_tls: self.unmatched_tls(),
             unmatched_guard: AddressGuard::new(&[], Arc::clone(&self.own_listeners)),
             config: self.config,
         })
+    }
+
+    /// Reading the system's roots takes long, so only where they may be needed.
+    fn unmatched_tls(&self) -> Option<DestinationTls> {
+        if self.config.unmatched != Unmatched::Tunnel {
+            return None;
+        }
+        verified_tls(None)
+            .inspect_err(|error| {
+                tracing::warn!(%error, "https requests that no destination covers will be refused");
+            })
+            .ok()
     }
 
     /// The catalog in force is kept where it would be the same: its connections and key sets stay good.

@@ -31,6 +31,15 @@ impl Origin {
         certificate: Option<&ServerCertificate>,
         answer: impl Fn(&str) -> Vec<String> + Send + Sync + 'static,
     ) -> Self {
+        Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0)), certificate, answer).await
+    }
+
+    /// As [`Origin::start`], at an address.
+    pub async fn start_at(
+        address: SocketAddr,
+        certificate: Option<&ServerCertificate>,
+        answer: impl Fn(&str) -> Vec<String> + Send + Sync + 'static,
+    ) -> Self {
         let acceptor = certificate.cloned().map(|certificate| {
             let mut config = rustls::ServerConfig::builder()
                 .with_no_client_auth()
@@ -39,7 +48,7 @@ impl Origin {
             config.alpn_protocols = vec![b"http/1.1".to_vec()];
             TlsAcceptor::from(Arc::new(config))
         });
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
         let heads = Arc::new(Mutex::new(Vec::new()));
         let answer = Arc::new(answer);

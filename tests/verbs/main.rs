@@ -20,4 +20,5 @@ mod exec;
 mod job;
 mod jobs;
 mod program;
+mod unmatched;
 mod workload_api;
