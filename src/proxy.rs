@@ -488,10 +488,12 @@ impl Worker {
             CutReason::ShuttingDown => Refusal::new(RefusalCode::ShuttingDown, reason.to_string()),
             CutReason::PermissionEnded => {
                 let snapshot = self.agent.snapshot.load_full();
-                let ended = workload.check_liveness(self.agent.clock.wall());
-                match (ended, self.decide(&snapshot, workload, asked, exchange)) {
-                    (Ok(()), Err(refusal)) => refusal,
-                    _ => Refusal::new(RefusalCode::AttestationEnded, reason.to_string()),
+                if let Err(ended) = workload.check_liveness(self.agent.clock.wall()) {
+                    return ended.into();
+                }
+                match self.decide(&snapshot, workload, asked, exchange) {
+                    Err(refusal) => refusal,
+                    Ok(_) => Refusal::new(RefusalCode::AttestationEnded, reason.to_string()),
                 }
             }
         }

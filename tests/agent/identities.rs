@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::support::client::Client;
 use crate::support::counts::reached;
+use crate::support::origin::Origin;
 use crate::support::puppet::{ARGUMENTS, Departure, Puppet, connect_send_exit, depart, program};
 use crate::support::raw::exchange;
 use crate::support::world::{COMMON, World};
@@ -411,4 +412,62 @@ async fn a_presented_token_is_evidence_of_its_own_request_only() {
     let mut io = proxy.connect().await;
     exchange(&mut io, &get(&bearer)).await.expect(200);
     reached("without_token", refused);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_expires_before_the_answer_is_asked_for_again() {
+    const LIFETIME: Duration = Duration::from_secs(3);
+    let mut world = World::servers().await;
+    let silent = Origin::start(None, |_| Vec::new()).await;
+    world.origins.push(("silent".to_owned(), silent.address));
+    let common = COMMON.replace(
+        "attestors:\n",
+        "  - {name: silent, type: gateway, bind: \"127.0.0.1:0\", destination: silent}\nattestors:\n",
+    );
+    let destinations = crate::support::world::DESTINATIONS;
+    let destination = "  - {name: silent, hosts: [silent.example.test], scheme: http, credentials: [{name: orders-api}], connect_to: \"{silent}\"}\n";
+    world
+        .start_agent(&format!("{common}{destinations}{destination}"), NEEDS_TOKEN)
+        .await;
+    let mint = || {
+        let claims = serde_json::json!({"repository": "acme/orders"});
+        world
+            .issuer
+            .mint("job", "countersign", LIFETIME, &claims)
+            .unwrap()
+    };
+    let proxy = Puppet::start(&world.target("proxy"), None).await;
+    let gateway = Puppet::start(&world.target("silent"), None).await;
+    let mut expired = 0;
+    for (caller, uri, header, status, code, challenge) in [
+        (
+            &proxy,
+            "http://silent.example.test/",
+            "Proxy-Authorization",
+            407,
+            "proxy_token_required",
+            "proxy-authenticate",
+        ),
+        (
+            &gateway,
+            "/",
+            "Authorization",
+            401,
+            "token_required",
+            "www-authenticate",
+        ),
+    ] {
+        let mut io = caller.connect().await;
+        let request = format!(
+            "GET {uri} HTTP/1.1\r\nHost: silent.example.test\r\n{header}: Bearer {}\r\n\r\n",
+            mint()
+        );
+        let answer = exchange(&mut io, &request).await.expect(status);
+        assert_eq!(answer.code(), code, "{answer:#?}");
+        assert!(!answer.headers(challenge).is_empty(), "{answer:#?}");
+        expired += 1;
+        // It had been sent.
+        assert_eq!(silent.heads().len(), expired);
+    }
+    reached("expired_meanwhile", expired);
 }
