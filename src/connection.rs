@@ -4,7 +4,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use countersign_attestors::evidence::EvidenceError;
 use countersign_attestors::{
@@ -19,6 +19,7 @@ use crate::audit::{AttestedRecord, Record};
 use crate::config::{Limits, Scheme};
 use crate::limits::{Held, Holding};
 use crate::listener::interim::Interim;
+use crate::listener::patience::{Place, Places};
 use crate::proxy::{Worker, audit_refusal};
 use crate::refusal::{Refusal, RefusalCode};
 use crate::request::Target;
@@ -32,6 +33,10 @@ pub struct Entry {
     pub listener: Arc<str>,
     /// The destination, where the listener is a gateway.
     pub gateway: Option<Arc<str>>,
+    /// Places for those whose caller is not attested yet.
+    pub places: Places,
+    /// How long a request head may take.
+    pub head_timeout: Duration,
 }
 
 /// The tunnel that requests come through.
@@ -89,6 +94,8 @@ pub struct Caller {
     attestation: RefCell<Rc<Result<ConnectionAttestation, EvidenceError>>>,
     catalog: RefCell<Arc<Catalog>>,
     session: RefCell<Option<Session>>,
+    /// Held until the first session, which counts for its identity.
+    place: RefCell<Option<Place>>,
     /// Set when the attestation ended: the connection closes.
     ended: Cell<bool>,
 }
@@ -107,15 +114,18 @@ pub struct Session {
 }
 
 impl Caller {
-    /// A caller whose kernel evidence was attested under `catalog`.
+    /// A caller whose kernel evidence was attested under `catalog`, and who has `place` until more is
+    /// known.
     pub fn new(
         attestation: Result<ConnectionAttestation, EvidenceError>,
         catalog: Arc<Catalog>,
+        place: Place,
     ) -> Rc<Self> {
         Rc::new(Self {
             attestation: RefCell::new(Rc::new(attestation)),
             catalog: RefCell::new(catalog),
             session: RefCell::new(None),
+            place: RefCell::new(Some(place)),
             ended: Cell::new(false),
         })
     }
@@ -205,6 +215,7 @@ impl Caller {
             })))
             .map_err(|_| audit_refusal())?;
         *self.session.borrow_mut() = Some(session.clone());
+        self.place.take();
         Ok(session)
     }
 }

@@ -10,6 +10,7 @@ use super::bind_problem;
 use crate::agent::Agent;
 use crate::config::{Bind, Config, Listener, ListenerKind};
 use crate::diagnostics::Diagnostics;
+use crate::listener::patience::Patience;
 use crate::listener::{BoundListener, Workers, accept};
 
 /// A listener is known by what its configuration calls it: several may ask for any free port.
@@ -128,6 +129,7 @@ impl Listeners {
                 workers.clone(),
                 Arc::clone(&bound),
                 listener.clone(),
+                Patience::default(),
             ));
             let acceptor = Acceptor {
                 listener,

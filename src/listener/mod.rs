@@ -2,6 +2,7 @@
 //! evidence of the caller and hands the connection to the least-loaded data worker.
 
 pub mod interim;
+pub mod patience;
 pub mod serve;
 pub mod sniff;
 pub mod workload_api;
@@ -25,6 +26,7 @@ use tokio::task::LocalSet;
 use crate::agent::Agent;
 use crate::config::{Bind, Listener, ListenerKind, SocketAccess};
 use crate::connection::{Caller, Entry};
+use crate::listener::patience::{Patience, Place, Places};
 use crate::proxy::Worker;
 use crate::streams::CutReason;
 
@@ -117,6 +119,7 @@ pub struct Accepted {
     entry: Entry,
     attestation: Result<ConnectionAttestation, EvidenceError>,
     catalog: Arc<Catalog>,
+    place: Place,
     _open: crate::telemetry::metrics::OpenConnection,
     _load: Load,
 }
@@ -206,10 +209,11 @@ async fn work(agent: Arc<Agent>, mut accepted: mpsc::UnboundedReceiver<Accepted>
                 entry,
                 attestation,
                 catalog,
+                place,
                 _open,
                 _load,
             } = connection;
-            let caller = Caller::new(attestation, catalog);
+            let caller = Caller::new(attestation, catalog, place);
             match socket {
                 Socket::Tcp(stream) => {
                     if let Ok(stream) = TcpStream::from_std(stream) {
@@ -233,16 +237,19 @@ pub async fn accept(
     workers: Workers,
     bound: Arc<BoundListener>,
     listener: Listener,
+    patience: Patience,
 ) {
     let name: Arc<str> = Arc::from(listener.name.as_str());
+    let metrics = agent.metrics.listener(&name);
     let entry = Entry {
         listener: Arc::clone(&name),
         gateway: match &listener.kind {
             ListenerKind::Gateway { destination } => Some(Arc::from(destination.name.as_str())),
             ListenerKind::ForwardProxy | ListenerKind::WorkloadApi => None,
         },
+        places: Places::new(&patience, metrics.clone()),
+        head_timeout: patience.head,
     };
-    let metrics = agent.metrics.listener(&name);
     loop {
         let arrived = match &*bound {
             BoundListener::Tcp(listener) => listener.accept().await.and_then(|(stream, peer)| {
@@ -265,6 +272,10 @@ pub async fn accept(
                 continue;
             }
         };
+        let Some(place) = entry.places.take() else {
+            tracing::debug!(listener = %name, "too many connections wait to be attested");
+            continue;
+        };
         let open = metrics.connection();
         let agent = Arc::clone(&agent);
         let workers = workers.clone();
@@ -284,6 +295,8 @@ pub async fn accept(
                     workload_api::serve(agent, entry.listener, attestation, catalog, stream, open)
                         .await;
                 }
+                // Its connections count for no identity.
+                drop(place);
                 return;
             }
             if let (Some(socket), Some(worker)) = (socket, workers.least_loaded()) {
@@ -293,6 +306,7 @@ pub async fn accept(
                     entry,
                     attestation,
                     catalog,
+                    place,
                     _open: open,
                     _load: Load(Arc::clone(&worker.load)),
                 });

@@ -31,8 +31,6 @@ use countersign_attestors::PresentedToken;
 /// How long a client may take to say what it speaks inside a tunnel.
 const SNIFF_TIMEOUT: Duration = Duration::from_secs(5);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a request head may take (slowloris), and the next request of an HTTP/1 connection.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 const MAXIMUM_HEADER_LIST: u32 = 64 * 1024;
 const MAXIMUM_STREAMS: u32 = 250;
 /// How long an HTTP/2 connection may be idle.
@@ -45,7 +43,7 @@ where
 {
     let mut draining = worker.agent.draining.subscribe();
     let sniffed = tokio::select! {
-        sniffed = timeout(HEADER_TIMEOUT, sniff(io)) => sniffed,
+        sniffed = timeout(entry.head_timeout, sniff(io)) => sniffed,
         _ = draining.wait_for(|draining| *draining) => return,
     };
     let Ok(Ok((protocol, io))) = sniffed else {
@@ -73,6 +71,10 @@ pub async fn serve_tunnel(
     target: Target,
     presented: Option<PresentedToken>,
 ) {
+    // Until it is known what is spoken inside: then what it asks is its identity's.
+    let Some(place) = outer.entry.places.take() else {
+        return;
+    };
     let Ok(Ok((protocol, io))) = timeout(SNIFF_TIMEOUT, sniff(TokioIo::new(upgraded))).await else {
         return;
     };
@@ -91,14 +93,21 @@ pub async fn serve_tunnel(
         })
     };
     match protocol {
-        Protocol::Http1 => serve(inside(Scheme::Http, target, true), io, false).await,
-        Protocol::Http2 => serve(inside(Scheme::Http, target, false), io, true).await,
+        Protocol::Http1 => {
+            drop(place);
+            serve(inside(Scheme::Http, target, true), io, false).await;
+        }
+        Protocol::Http2 => {
+            drop(place);
+            serve(inside(Scheme::Http, target, false), io, true).await;
+        }
         Protocol::Tls => {
             let accepted = timeout(
                 HANDSHAKE_TIMEOUT,
                 accept_intercepted(&outer.worker, &target, io),
             )
             .await;
+            drop(place);
             match accepted {
                 Ok(Ok((stream, http2))) => {
                     serve(inside(Scheme::Https, target, !http2), stream, http2).await;
@@ -186,6 +195,7 @@ where
     Io: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let worker = Rc::clone(&connection.worker);
+    let head_timeout = connection.entry.head_timeout;
     let interim = connection.interim.clone().unwrap_or_default();
     let stream = Stream::new(CONNECTION_IDLE);
     worker.open_streams.watch(
@@ -229,7 +239,7 @@ where
     } else {
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(HEADER_TIMEOUT)
+            .header_read_timeout(head_timeout)
             .half_close(true)
             .serve_connection(TokioIo::new(WithInterim { io, interim }), service)
             .with_upgrades();

@@ -279,6 +279,7 @@ impl CredentialMetrics {
 #[derive(Debug, Clone)]
 pub struct ListenerMetrics {
     open_connections: Gauge,
+    refused_connections: Counter,
 }
 
 impl ListenerMetrics {
@@ -286,6 +287,11 @@ impl ListenerMetrics {
     pub fn connection(&self) -> OpenConnection {
         self.open_connections.inc();
         OpenConnection(self.open_connections.clone())
+    }
+
+    /// A connection or tunnel was closed because too many waited to be attested.
+    pub fn connection_refused(&self) {
+        self.refused_connections.inc();
     }
 }
 
@@ -346,6 +352,7 @@ pub struct Metrics {
     refusals: HashMap<RefusalCode, Counter>,
     jwks_age: Family<Labels<1>, Age, NewAge>,
     open_connections: Family<Labels<1>, Gauge>,
+    refused_connections: Family<Labels<1>, Counter>,
     request_duration: Family<Labels<1>, DurationHistogram>,
     own_duration: Family<Labels<1>, DurationHistogram>,
     upstream_duration: Family<Labels<1>, DurationHistogram>,
@@ -477,6 +484,12 @@ impl Metrics {
             "Connections of callers that are open",
             open_connections.clone(),
         );
+        let refused_connections = Family::default();
+        registry.register(
+            "refused_connections",
+            "Connections and tunnels of callers that were closed because too many waited to be attested",
+            refused_connections.clone(),
+        );
         let request_duration = Family::default();
         registry.register_with_unit(
             "request_duration",
@@ -547,6 +560,7 @@ impl Metrics {
             refusals,
             jwks_age,
             open_connections,
+            refused_connections,
             request_duration,
             own_duration,
             upstream_duration,
@@ -592,10 +606,12 @@ impl Metrics {
 
     /// The handle of a configured listener.
     pub fn listener(&self, listener: &str) -> ListenerMetrics {
-        self.by_listener.resolve(listener, |name| ListenerMetrics {
-            open_connections: self
-                .open_connections
-                .get_or_create_owned(&[("listener", Arc::clone(name))]),
+        self.by_listener.resolve(listener, |name| {
+            let name = [("listener", Arc::clone(name))];
+            ListenerMetrics {
+                open_connections: self.open_connections.get_or_create_owned(&name),
+                refused_connections: self.refused_connections.get_or_create_owned(&name),
+            }
         })
     }
 
@@ -810,6 +826,7 @@ mod tests {
     fn what_happened_is_counted_under_its_name() {
         let metrics = eventful();
         let open = metrics.listener("workloads").connection();
+        metrics.listener("workloads").connection_refused();
         let text = metrics.encode();
         for line in [
             r#"countersign_token_requests_total{credential="orders-api",result="success"} 1"#,
@@ -831,6 +848,7 @@ mod tests {
             r#"countersign_attestations_total{attestor="unix",result="attested"} 1"#,
             r#"countersign_refusals_total{code="policy_denied"} 1"#,
             r#"countersign_open_connections{listener="workloads"} 1"#,
+            r#"countersign_refused_connections_total{listener="workloads"} 1"#,
             r#"countersign_request_duration_seconds_count{destination="orders"} 1"#,
             r#"countersign_request_own_duration_seconds_bucket{le="0.0001",destination="orders"} 1"#,
             "countersign_active_identities 4",

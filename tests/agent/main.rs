@@ -18,6 +18,7 @@ mod entrances;
 mod faults;
 mod headers;
 mod identities;
+mod patience;
 mod refusals;
 mod reloads;
 mod streams;

@@ -1,0 +1,170 @@
+//! What callers get of whom nothing is known yet: not much, and not for long.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use countersign::config::{Bind, SocketAccess};
+use countersign::listener::patience::Patience;
+use countersign::listener::{BoundListener, Workers, accept};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
+
+use crate::support::counts::reached;
+use crate::support::eventually;
+use crate::support::raw::{exchange, open_tunnel};
+use crate::support::world::World;
+
+const PLAIN: &str =
+    "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
+/// Much less than the patience that agents have, and more than a busy machine takes.
+const SOON: Duration = Duration::from_secs(20);
+
+/// A further proxy of the world's agent.
+struct Proxy {
+    address: std::net::SocketAddr,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Proxy {
+    async fn start(world: &World, patience: Patience) -> Self {
+        let agent = Arc::clone(world.app().agent());
+        let mut listener = agent.snapshot.load().config.listeners[0].clone();
+        listener.name = "patient".to_owned();
+        let bound = BoundListener::bind(&listener.bind, &SocketAccess::default())
+            .await
+            .unwrap();
+        let Bind::Tcp(address) = bound.address().unwrap() else {
+            panic!("it is bound to TCP");
+        };
+        let workers = Workers::start(&agent, 1).unwrap();
+        let task = tokio::spawn(accept(agent, workers, Arc::new(bound), listener, patience));
+        Self { address, task }
+    }
+
+    async fn connect(&self) -> TcpStream {
+        TcpStream::connect(self.address).await.unwrap()
+    }
+}
+
+/// Waits until nothing more comes; how long that took.
+async fn closed(mut io: TcpStream) -> Duration {
+    let began = Instant::now();
+    let rest = async { while matches!(io.read(&mut [0; 512]).await, Ok(1..)) {} };
+    tokio::time::timeout(SOON, rest)
+        .await
+        .expect("the connection is closed");
+    began.elapsed()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_says_nothing_is_closed() {
+    const HEAD: Duration = Duration::from_secs(2);
+    // What an agent has.
+    assert_eq!(Patience::default().head, Duration::from_secs(30));
+    let world = World::start().await;
+    world.good().await;
+    let patience = Patience {
+        head: HEAD,
+        ..Patience::default()
+    };
+    let proxy = Proxy::start(&world, patience).await;
+    let mut waiting = Vec::new();
+    for said in [
+        "",
+        "G",
+        "PRI * HTTP/2.0\r\n",
+        "GET http://plain.example.test/v1/orders HTTP/1.1\r\n",
+        "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\nX: ",
+    ] {
+        let mut io = proxy.connect().await;
+        io.write_all(said.as_bytes()).await.unwrap();
+        waiting.push(tokio::spawn(closed(io)));
+    }
+    // One that drips: every byte is new, and the head never whole.
+    let mut io = proxy.connect().await;
+    io.write_all(b"GET http://plain.example.test/ HTTP/1.1\r\nX: ")
+        .await
+        .unwrap();
+    waiting.push(tokio::spawn(async move {
+        let began = Instant::now();
+        while io.write_all(b"x").await.is_ok() {
+            assert!(began.elapsed() < SOON, "the connection is closed");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        began.elapsed()
+    }));
+    // And one that is idle between two requests.
+    let mut io = proxy.connect().await;
+    exchange(&mut io, PLAIN).await.expect(200);
+    waiting.push(tokio::spawn(closed(io)));
+    let mut silent = 0;
+    for waited in waiting {
+        let waited = waited.await.unwrap();
+        // Not at once either.
+        assert!(waited > HEAD / 2, "{waited:?}");
+        silent += 1;
+    }
+    assert_eq!(world.plain_api.seen().len(), 1);
+    world.good().await;
+    reached("silent", silent);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_so_many_wait_to_be_attested() {
+    let world = World::start().await;
+    world.good().await;
+    let patience = Patience {
+        unattested: 2,
+        ..Patience::default()
+    };
+    let proxy = Proxy::start(&world, patience).await;
+    let refused = || {
+        let metrics = world.app().agent().metrics.encode();
+        metrics
+            .lines()
+            .find_map(|line| {
+                line.strip_prefix("countersign_refused_connections_total{listener=\"patient\"} ")
+            })
+            .map_or(0, |count| count.parse::<usize>().unwrap())
+    };
+    let mut first = proxy.connect().await;
+    let second = proxy.connect().await;
+    closed(proxy.connect().await).await;
+    assert_eq!(refused(), 1);
+    // Who is attested has no place any more, and stays.
+    exchange(&mut first, PLAIN).await.expect(200);
+    let mut third = proxy.connect().await;
+    closed(proxy.connect().await).await;
+    assert_eq!(refused(), 2);
+    exchange(&mut first, PLAIN).await.expect(200);
+    exchange(&mut third, PLAIN).await.expect(200);
+    assert_eq!(refused(), 2);
+    // A tunnel in which nothing is said needs one, too, and there is one left.
+    for io in [&mut first, &mut third] {
+        open_tunnel(io, "orders.example.test:443").await.expect(200);
+    }
+    eventually(SOON, || async { (refused() == 3).then_some(()) }).await;
+    tokio::select! {
+        _ = closed(first) => {}
+        _ = closed(third) => {}
+    }
+    // All places are free once those who have them leave.
+    drop(second);
+    eventually(SOON, || async {
+        let mut io = proxy.connect().await;
+        io.write_all(PLAIN.as_bytes()).await.ok()?;
+        let mut status = [0; 12];
+        io.read_exact(&mut status).await.ok()?;
+        (&status == b"HTTP/1.1 200").then_some(())
+    })
+    .await;
+    world.good().await;
+    reached("refused_places", 3);
+}
