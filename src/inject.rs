@@ -97,22 +97,37 @@ pub fn inject(
             format!("the token is revoked by `{}`", revocation.id),
         )));
     }
-    let header = grant
+    let place = grant
         .destination()
         .filter(|destination| covers(destination, asked))
-        .and_then(|destination| injected_header(destination, grant));
-    let Some(header) = header else {
+        .and_then(|destination| Some((destination, injected_header(destination, grant)?)));
+    let Some((destination, header)) = place else {
         return Err(NotInjected::Refused(Refusal::new(
             RefusalCode::DestinationNotConfigured,
             format!("the credential is not for `{}`", asked.target),
         )));
     };
-    let upgrade = strip_hop_by_hop(request.headers_mut());
-    strip_credentials(request.headers_mut());
-    request
-        .headers_mut()
-        .insert(header.clone(), credential.header_value().clone());
+    let upgrade = put(
+        request.headers_mut(),
+        destination,
+        header,
+        credential.header_value(),
+    );
     Ok(UpstreamRequest { request, upgrade })
+}
+
+/// Removes what concerns one connection and the caller's own credentials, and sets ours last. Returns
+/// whether the request asks for an upgrade.
+fn put(
+    headers: &mut HeaderMap,
+    destination: &Destination,
+    header: &HeaderName,
+    value: &HeaderValue,
+) -> bool {
+    let upgrade = strip_hop_by_hop(headers);
+    strip_credentials(headers, destination);
+    headers.insert(header.clone(), value.clone());
+    upgrade
 }
 
 /// Lets a request through that carries no credential of ours, as `connect` was granted.
@@ -190,9 +205,13 @@ pub fn covers(destination: &Destination, asked: &EgressRequest) -> bool {
             .all_readings(|path| destination.paths.compiled.is_match(path))
 }
 
-/// Removes the headers in which a caller may have put a credential of its own.
-fn strip_credentials(headers: &mut HeaderMap) {
-    headers.remove(AUTHORIZATION);
+/// Removes the fields in which a caller may have put a credential of its own: `Authorization`, and
+/// every one in which the destination takes a credential.
+pub fn strip_credentials(fields: &mut HeaderMap, destination: &Destination) {
+    fields.remove(AUTHORIZATION);
+    for credential_use in &destination.credentials {
+        fields.remove(&credential_use.inject.header);
+    }
 }
 
 const CONNECTION_HEADERS: [HeaderName; 9] = [
@@ -264,6 +283,10 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::LazyLock;
+
+    use proptest::prelude::*;
+
     use super::*;
 
     fn stripped(headers: &[(&str, &str)]) -> (bool, Vec<String>) {
@@ -338,6 +361,87 @@ mod tests {
         for (headers, upgrade, left) in rows {
             let left: Vec<String> = left.iter().map(ToString::to_string).collect();
             assert_eq!(stripped(headers), (*upgrade, left), "{headers:?}");
+        }
+    }
+
+    /// A destination that takes one credential in `authorization` and one in a header of its own.
+    static TWO_HEADERS: LazyLock<Arc<Destination>> = LazyLock::new(|| {
+        const CONFIGURATION: &str = r#"
+version: 1
+listeners: [{name: proxy, type: forward_proxy, bind: "127.0.0.1:0"}]
+attestors: {unix: {}}
+credentials:
+  - {name: one, type: oauth_client_credentials, issuer: "https://auth.example.com", client_id: agent, client_authentication: {method: client_secret_basic, secret_file: secret}}
+  - {name: two, type: oauth_client_credentials, issuer: "https://auth.example.com", client_id: agent, client_authentication: {method: client_secret_basic, secret_file: secret}}
+destinations:
+  - {name: api, hosts: [api.example.com], credentials: [{name: one}, {name: two, inject: {header: x-api-key}}]}
+interception: {ca: {source: memory}}
+policies: {directory: policies}
+audit: {sinks: [{type: stdout}]}
+"#;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("countersign.yaml");
+        std::fs::create_dir(directory.path().join("policies")).unwrap();
+        std::fs::write(directory.path().join("secret"), "secret").unwrap();
+        std::fs::write(&path, CONFIGURATION).unwrap();
+        let config = crate::config::Config::load(&path)
+            .unwrap_or_else(|diagnostics| panic!("{}", diagnostics.render(false)));
+        config.destinations.first().unwrap().clone()
+    });
+
+    /// Fields of a head or of trailers, those that hold credentials and those that name others among
+    /// them.
+    fn fields() -> impl Strategy<Value = HeaderMap> {
+        let name = prop::sample::select(vec![
+            "authorization",
+            "x-api-key",
+            "proxy-authorization",
+            "connection",
+            "te",
+            "trailer",
+            "upgrade",
+            "host",
+            "x-other",
+        ]);
+        let value = prop::sample::select(vec![
+            "Bearer of-the-caller",
+            "x-api-key",
+            "authorization, x-api-key",
+            "upgrade, Authorization",
+            "websocket",
+            "trailers",
+            "",
+        ]);
+        prop::collection::vec((name, value), 0..12).prop_map(|fields| {
+            let mut map = HeaderMap::new();
+            for (name, value) in fields {
+                map.append(name, HeaderValue::from_static(value));
+            }
+            map
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn no_input_puts_two_credentials_or_none_on_a_request(
+            mut head in fields(),
+            trailers in fields(),
+            header in prop::sample::select(vec![AUTHORIZATION, HeaderName::from_static("x-api-key")]),
+        ) {
+            let destination = &*TWO_HEADERS;
+            let ours = HeaderValue::from_static("Bearer ours");
+            put(&mut head, destination, &header, &ours);
+            let stream = crate::streams::Stream::new(Duration::from_secs(1));
+            stream.leads_to(Some(destination));
+            let trailers = stream.without_credentials(trailers);
+            let held: Vec<_> = [&head, &trailers]
+                .into_iter()
+                .flatten()
+                .filter(|(name, _)| {
+                    matches!(name.as_str(), "authorization" | "x-api-key" | "proxy-authorization")
+                })
+                .collect();
+            prop_assert_eq!(held, vec![(&header, &ours)]);
         }
     }
 }

@@ -5,6 +5,7 @@ use std::cell::{Cell, RefCell};
 use std::io;
 use std::pin::Pin;
 use std::rc::{Rc, Weak};
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,8 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::config::Destination;
+use crate::inject::strip_credentials;
 use crate::limits::Held;
 use crate::upstream::Lent;
 
@@ -48,6 +51,7 @@ pub struct Stream {
     awaited: Cell<Option<Duration>>,
     wakers: RefCell<Vec<Waker>>,
     held: RefCell<Option<Held>>,
+    destination: RefCell<Option<Arc<Destination>>>,
 }
 
 impl Stream {
@@ -60,7 +64,26 @@ impl Stream {
             awaited: Cell::new(None),
             wakers: RefCell::new(Vec::new()),
             held: RefCell::new(None),
+            destination: RefCell::new(None),
         })
+    }
+
+    /// Says where the request goes, so that its trailers lose what its head loses.
+    pub fn leads_to(&self, destination: Option<&Arc<Destination>>) {
+        *self.destination.borrow_mut() = destination.cloned();
+    }
+
+    /// Servers may merge trailers into the head (RFC 9110 section 6.5.1), where they would stand beside
+    /// ours.
+    pub(crate) fn without_credentials(&self, mut trailers: HeaderMap) -> HeaderMap {
+        trailers.remove(PROXY_AUTHORIZATION);
+        match &*self.destination.borrow() {
+            Some(destination) => strip_credentials(&mut trailers, destination),
+            None => {
+                trailers.remove(AUTHORIZATION);
+            }
+        }
+        trailers
     }
 
     /// Keeps an identity's place among its requests in flight until the stream ends.
@@ -243,7 +266,7 @@ impl Body for RequestBody {
             Self::Streamed(incoming, stream) => {
                 poll_streamed(incoming, stream, context).map_ok(|frame| {
                     match frame.into_trailers() {
-                        Ok(trailers) => Frame::trailers(without_credentials(trailers)),
+                        Ok(trailers) => Frame::trailers(stream.without_credentials(trailers)),
                         Err(frame) => frame,
                     }
                 })
@@ -264,13 +287,6 @@ impl Body for RequestBody {
             Self::Streamed(incoming, _) => incoming.size_hint(),
         }
     }
-}
-
-/// Servers may merge trailers into the head (RFC 9110 section 6.5.1), where they would stand beside ours.
-fn without_credentials(mut trailers: HeaderMap) -> HeaderMap {
-    trailers.remove(AUTHORIZATION);
-    trailers.remove(PROXY_AUTHORIZATION);
-    trailers
 }
 
 fn poll_streamed(

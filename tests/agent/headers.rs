@@ -112,3 +112,44 @@ async fn the_callers_own_credentials_never_arrive() {
     world.good().await;
     reached("headers", sent);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_destination_takes_as_a_credential_comes_from_us_only() {
+    let mut world = World::servers().await;
+    // Answers once it has seen the trailers, which it reads as another head.
+    let origin = Origin::start(None, |head| match head.starts_with("POST") {
+        true => Vec::new(),
+        false => vec!["HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok".to_owned()],
+    })
+    .await;
+    world.origins.push(("origin".to_owned(), origin.address));
+    let destination = "  - {name: keyed, hosts: [keyed.example.test], scheme: http, credentials: [{name: orders-api, inject: {header: x-api-key}}, {name: billing-api, inject: {header: x-billing}}], connect_to: \"{origin}\"}\n";
+    world
+        .start_agent(&format!("{COMMON}{DESTINATIONS}{destination}"), POLICIES)
+        .await;
+    let puppet = Puppet::start(&world.target("proxy"), None).await;
+    world.good().await;
+    let fields = "X-Api-Key: canary-of-the-caller\r\nX-Billing: canary-of-the-caller\r\nAuthorization: canary-of-the-caller\r\nX-Kept: 1\r\n";
+    let mut sent = 0;
+    for connection in ["", "Connection: x-api-key, x-billing\r\n"] {
+        let mut io = puppet.connect().await;
+        let request = format!(
+            "POST http://keyed.example.test/ HTTP/1.1\r\nHost: keyed.example.test\r\n{fields}{connection}Transfer-Encoding: chunked\r\nTrailer: x-api-key, x-billing, authorization, x-kept\r\n\r\n2\r\nhi\r\n0\r\n{fields}\r\n"
+        );
+        exchange(&mut io, &request).await.expect(200);
+        sent += 1;
+    }
+    let seen = origin.heads();
+    assert_eq!(seen.len(), 2 * sent);
+    for pair in seen.chunks(2) {
+        let (head, trailers) = (pair[0].to_lowercase(), pair[1].to_lowercase());
+        assert!(!head.contains(CANARY), "{head}");
+        assert_eq!(head.matches("\r\nx-api-key:").count(), 1, "{head}");
+        assert!(head.contains("\r\nx-api-key: bearer ey"), "{head}");
+        assert!(!trailers.contains(CANARY), "{trailers}");
+        // The others pass.
+        assert!(trailers.contains("\r\nx-kept: 1\r\n"), "{trailers}");
+    }
+    world.good().await;
+    reached("taken_from_us_only", sent);
+}
