@@ -18,7 +18,7 @@ use serde_json::Value;
 use url::Url;
 use zeroize::Zeroizing;
 
-use crate::fetch::{FetchClient, FetchSettings, USER_AGENT};
+use crate::fetch::{Answer, FetchClient, FetchSettings, USER_AGENT};
 
 /// Where GitHub Actions' token service is.
 pub const REQUEST_URL_VARIABLE: &str = "ACTIONS_ID_TOKEN_REQUEST_URL";
@@ -296,22 +296,25 @@ fn claims(token: &str) -> Option<Value> {
     serde_json::from_slice(&payload).ok()
 }
 
+fn answers(status: StatusCode) -> String {
+    format!("the CI's token service answers {status}")
+}
+
 impl TokenService {
-    /// A token for the first of the agent's issuers that this service is.
+    /// A token for the first of the agent's issuers that this service is. It may refuse an audience:
+    /// the agent's other issuers, and other audiences of this one, have others.
     async fn fetch(&self) -> Result<Held, String> {
-        #[derive(Deserialize)]
-        struct Answer {
-            value: String,
-        }
         let mut whose = None;
+        let mut refused = None;
         for issuer in &self.issuers {
-            for audience in issuer.audiences.iter().take(1) {
-                let mut url = self.url.clone();
-                url.query_pairs_mut().append_pair("audience", audience);
-                let answer = self.get(&url).await?;
-                let answer: Answer = serde_json::from_slice(&answer)
-                    .map_err(|_| "the CI's token service answers without a token".to_owned())?;
-                let token = Zeroizing::new(answer.value);
+            for audience in &issuer.audiences {
+                let token = match self.token_for(audience).await? {
+                    Ok(token) => token,
+                    Err(status) => {
+                        refused.get_or_insert(status);
+                        continue;
+                    }
+                };
                 let known =
                     claims(&token).and_then(|claims| Some(claims.get("iss")?.as_str()?.to_owned()));
                 if known.as_deref() == Some(issuer.issuer.as_str()) {
@@ -319,16 +322,50 @@ impl TokenService {
                         "the CI's token service answers with something that is no token".to_owned()
                     });
                 }
-                whose = known;
+                whose = Some(known.unwrap_or_default());
+                // Whatever the audience, the service's tokens are of one issuer.
+                break;
             }
         }
-        Err(format!(
-            "the CI's tokens are of issuer `{}`, which the agent is not configured for",
-            crate::request::printable(&whose.unwrap_or_default())
-        ))
+        Err(match (whose, refused) {
+            (None, Some(status)) => answers(status),
+            (whose, _) => format!(
+                "the CI's tokens are of issuer `{}`, which the agent is not configured for",
+                crate::request::printable(&whose.unwrap_or_default())
+            ),
+        })
     }
 
-    async fn get(&self, url: &Url) -> Result<Zeroizing<Vec<u8>>, String> {
+    /// A token for `audience`, or the status with which the service refuses it.
+    ///
+    /// # Errors
+    /// The service does not answer, or not with a token: nor would it for another audience.
+    async fn token_for(
+        &self,
+        audience: &str,
+    ) -> Result<Result<Zeroizing<String>, StatusCode>, String> {
+        #[derive(Deserialize)]
+        struct Issued {
+            value: String,
+        }
+        let mut url = self.url.clone();
+        url.query_pairs_mut().append_pair("audience", audience);
+        let answer = self.get(&url).await?;
+        match answer.status {
+            StatusCode::OK => {
+                let issued: Issued = serde_json::from_slice(&answer.body)
+                    .map_err(|_| "the CI's token service answers without a token".to_owned())?;
+                Ok(Ok(Zeroizing::new(issued.value)))
+            }
+            StatusCode::BAD_REQUEST
+            | StatusCode::FORBIDDEN
+            | StatusCode::NOT_FOUND
+            | StatusCode::UNPROCESSABLE_ENTITY => Ok(Err(answer.status)),
+            status => Err(answers(status)),
+        }
+    }
+
+    async fn get(&self, url: &Url) -> Result<Answer, String> {
         let client = FetchClient::new(
             FetchSettings {
                 configured: BTreeSet::from([url.clone()]),
@@ -353,16 +390,12 @@ impl TokenService {
             .header(http::header::AUTHORIZATION, authorization)
             .body(Bytes::new())
             .map_err(|error| error.to_string())?;
-        let answer = client
+        client
             .send(request, REQUEST_TIMEOUT)
             .await
             .map_err(|failure| {
                 format!("the CI's token service does not answer: {}", failure.detail)
-            })?;
-        match answer.status {
-            StatusCode::OK => Ok(answer.body),
-            status => Err(format!("the CI's token service answers {status}")),
-        }
+            })
     }
 }
 
@@ -445,5 +478,113 @@ mod tests {
         // The service was asked all the same, once; it never answers.
         let _asked = listener.accept().await.unwrap();
         assert!(presenter.turn.try_lock().is_err());
+    }
+
+    /// A token service that answers each audience as `answer` says: the issuer of a token, or a status.
+    async fn service(
+        audiences: &[(&str, &[&str])],
+        answer: impl Fn(&str) -> Result<&'static str, u16> + Send + 'static,
+    ) -> (TokenService, Arc<Mutex<Vec<String>>>) {
+        use tokio::io::{AsyncBufReadExt, AsyncWriteExt};
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}/token?v=2", listener.local_addr().unwrap());
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&asked);
+        tokio::spawn(async move {
+            loop {
+                let (mut io, _) = listener.accept().await.unwrap();
+                let mut lines = tokio::io::BufReader::new(&mut io).lines();
+                let line = lines.next_line().await.unwrap().unwrap();
+                while !lines.next_line().await.unwrap().unwrap().is_empty() {}
+                let target = line.split(' ').nth(1).unwrap();
+                let audience = target.split_once("audience=").unwrap().1.to_owned();
+                let (status, body) = match answer(&audience) {
+                    Ok(issuer) => {
+                        let claims = serde_json::json!({"iss": issuer}).to_string();
+                        let token = format!("e30.{}.c2ln", URL_SAFE_NO_PAD.encode(claims));
+                        (200, serde_json::json!({"value": token}).to_string())
+                    }
+                    Err(status) => (status, String::new()),
+                };
+                seen.lock().unwrap().push(audience);
+                let answer = format!(
+                    "HTTP/1.1 {status} Said\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+                    body.len()
+                );
+                io.write_all(answer.as_bytes()).await.unwrap();
+            }
+        });
+        let issuers = audiences
+            .iter()
+            .map(|(issuer, audiences)| Issuer {
+                issuer: (*issuer).to_owned(),
+                audiences: audiences.iter().map(ToString::to_string).collect(),
+            })
+            .collect();
+        let service = TokenService {
+            url: Url::parse(&url).unwrap(),
+            bearer: SecretString::from("bearer"),
+            issuers,
+        };
+        (service, asked)
+    }
+
+    #[tokio::test]
+    async fn a_refused_audience_is_not_the_end() {
+        const ISSUERS: &[(&str, &[&str])] = &[("ours", &["a", "b"]), ("theirs", &["c", "d"])];
+        type Row = (
+            fn(&str) -> Result<&'static str, u16>,
+            &'static str,
+            &'static [&'static str],
+        );
+        let rows: &[Row] = &[
+            (|_| Ok("ours"), "", &["a"]),
+            (|_| Ok("theirs"), "", &["a", "c"]),
+            (
+                |audience| {
+                    if audience == "d" {
+                        Ok("theirs")
+                    } else {
+                        Err(400)
+                    }
+                },
+                "",
+                &["a", "b", "c", "d"],
+            ),
+            (
+                |audience| {
+                    if audience == "a" {
+                        Err(403)
+                    } else {
+                        Ok("ours")
+                    }
+                },
+                "",
+                &["a", "b"],
+            ),
+            (|_| Err(422), "answers 422", &["a", "b", "c", "d"]),
+            (
+                |audience| {
+                    if audience == "a" {
+                        Err(404)
+                    } else {
+                        Ok("another")
+                    }
+                },
+                "issuer `another`",
+                &["a", "b", "c"],
+            ),
+            // What is wrong with one audience only may be tried with another; these are not that.
+            (|_| Err(401), "answers 401", &["a"]),
+            (|_| Err(503), "answers 503", &["a"]),
+        ];
+        for (answer, problem, expected) in rows {
+            let (service, asked) = service(ISSUERS, answer).await;
+            match service.fetch().await {
+                Ok(_) => assert!(problem.is_empty(), "{expected:?}"),
+                Err(said) => assert!(!problem.is_empty() && said.contains(problem), "{said}"),
+            }
+            assert_eq!(*asked.lock().unwrap(), *expected);
+        }
     }
 }
