@@ -66,6 +66,17 @@ permit (principal, action == Action::"issue", resource == Credential::"orders-ap
 when { principal has ci && principal.ci has repository && principal.ci.repository == "acme/orders" };
 "#;
 
+/// Where a job has its token from.
+#[derive(Clone, Copy)]
+pub enum Token<'a> {
+    /// It has none.
+    Missing,
+    /// The file `token`.
+    InFile,
+    /// A token service.
+    Of(&'a Origin),
+}
+
 /// A job's machine.
 pub struct Job {
     pub world: World,
@@ -112,17 +123,34 @@ impl Job {
         Origin::start(None, move |head| vec![token_answer(&key, lifetime, head)]).await
     }
 
-    /// `countersign ARGUMENTS` in the job's environment.
-    pub fn countersign(&self, service: Option<&Origin>, arguments: &[&str]) -> Command {
-        let mut command = self.user.countersign(arguments);
-        if let Some(service) = service {
-            command
-                .env(
-                    "ACTIONS_ID_TOKEN_REQUEST_URL",
-                    format!("http://{}/token?api-version=2.0", service.address),
-                )
-                .env("ACTIONS_ID_TOKEN_REQUEST_TOKEN", REQUEST_TOKEN);
+    /// `countersign exec -- COMMAND` with an agent of its own.
+    pub fn exec(&self, token: Token<'_>, command: &[&str]) -> Command {
+        self.countersign("exec", token, &[&["--"], command].concat())
+    }
+
+    /// `countersign token --credential orders-api ARGUMENTS`, likewise.
+    pub fn ask(&self, token: Token<'_>, arguments: &[&str]) -> Command {
+        let arguments = [&["--credential", "orders-api"], arguments].concat();
+        self.countersign("token", token, &arguments)
+    }
+
+    fn countersign(&self, verb: &str, token: Token<'_>, arguments: &[&str]) -> Command {
+        let mut command = self.user.countersign(&[verb, "--config", "agent.yaml"]);
+        match token {
+            Token::Missing => {}
+            Token::InFile => {
+                command.args(["--token-file", "token"]);
+            }
+            Token::Of(service) => {
+                command
+                    .env(
+                        "ACTIONS_ID_TOKEN_REQUEST_URL",
+                        format!("http://{}/token?api-version=2.0", service.address),
+                    )
+                    .env("ACTIONS_ID_TOKEN_REQUEST_TOKEN", REQUEST_TOKEN);
+            }
         }
+        command.args(arguments);
         command
     }
 

@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader};
 
-use crate::job::{API, Job, REQUEST_TOKEN, SUBJECT, mint};
+use crate::job::{API, Job, REQUEST_TOKEN, SUBJECT, Token, mint};
 use crate::program::{Finished, finish, send};
 use crate::support::counts::reached;
 use crate::support::world::{assert_issued, audit_lines};
@@ -88,21 +88,9 @@ async fn a_python_job_outlives_the_token_in_its_file() {
     job.write_token(&first);
     job.user.write("job.py", PYTHON);
     let seconds = RUNS_FOR.as_secs().to_string();
-    let command = job.countersign(
-        None,
-        &[
-            "exec",
-            "--config",
-            "agent.yaml",
-            "--token-file",
-            "token",
-            "--",
-            "python3",
-            "job.py",
-            &seconds,
-            API,
-            SUBJECT,
-        ],
+    let command = job.exec(
+        Token::InFile,
+        &["python3", "job.py", &seconds, API, SUBJECT],
     );
     let mut running = std::pin::pin!(finish(command));
     // The CI system writes a new token well before the old one ends.
@@ -128,22 +116,10 @@ async fn a_shell_job_outlives_the_token_of_its_token_service() {
     let service = job.token_service(LIFETIME).await;
     job.user.write("job.sh", SHELL);
     let seconds = RUNS_FOR.as_secs().to_string();
-    let finished = finish(job.countersign(
-        Some(&service),
-        &[
-            "exec",
-            "--config",
-            "agent.yaml",
-            "--",
-            "sh",
-            "job.sh",
-            &seconds,
-            API,
-            SUBJECT,
-        ],
-    ))
-    .await
-    .expect(0);
+    let script = ["sh", "job.sh", &seconds, API, SUBJECT];
+    let finished = finish(job.exec(Token::Of(&service), &script))
+        .await
+        .expect(0);
     assert!(finished.errors.contains("the CI's token service"));
     let served = assert_served(&job, &finished, None);
     reached("shell_served", served);
@@ -159,19 +135,10 @@ async fn a_script_asks_for_tokens_for_longer_than_its_own_lives() {
     let began = Instant::now();
     let mut tokens = Vec::new();
     while tokens.is_empty() || began.elapsed() < LIFETIME * 2 {
-        let token = finish(job.countersign(
-            Some(&service),
-            &[
-                "token",
-                "--config",
-                "agent.yaml",
-                "--credential",
-                "orders-api",
-            ],
-        ))
-        .await
-        .expect(0)
-        .out;
+        let token = finish(job.ask(Token::Of(&service), &[]))
+            .await
+            .expect(0)
+            .out;
         let token = token.trim().to_owned();
         let answer = ask_directly(&job, &token).await;
         assert_eq!(answer.json()["verified"]["sub"], SUBJECT, "{answer:#?}");
@@ -189,39 +156,18 @@ async fn a_script_asks_for_tokens_for_longer_than_its_own_lives() {
     reached("script_tokens", tokens.len());
 
     // Fewer scopes at most, never more; and the form that programs read.
-    let answer = finish(job.countersign(
-        Some(&service),
-        &[
-            "token",
-            "--config",
-            "agent.yaml",
-            "--credential",
-            "orders-api",
-            "--scope",
-            "orders.read",
-            "--output",
-            "json",
-        ],
+    let answer = finish(job.ask(
+        Token::Of(&service),
+        &["--scope", "orders.read", "--output", "json"],
     ))
     .await
     .expect(0)
     .json();
     assert_eq!(answer["scope"], "orders.read");
     assert_eq!(answer["token_type"], "Bearer");
-    let more = finish(job.countersign(
-        Some(&service),
-        &[
-            "token",
-            "--config",
-            "agent.yaml",
-            "--credential",
-            "orders-api",
-            "--scope",
-            "orders.write",
-        ],
-    ))
-    .await
-    .expect(64);
+    let more = finish(job.ask(Token::Of(&service), &["--scope", "orders.write"]))
+        .await
+        .expect(64);
     assert!(more.errors.contains("scope `orders.write`"), "{more:#?}");
     assert_eq!(more.out, "");
 }
@@ -244,20 +190,10 @@ async fn another_repositorys_job_and_one_without_a_token_get_nothing() {
     let job = Job::new().await;
     let service = job.token_service(LIFETIME).await;
     let long = Duration::from_secs(300);
-    let line = [
-        "exec",
-        "--config",
-        "agent.yaml",
-        "--token-file",
-        "token",
-        "--",
-        "curl",
-        "-sS",
-        API,
-    ];
+    let curl = ["curl", "-sS", API];
     let good = || async {
         job.write_token(&job.token(long));
-        let answer = finish(job.countersign(None, &line)).await.expect(0);
+        let answer = finish(job.exec(Token::InFile, &curl)).await.expect(0);
         assert_eq!(answer.json()["verified"]["sub"], SUBJECT, "{answer:#?}");
     };
     good().await;
@@ -265,37 +201,27 @@ async fn another_repositorys_job_and_one_without_a_token_get_nothing() {
     let mut refused = 0;
 
     job.write_token(&mint(&key, "mallory/orders", long));
-    let answer = finish(job.countersign(None, &line)).await.expect(0);
+    let answer = finish(job.exec(Token::InFile, &curl)).await.expect(0);
     assert_eq!(answer.json()["code"], "policy_denied", "{answer:#?}");
     refused += 1;
 
-    let token = ["token", "--config", "agent.yaml", "--token-file", "token"];
-    let token = [&token[..], &["--credential", "orders-api"]].concat();
-    let answer = finish(job.countersign(None, &token)).await.expect(77);
+    let answer = finish(job.ask(Token::InFile, &[])).await.expect(77);
     assert!(answer.errors.contains("orders-api"), "{answer:#?}");
     refused += 1;
 
     // Nothing is presented.
-    let bare = ["exec", "--config", "agent.yaml", "--", "curl", "-sS", API];
-    let answer = finish(job.countersign(None, &bare)).await.expect(0);
+    let answer = finish(job.exec(Token::Missing, &curl)).await.expect(0);
     assert_eq!(answer.json()["code"], "proxy_token_required");
     refused += 1;
-    let bare = [
-        "token",
-        "--config",
-        "agent.yaml",
-        "--credential",
-        "orders-api",
-    ];
-    finish(job.countersign(None, &bare)).await.expect(77);
+    finish(job.ask(Token::Missing, &[])).await.expect(77);
     refused += 1;
 
     // There is no token where one is promised: the command is not run.
     std::fs::remove_file(job.user.path("token")).unwrap();
-    let answer = finish(job.countersign(None, &line)).await.expect(69);
+    let answer = finish(job.exec(Token::InFile, &curl)).await.expect(69);
     assert!(answer.errors.contains("the token file `token`"));
     refused += 1;
-    let mut command = job.countersign(Some(&service), &bare);
+    let mut command = job.ask(Token::Of(&service), &[]);
     command.env("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "another");
     let answer = finish(command).await.expect(69);
     assert!(
@@ -322,12 +248,9 @@ async fn a_jobs_own_verbs_answer_about_the_job() {
          countersign exec -- curl -sS {API} >nested.json
          countersign ca >ours.pem"
     );
-    finish(job.countersign(
-        Some(&service),
-        &["exec", "--config", "agent.yaml", "--", "sh", "-ec", &script],
-    ))
-    .await
-    .expect(0);
+    finish(job.exec(Token::Of(&service), &["sh", "-ec", &script]))
+        .await
+        .expect(0);
     let read = |name: &str| std::fs::read_to_string(job.user.path(name)).unwrap();
     let json = |name: &str| serde_json::from_str::<Value>(&read(name)).unwrap();
     let who = json("who.json");
@@ -359,12 +282,9 @@ async fn the_command_holds_no_token() {
         cat /proc/self/cmdline /proc/$PPID/cmdline
         cat \"$(dirname \"$SSL_CERT_FILE\")\"/*
         curl -sS https://orders.example.test/v1/orders";
-    let finished = finish(job.countersign(
-        Some(&service),
-        &["exec", "--config", "agent.yaml", "--", "sh", "-c", script],
-    ))
-    .await
-    .expect(0);
+    let finished = finish(job.exec(Token::Of(&service), &["sh", "-c", script]))
+        .await
+        .expect(0);
     let assertions = job.assertions();
     assert_eq!(assertions.len(), 1);
     let held = format!("{}{}", finished.out, finished.errors);
@@ -398,10 +318,7 @@ async fn nobody_but_the_command_gets_the_token_of_its_relay() {
     let job = Job::new().await;
     let service = job.token_service(Duration::from_secs(300)).await;
     let script = "cp \"$SSL_CERT_FILE\" roots.pem; echo \"$https_proxy\"; exec sleep 60";
-    let mut command = job.countersign(
-        Some(&service),
-        &["exec", "--config", "agent.yaml", "--", "sh", "-c", script],
-    );
+    let mut command = job.exec(Token::Of(&service), &["sh", "-c", script]);
     let mut child = command
         .stderr(std::process::Stdio::inherit())
         .spawn()
