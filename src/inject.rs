@@ -210,7 +210,10 @@ pub fn covers(destination: &Destination, asked: &EgressRequest) -> bool {
 pub fn strip_credentials(fields: &mut HeaderMap, destination: &Destination) {
     fields.remove(AUTHORIZATION);
     for credential_use in &destination.credentials {
-        fields.remove(&credential_use.inject.header);
+        let header = &credential_use.inject.header;
+        if *header != AUTHORIZATION {
+            fields.remove(header);
+        }
     }
 }
 

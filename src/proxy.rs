@@ -255,7 +255,9 @@ async fn forward(
     for _ in 0..DECISIONS_PER_REQUEST {
         let permitted = worker.decide(&snapshot, &workload, &asked, exchange)?;
         let route = permitted.destination.clone();
-        stream.leads_to(route.as_ref());
+        if !replayable {
+            stream.leads_to(route.as_ref());
+        }
         let (upstream, credential) = match exchange
             .make_upstream_request(worker, permitted.verdict, &asked, request)
             .await
