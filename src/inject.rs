@@ -19,7 +19,7 @@ use http::{HeaderMap, Request};
 
 use crate::config::{Destination, Mode};
 use crate::credentials::Credential;
-use crate::policy::{Denial, DenialKind, Grant, LeaseEnded, PolicySnapshot};
+use crate::policy::{Denial, DenialKind, Grant, LeaseEnded, PolicySnapshot, Revocation};
 use crate::refusal::{Refusal, RefusalCode};
 use crate::request::EgressRequest;
 use crate::streams::RequestBody;
@@ -92,10 +92,7 @@ pub fn inject(
         .revocations()
         .token_is_revoked(credential.token_sha256())
     {
-        return Err(NotInjected::Refused(Refusal::new(
-            RefusalCode::Revoked,
-            format!("the token is revoked by `{}`", revocation.id),
-        )));
+        return Err(NotInjected::Refused(token_revoked(revocation)));
     }
     let place = grant
         .destination()
@@ -114,6 +111,14 @@ pub fn inject(
         credential.header_value(),
     );
     Ok(UpstreamRequest { request, upgrade })
+}
+
+/// What is answered to a request whose token an operator revoked.
+pub fn token_revoked(revocation: &Revocation) -> Refusal {
+    Refusal::new(
+        RefusalCode::Revoked,
+        format!("the token is revoked by `{}`", revocation.id),
+    )
 }
 
 /// Removes what concerns one connection and the caller's own credentials, and sets ours last. Returns

@@ -19,7 +19,9 @@ use crate::config::{Destination, Mode, Unmatched};
 use crate::connection::Connection;
 use crate::credentials::Credential;
 use crate::exchange::Exchange;
-use crate::inject::{NotInjected, UpstreamRequest, is_grpc, is_reported, strip_hop_by_hop};
+use crate::inject::{
+    NotInjected, UpstreamRequest, is_grpc, is_reported, strip_hop_by_hop, token_revoked,
+};
 use crate::listener::serve::serve_tunnel;
 use crate::policy::{
     Action, DecisionCache, Denial, Grant, Lease, LeaseEnded, Question, Refused, first_permitted,
@@ -291,7 +293,8 @@ async fn forward(
             (Ok(answered), None) => answered,
             (Err(refusal), None) => return Err(refusal),
             (_, Some(reason)) => {
-                return Err(worker.why_cut(reason, &workload, &asked, exchange));
+                let credential = credential.as_ref();
+                return Err(worker.why_cut(reason, &workload, &asked, credential, exchange));
             }
         };
         let rejected = credential
@@ -482,6 +485,7 @@ impl Worker {
         reason: CutReason,
         workload: &Arc<AttestedWorkload>,
         asked: &Arc<EgressRequest>,
+        credential: Option<&Credential>,
         exchange: &mut Exchange,
     ) -> Refusal {
         match reason {
@@ -493,6 +497,12 @@ impl Worker {
                 let snapshot = self.agent.snapshot.load_full();
                 if let Err(ended) = workload.check_liveness(self.agent.clock.wall()) {
                     return ended.into();
+                }
+                let revocations = snapshot.policy.revocations();
+                if let Some(revocation) = credential
+                    .and_then(|credential| revocations.token_is_revoked(credential.token_sha256()))
+                {
+                    return token_revoked(revocation);
                 }
                 match self.decide(&snapshot, workload, asked, exchange) {
                     Err(refusal) => refusal,

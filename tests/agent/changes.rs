@@ -276,6 +276,36 @@ async fn what_a_change_does_not_concern_goes_on() {
     reached("ended_by_what_concerns_them", ended);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_whose_token_is_revoked_before_the_answer_is_told_so() {
+    let setting = Setting::start().await;
+    let world = &setting.world;
+    world.good().await;
+    let token = world.audited_requests().await.last().unwrap()["token"]["sha256"].clone();
+    let mut io = setting.proxy.connect().await;
+    io.write_all(b"GET http://silent.example.test/ HTTP/1.1\r\nHost: silent.example.test\r\n\r\n")
+        .await
+        .unwrap();
+    crate::support::eventually(Duration::from_secs(10), || async {
+        (!setting.silent.heads().is_empty()).then_some(())
+    })
+    .await;
+    let revocation = Revocation {
+        id: "r1".to_owned(),
+        what: Revoked::TokenSha256(token.as_str().unwrap().to_owned()),
+        until: None,
+    };
+    world
+        .app()
+        .replace_revocations(|revocations| Some(revocations.with(revocation.clone())));
+    let answer = read_response(&mut io).await.expect(403);
+    assert_eq!(answer.code(), "revoked", "{answer:#?}");
+    world
+        .app()
+        .replace_revocations(|revocations| revocations.without("r1"));
+    world.good().await;
+}
+
 type Open = Vec<(&'static str, JoinHandle<Instant>)>;
 
 fn part(open: Open, belongs: impl Fn(&'static str) -> bool) -> (Open, Open) {
