@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use base64::Engine;
 use countersign_attestors::PresentedToken;
-use http::header::{AUTHORIZATION, HOST, PROXY_AUTHORIZATION};
+use http::header::{AUTHORIZATION, HOST, PROXY_AUTHORIZATION, TRANSFER_ENCODING};
 use http::request::Parts;
 use http::uri::{Authority, PathAndQuery};
 use http::{HeaderMap, Method};
@@ -345,6 +345,7 @@ impl EgressRequest {
                 "a gateway opens no tunnels",
             ));
         }
+        check_framing(&head.headers)?;
         let host = single_host(&head.headers)?;
         let (scheme, target) = match reception {
             Reception::Proxy => proxy_target(head, host)?,
@@ -367,6 +368,25 @@ impl EgressRequest {
             path_and_query,
         };
         Ok((asked, presented))
+    }
+}
+
+/// A body is framed in chunks, once, or not at all: other transfer codings (RFC 9112 section 7) would be
+/// passed on without their name.
+fn check_framing(headers: &HeaderMap) -> Result<(), Refusal> {
+    if !headers.contains_key(TRANSFER_ENCODING) {
+        return Ok(());
+    }
+    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
+    let is_chunked = codings
+        .next()
+        .is_some_and(|coding| coding.as_bytes().eq_ignore_ascii_case(b"chunked"));
+    match is_chunked && codings.next().is_none() {
+        true => Ok(()),
+        false => Err(Refusal::new(
+            RefusalCode::MalformedRequest,
+            "`Transfer-Encoding` is not `chunked` alone",
+        )),
     }
 }
 
@@ -400,6 +420,12 @@ fn proxy_target(head: &Parts, host: Option<&str>) -> Result<(Scheme, Target), Re
         )
     })?;
     if head.method == Method::CONNECT {
+        if head.uri.scheme().is_some() {
+            return Err(Refusal::new(
+                RefusalCode::MalformedRequest,
+                "CONNECT names a URL, and takes a host and a port alone",
+            ));
+        }
         let target = Target::parse(authority.as_str(), None)?;
         return Ok((Scheme::Https, target));
     }

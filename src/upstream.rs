@@ -5,6 +5,7 @@
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
+use std::error::Error as _;
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -13,10 +14,10 @@ use std::time::{Duration, Instant};
 
 use countersign_attestors::IsolationKey;
 use foldhash::fast::RandomState;
-use http::header::HOST;
+use http::header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
 use http::uri::PathAndQuery;
-use http::{HeaderValue, Request, Response, Uri, Version};
-use hyper::body::Incoming;
+use http::{HeaderValue, Method, Request, Response, Uri, Version};
+use hyper::body::{Body as _, Incoming};
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::ClientConfig;
@@ -580,6 +581,14 @@ fn as_http1(mut request: Request<RequestBody>, way: &Way<'_>) -> Request<Request
         let path_and_query = path_and_query(request.uri());
         *request.uri_mut() = Uri::from(path_and_query);
     }
+    // The client takes it that these methods have no body, and leaves out one that has no length.
+    if matches!(*request.method(), Method::GET | Method::HEAD)
+        && !request.body().is_end_stream()
+        && !request.headers().contains_key(CONTENT_LENGTH)
+    {
+        let chunked = HeaderValue::from_static("chunked");
+        request.headers_mut().insert(TRANSFER_ENCODING, chunked);
+    }
     request
 }
 
@@ -625,10 +634,21 @@ fn tls_refusal(way: &Way<'_>, error: &io::Error) -> Refusal {
 }
 
 fn protocol_refusal(way: &Way<'_>, error: &hyper::Error) -> Refusal {
-    Refusal::new(
-        RefusalCode::UpstreamProtocol,
-        format!("`{}` did not answer in HTTP: {error}", way.target),
-    )
+    // The other end of the exchange: what was read from the caller.
+    let is_the_callers = error.is_user()
+        && error
+            .source()
+            .is_some_and(|source| source.is::<hyper::Error>());
+    match is_the_callers {
+        true => Refusal::new(
+            RefusalCode::MalformedRequest,
+            "the request's body is malformed or was cut off",
+        ),
+        false => Refusal::new(
+            RefusalCode::UpstreamProtocol,
+            format!("`{}` did not answer in HTTP: {error}", way.target),
+        ),
+    }
 }
 
 /// An I/O error without the operating system's number.
