@@ -17,7 +17,7 @@ use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use rustls::pki_types::PrivateKeyDer;
 use rustls::pki_types::pem::PemObject;
 use serde_json::{Map, Value, json};
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
 
 use crate::config::SigningAlgorithm;
 
@@ -217,11 +217,13 @@ impl std::fmt::Debug for SigningKey {
 }
 
 fn pair_from_pem(content: &[u8], algorithm: SigningAlgorithm) -> Result<Pair, KeyError> {
-    let key = PrivateKeyDer::from_pem_slice(content).map_err(|_| {
-        KeyError::new("it holds no private key in PEM (PKCS#8, SEC1 or PKCS#1) or JWK")
-    })?;
+    let key = PrivateKeyDer::from_pem_slice(content)
+        .map(Zeroizing::new)
+        .map_err(|_| {
+            KeyError::new("it holds no private key in PEM (PKCS#8, SEC1 or PKCS#1) or JWK")
+        })?;
     let wrong = |_| wrong_key(algorithm);
-    match (algorithm, &key) {
+    match (algorithm, &*key) {
         (SigningAlgorithm::Es256, PrivateKeyDer::Pkcs8(_) | PrivateKeyDer::Sec1(_)) => {
             EcdsaKeyPair::from_private_key_der(&ECDSA_P256_SHA256_FIXED_SIGNING, key.secret_der())
                 .map(Pair::Ecdsa)
@@ -246,10 +248,24 @@ fn pair_from_pem(content: &[u8], algorithm: SigningAlgorithm) -> Result<Pair, Ke
     }
 }
 
+/// The members of a private key, wiped when dropped.
+struct PrivateJwk(Map<String, Value>);
+
+impl Drop for PrivateJwk {
+    fn drop(&mut self) {
+        for member in self.0.values_mut() {
+            if let Value::String(text) = member {
+                text.zeroize();
+            }
+        }
+    }
+}
+
 fn pair_from_jwk(content: &[u8], algorithm: SigningAlgorithm) -> Result<Pair, KeyError> {
-    let jwk: Map<String, Value> =
-        serde_json::from_slice(content).map_err(|_| KeyError::new("it is not a JWK"))?;
-    let text = |name: &str| jwk.get(name).and_then(Value::as_str);
+    let jwk: PrivateJwk = serde_json::from_slice(content)
+        .map(PrivateJwk)
+        .map_err(|_| KeyError::new("it is not a JWK"))?;
+    let text = |name: &str| jwk.0.get(name).and_then(Value::as_str);
     let bytes = |name: &str| -> Result<Zeroizing<Vec<u8>>, KeyError> {
         text(name)
             .and_then(|value| URL_SAFE_NO_PAD.decode(value).ok())

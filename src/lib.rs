@@ -17,8 +17,8 @@
 //!
 //! Around it: [`cli`] reads arguments, [`config`] reads files, [`app`] builds, binds and reloads an
 //! [`agent`] under immutable [`snapshot`]s, [`tls`] holds the interception authority, [`admin`] and
-//! [`client`] are two ends of the admin socket, [`telemetry`] counts and logs, [`dev`] is the embedded
-//! authorization server and API.
+//! [`client`] are two ends of the admin socket, [`telemetry`] counts and logs, [`hardening`] takes from the
+//! agent what it does not need, [`dev`] is the embedded authorization server and API.
 
 pub mod address;
 pub mod admin;
@@ -35,6 +35,7 @@ pub mod dev;
 pub mod diagnostics;
 pub mod exchange;
 pub mod fetch;
+pub mod hardening;
 pub mod inject;
 pub mod jwt;
 pub mod limits;

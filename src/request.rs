@@ -12,6 +12,7 @@ use http::request::Parts;
 use http::uri::{Authority, PathAndQuery};
 use http::{HeaderMap, Method};
 use percent_encoding::percent_decode_str;
+use zeroize::Zeroizing;
 
 use crate::config::{Destination, Scheme};
 use crate::refusal::{Refusal, RefusalCode};
@@ -541,10 +542,10 @@ fn presented_token(
         let password = base64::engine::general_purpose::STANDARD
             .decode(credentials)
             .ok()
-            .and_then(|decoded| String::from_utf8(decoded).ok())
+            .map(Zeroizing::new)
             .and_then(|pair| {
-                pair.split_once(':')
-                    .map(|(_, password)| password.to_owned())
+                let (_, password) = std::str::from_utf8(&pair).ok()?.split_once(':')?;
+                Some(password.to_owned())
             });
         return Ok(password
             .filter(|password| !password.is_empty())

@@ -198,7 +198,7 @@ impl ConnectionAttestation {
 
     async fn of(catalog: Arc<Catalog>, peer: Arc<PeerEvidence>) -> Self {
         let findings = if peer.process().is_some() {
-            in_blocking_pool(Arc::clone(&catalog), Arc::clone(&peer)).await
+            on_an_observer(Arc::clone(&catalog), Arc::clone(&peer)).await
         } else {
             catalog.attest_peer(&peer).await
         };
@@ -276,13 +276,13 @@ impl ConnectionAttestation {
     }
 }
 
-async fn in_blocking_pool(catalog: Arc<Catalog>, peer: Arc<PeerEvidence>) -> Findings {
+async fn on_an_observer(catalog: Arc<Catalog>, peer: Arc<PeerEvidence>) -> Findings {
     let runtime = tokio::runtime::Handle::current();
     let task = {
         let catalog = Arc::clone(&catalog);
         move || runtime.block_on(catalog.attest_peer(&peer))
     };
-    match tokio::task::spawn_blocking(task).await {
+    match crate::observers::look_and_wait(task).await {
         Ok(findings) => findings,
         // The runtime is shutting down, or an attestor broke an invariant: nothing is established,
         // and what was not looked at must not let a `forbid` be skipped.

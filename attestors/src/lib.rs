@@ -2,7 +2,7 @@
 //!
 //! Read in this order: [`evidence`] (what the kernel says of a caller, and what the caller presented),
 //! [`attestor`] (the trait), [`catalog`] (how evidence becomes a workload), [`workload`] (the result);
-//! then the attestors: [`unix`], [`systemd`], [`oidc`]. This crate never sees an issued token or a policy.
+//! then the attestors: [`unix`], [`systemd`], [`oidc`]. [`observers`] are the threads that look. This crate never sees an issued token or a policy.
 
 pub mod attestor;
 pub mod attribute;
@@ -13,6 +13,7 @@ pub mod clock;
 mod counts;
 pub mod evidence;
 pub mod fetch;
+pub mod observers;
 pub mod oidc;
 #[cfg(all(target_os = "linux", feature = "test-support"))]
 #[doc(hidden)]

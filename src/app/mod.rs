@@ -22,9 +22,10 @@ use crate::admin::{AdminActions, AdminServer};
 use crate::agent::Agent;
 use crate::audit::{Audit, AuditWriter, LifecycleEvent};
 use crate::clock::Clock;
-use crate::config::{Bind, Config, Listener, ListenerKind};
+use crate::config::{self, Bind, Config, Listener, ListenerKind};
 use crate::credentials::{Credentials, TokenEvent, TokenEvents};
 use crate::diagnostics::{Diagnostic, Diagnostics};
+use crate::hardening;
 use crate::limits::IdentityLimits;
 use crate::listener::Workers;
 use crate::policy::{DecisionRing, Revocations};
@@ -239,12 +240,15 @@ impl App {
 
     async fn try_reload(&self, path: PathBuf) -> Result<(), Diagnostics> {
         let previous = self.agent.snapshot.load_full();
-        let mut config = tokio::task::spawn_blocking(move || Config::load(&path))
-            .await
-            .map_err(|error| {
-                let path = &previous.config.path;
-                Diagnostic::error("reload_interrupted", path, error.to_string())
-            })??;
+        let load = move || {
+            let checked = config::check(&path);
+            hardening::permit(&path, &checked)?;
+            checked.into_config()
+        };
+        let mut config = tokio::task::spawn_blocking(load).await.map_err(|error| {
+            let path = &previous.config.path;
+            Diagnostic::error("reload_interrupted", path, error.to_string())
+        })??;
         self.options.apply(&mut config);
         let config = Arc::new(config);
         let mut listeners = self.listeners.lock().await;

@@ -12,6 +12,7 @@ use crate::admin::{
 };
 use crate::audit::LifecycleEvent;
 use crate::credentials::{RevokedToken, RevokedTokens};
+use crate::hardening;
 use crate::policy::{Revocation, Revoked, explain};
 use crate::request_id::RequestId;
 
@@ -65,6 +66,7 @@ impl AdminActions for App {
             "revocations": snapshot.policy.revocations().iter().count(),
             "interception": snapshot.interception.as_ref().map(|authority| json!({"hosts": authority.hosts()})),
             "audit": audit_value(&self.agent.audit),
+            "hardening": hardening::report(),
         })
     }
 

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
-use countersign_attestors::{ConnectionAttestation, PeerEvidence, WorkloadFacts};
+use countersign_attestors::{ConnectionAttestation, PeerEvidence, WorkloadFacts, observers};
 use serde_json::{Value, json};
 
 use super::output::{EXIT_UNAVAILABLE, OutputFormat};
@@ -23,6 +23,7 @@ use crate::dev::embedded::{
     API_HOST, API_URL, CONFIG_FILE, EmbeddedServers, ISSUER, Listeners, Ports, TOKEN_LIFETIME,
     write_configuration,
 };
+use crate::hardening::{self, Needs};
 use crate::telemetry;
 
 /// The proxy's port where none is asked for.
@@ -62,9 +63,10 @@ impl From<std::io::Error> for NotStarted {
 /// directory cannot be had.
 pub fn run(arguments: &DevArguments) -> ExitCode {
     let began = Instant::now();
-    let ended = control_runtime()
-        .map_err(NotStarted::from)
-        .and_then(|runtime| runtime.block_on(serve(arguments, began)));
+    let ended = prepare(arguments).and_then(|directory| {
+        let runtime = control_runtime()?;
+        runtime.block_on(serve(arguments, directory, began))
+    });
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(NotStarted::Problems(diagnostics)) => refuse(&diagnostics),
@@ -73,6 +75,23 @@ pub fn run(arguments: &DevArguments) -> ExitCode {
             ExitCode::from(EXIT_UNAVAILABLE)
         }
     }
+}
+
+/// Opens the directory, and confines the agent to it and to what a configuration of the user's names.
+fn prepare(arguments: &DevArguments) -> Result<Directory, NotStarted> {
+    // Before a key is read; where it cannot be done, `confine` says so.
+    let _ = hardening::protect_memory();
+    let directory = Directory::open()?;
+    let needs = match &arguments.config {
+        None => Some(Needs::default()),
+        // What it names may not be there before the embedded servers have written it; then it is not
+        // known what the agent needs.
+        Some(path) => crate::config::check(path).config.as_ref().map(Needs::of),
+    };
+    if let Some(needs) = needs {
+        hardening::confine(&needs.and_directory(directory.path()));
+    }
+    Ok(directory)
 }
 
 /// A running `dev`.
@@ -84,9 +103,12 @@ struct Running {
     set_aside: Vec<&'static str>,
 }
 
-async fn serve(arguments: &DevArguments, began: Instant) -> Result<(), NotStarted> {
+async fn serve(
+    arguments: &DevArguments,
+    directory: Directory,
+    began: Instant,
+) -> Result<(), NotStarted> {
     let signals = Signals::new()?;
-    let directory = Directory::open()?;
     let running = match &arguments.config {
         Some(path) => start_configured(directory, path, arguments.port).await?,
         None => start_generated(directory, arguments.port).await?,
@@ -368,7 +390,7 @@ fn quoted(path: &Path) -> String {
 
 /// This process, as the agent sees a caller on loopback.
 async fn own_facts(app: &App) -> Option<WorkloadFacts> {
-    let evidence = tokio::task::spawn_blocking(|| {
+    let evidence = observers::look_and_wait(|| {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).ok()?;
         let local = listener.local_addr().ok()?;
         let client = std::net::TcpStream::connect(local).ok()?;

@@ -17,6 +17,7 @@ use crate::config::{
     AdminConfig, AuditSink, Bind, CaSource, Config, Interception, Listener, ListenerKind,
     LogConfig, SocketAccess,
 };
+use crate::hardening;
 use crate::request_id::RequestId;
 use crate::telemetry;
 
@@ -64,6 +65,8 @@ impl OwnAgent {
     /// # Errors
     /// Everything that is wrong with the configuration.
     pub async fn start(path: &Path) -> Result<Self, Failure> {
+        // Nothing more: what confines a thread would confine the programs that it runs.
+        let _ = hardening::protect_memory();
         let mut config = Config::load(path)?;
         if config.audit.sinks.contains(&AuditSink::Stdout) {
             return Err(Failure::configuration(format!(

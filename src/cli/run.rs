@@ -13,6 +13,7 @@ use crate::clock::SystemClock;
 use crate::config::Config;
 use crate::config::watch::Watcher;
 use crate::diagnostics::Diagnostics;
+use crate::hardening::{self, Needs};
 use crate::telemetry;
 
 /// Runs the agent until a signal.
@@ -25,6 +26,8 @@ pub struct RunArguments {
 
 /// Runs the agent. Exit code 78 when it cannot start with this configuration, 0 after a signal.
 pub fn run(arguments: &RunArguments) -> ExitCode {
+    // Before a key is read; where it cannot be done, `confine` says so.
+    let _ = hardening::protect_memory();
     let watcher = Watcher::new(&arguments.config);
     let config = match Config::load(&arguments.config) {
         Ok(config) => config,
@@ -34,6 +37,8 @@ pub fn run(arguments: &RunArguments) -> ExitCode {
         let _ = writeln!(std::io::stderr(), "error: {error}");
         return ExitCode::from(EXIT_CONFIGURATION);
     }
+    // Before there is another thread.
+    hardening::confine(&Needs::of(&config));
     match control_runtime() {
         Ok(runtime) => runtime.block_on(serve(config, watcher)),
         Err(error) => {

@@ -28,11 +28,21 @@ impl Config {
     /// # Errors
     /// Every problem found, warnings included.
     pub fn load(path: &Path) -> Result<Self, Diagnostics> {
-        let Checked {
+        check(path).into_config()
+    }
+}
+
+impl Checked {
+    /// The configuration. Warnings are logged.
+    ///
+    /// # Errors
+    /// Every problem found, warnings included.
+    pub fn into_config(self) -> Result<Config, Diagnostics> {
+        let Self {
             config,
             diagnostics,
             ..
-        } = check(path);
+        } = self;
         match config {
             Some(config) => {
                 for diagnostic in &diagnostics {

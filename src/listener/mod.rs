@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use countersign_attestors::evidence::EvidenceError;
-use countersign_attestors::{Catalog, ConnectionAttestation, PeerEvidence};
+use countersign_attestors::{Catalog, ConnectionAttestation, PeerEvidence, observers};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio::task::LocalSet;
@@ -26,6 +26,7 @@ use tokio::task::LocalSet;
 use crate::agent::Agent;
 use crate::config::{Bind, Listener, ListenerKind, SocketAccess};
 use crate::connection::{Caller, Entry};
+use crate::hardening;
 use crate::listener::patience::{Patience, Place, Places};
 use crate::proxy::Worker;
 use crate::streams::CutReason;
@@ -159,11 +160,10 @@ impl Workers {
                     .enable_all()
                     .build()?;
                 let agent = Arc::clone(agent);
-                std::thread::Builder::new()
-                    .name(format!("data-{index}"))
-                    .spawn(move || {
-                        LocalSet::new().block_on(&runtime, work(agent, accepted));
-                    })?;
+                observers::spawn(format!("data-{index}"), move || {
+                    hardening::confine_data_worker();
+                    LocalSet::new().block_on(&runtime, work(agent, accepted));
+                })?;
                 Ok(WorkerHandle {
                     connections,
                     load: Arc::default(),
@@ -315,12 +315,12 @@ pub async fn accept(
     }
 }
 
-/// Asks the kernel who is at the other end; procfs blocks, so in the blocking pool.
+/// Asks the kernel who is at the other end; procfs blocks.
 async fn evidence_of(
     socket: Socket,
     addresses: Option<(SocketAddr, SocketAddr)>,
 ) -> (Option<Socket>, Result<PeerEvidence, EvidenceError>) {
-    let asked = tokio::task::spawn_blocking(move || {
+    let asked = observers::look_and_wait(move || {
         let evidence = match (&socket, addresses) {
             (Socket::Unix(stream), _) => PeerEvidence::of_unix_stream(stream.as_fd()),
             (Socket::Tcp(_), Some((local, peer))) if peer.ip().to_canonical().is_loopback() => {
@@ -333,9 +333,6 @@ async fn evidence_of(
     .await;
     match asked {
         Ok((socket, evidence)) => (Some(socket), evidence),
-        Err(error) => (
-            None,
-            Err(EvidenceError::Unavailable(io::Error::other(error))),
-        ),
+        Err(error) => (None, Err(EvidenceError::Unavailable(error))),
     }
 }

@@ -37,6 +37,7 @@ use crate::connection::evidence_refusal;
 use crate::credentials::IssuedToken;
 use crate::policy::{Action, LeaseEnded, Question, Resource, explain};
 use crate::problem::{self, Surface, json_response};
+use crate::providers::wipe;
 use crate::proxy::audit_refusal;
 use crate::refusal::{Refusal, RefusalCode};
 use crate::request_id::{REQUEST_ID_HEADER, RequestId, SessionId, TraceContext};
@@ -518,15 +519,14 @@ fn token_response(
         .duration_since(wall)
         .unwrap_or_default()
         .as_secs();
-    let mut response = json_response(
-        StatusCode::OK,
-        &json!({
-            "access_token": issued.access_token.expose_secret(),
-            "token_type": "Bearer",
-            "expires_in": expires_in,
-            "scope": issued.scope,
-        }),
-    );
+    let mut answer = json!({
+        "access_token": issued.access_token.expose_secret(),
+        "token_type": "Bearer",
+        "expires_in": expires_in,
+        "scope": issued.scope,
+    });
+    let mut response = json_response(StatusCode::OK, &answer);
+    wipe(&mut answer);
     let headers = response.headers_mut();
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     headers.insert(REQUEST_ID_HEADER, request_id.to_header_value());

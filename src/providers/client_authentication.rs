@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
 use http::HeaderValue;
 use serde_json::{Value, json};
 use url::form_urlencoded;
@@ -137,12 +138,18 @@ pub(super) async fn basic_header(
     if secret.is_empty() {
         return Err(key_unavailable(secret_file, "it is empty"));
     }
-    let mut joined = Zeroizing::new(String::new());
+    // Large enough for every byte to be encoded: what a growing buffer leaves behind is not wiped.
+    let most = 3 * (client_id.len() + secret.len()) + 1;
+    let mut joined = Zeroizing::new(String::with_capacity(most));
     joined.extend(form_urlencoded::byte_serialize(client_id.as_bytes()));
     joined.push(':');
     joined.extend(form_urlencoded::byte_serialize(secret));
-    let text = Zeroizing::new(format!("Basic {}", STANDARD.encode(joined.as_bytes())));
-    let mut header = HeaderValue::from_str(&text)
+    let mut text = Zeroizing::new(Vec::from(b"Basic "));
+    let encoded = Zeroizing::new(STANDARD.encode(joined.as_bytes()));
+    text.reserve_exact(encoded.len());
+    text.extend_from_slice(encoded.as_bytes());
+    // The last header that refers to the buffer wipes it.
+    let mut header = HeaderValue::from_maybe_shared(Bytes::from_owner(text))
         .map_err(|_| key_unavailable(secret_file, "it cannot stand in a header"))?;
     header.set_sensitive(true);
     Ok(header)

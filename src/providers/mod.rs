@@ -18,6 +18,7 @@ use crate::fetch::{FetchClient, FetchFailure, FetchFailureKind, FetchSettings};
 use crate::refusal::{Refusal, RefusalCode};
 
 pub use oauth_client_credentials::OauthClientCredentialsProvider;
+pub(crate) use token_response::wipe;
 pub use token_response::{TokenResponse, parse_token_response};
 
 /// A source of tokens for one configured credential.

@@ -81,7 +81,17 @@ struct Proof {
 struct Form(Zeroizing<Vec<u8>>);
 
 impl Form {
+    /// A vector that grows by itself leaves what it held where it was.
+    fn make_room(&mut self, bytes: usize) {
+        if self.0.capacity() - self.0.len() < bytes {
+            let mut larger = Zeroizing::new(Vec::with_capacity(2 * self.0.len() + bytes));
+            larger.extend_from_slice(&self.0);
+            self.0 = larger;
+        }
+    }
+
     fn append(&mut self, name: &str, value: &str) {
+        self.make_room(2 + 3 * (name.len() + value.len()));
         if !self.0.is_empty() {
             self.0.push(b'&');
         }

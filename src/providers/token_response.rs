@@ -7,6 +7,7 @@ use http::StatusCode;
 use http::header::{HeaderMap, RETRY_AFTER};
 use secrecy::SecretString;
 use serde_json::{Map, Value};
+use zeroize::Zeroize;
 
 use super::{MintFailure, Recovery};
 use crate::refusal::RefusalCode;
@@ -27,6 +28,25 @@ pub struct TokenResponse {
     pub expires_in: Duration,
     /// The scope granted, where the server said.
     pub scope: Option<String>,
+}
+
+/// The members of an answer, among them secrets: wiped when dropped.
+struct Members(Map<String, Value>);
+
+impl Drop for Members {
+    fn drop(&mut self) {
+        self.0.values_mut().for_each(wipe);
+    }
+}
+
+/// Wipes every text in a value.
+pub(crate) fn wipe(value: &mut Value) {
+    match value {
+        Value::String(text) => text.zeroize(),
+        Value::Array(items) => items.iter_mut().for_each(wipe),
+        Value::Object(members) => members.values_mut().for_each(wipe),
+        Value::Null | Value::Bool(_) | Value::Number(_) => {}
+    }
 }
 
 /// Reads an answer of a token endpoint. `now` is the wall-clock time, for a `Retry-After` date.
@@ -58,22 +78,22 @@ pub fn parse_token_response(
             Recovery::Backoff { retry_after },
         ));
     }
-    let members: Map<String, Value> = match serde_json::from_slice(body) {
-        Ok(members) => members,
+    let members = match serde_json::from_slice(body) {
+        Ok(members) => Members(members),
         Err(_) if status == StatusCode::UNAUTHORIZED => {
             return Err(oauth_error("invalid_client", None, retry_after));
         }
         Err(_) => return Err(invalid(status, body)),
     };
-    if let Some(error) = members.get("error") {
-        let description = members.get("error_description").and_then(Value::as_str);
+    if let Some(error) = members.0.get("error") {
+        let description = members.0.get("error_description").and_then(Value::as_str);
         return Err(match error.as_str() {
             Some(error) => oauth_error(error, description, retry_after),
             None => unacceptable("`error` is not text"),
         });
     }
     match status {
-        StatusCode::OK => parse_success(&members),
+        StatusCode::OK => parse_success(&members.0),
         StatusCode::UNAUTHORIZED => Err(oauth_error("invalid_client", None, retry_after)),
         _ => Err(invalid(status, body)),
     }

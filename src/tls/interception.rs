@@ -25,6 +25,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::ResolvesServerCert;
 use rustls::sign::{CertifiedKey, SigningKey};
 use time::OffsetDateTime;
+use zeroize::Zeroizing;
 
 use super::{ALPN_HTTP1, ALPN_HTTP2};
 use crate::config::{CaSource, Interception};
@@ -175,7 +176,7 @@ impl InterceptionAuthority {
         };
         let root = above.last().unwrap_or(intermediate);
         let root_pem = super::trust::pem_of([root]);
-        let key = KeyPair::from_pem(&read_text(key_file)?)?;
+        let key = KeyPair::from_pem(&read_secret(key_file)?)?;
         let issuer = Issuer::from_ca_cert_der(intermediate, key)?;
         // The root itself is not sent (RFC 8446 section 4.4.2).
         let below_root = certificates.len().saturating_sub(1).max(1);
@@ -192,6 +193,7 @@ impl InterceptionAuthority {
     ) -> Result<Arc<Self>, AuthorityError> {
         let leaf_key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let der = PrivateKeyDer::try_from(leaf_key.serialize_der())
+            .map(Zeroizing::new)
             .map_err(|detail| rustls::Error::General(detail.to_owned()))?;
         Ok(Arc::new(Self {
             root_pem,
@@ -358,7 +360,8 @@ fn open_generated_root(
     if !key_path.exists() {
         let root = generate_root(now)?;
         write_atomically(&certificate_path, root.pem().as_bytes(), 0o644)?;
-        write_atomically(&key_path, root.key().serialize_pem().as_bytes(), 0o600)?;
+        let key = Zeroizing::new(root.key().serialize_pem());
+        write_atomically(&key_path, key.as_bytes(), 0o600)?;
         tracing::info!(directory = %directory.display(), "made an interception root");
     }
     let mode = fs::metadata(&key_path)
@@ -367,7 +370,7 @@ fn open_generated_root(
         .mode();
     refuse_wider_than_owner(&key_path, mode, "0600")?;
     let pem = read_text(&certificate_path)?;
-    let key = KeyPair::from_pem(&read_text(&key_path)?)?;
+    let key = KeyPair::from_pem(&read_secret(&key_path)?)?;
     Ok((Issuer::from_ca_cert_pem(&pem, key)?, pem))
 }
 
@@ -425,6 +428,10 @@ pub fn write_atomically(path: &Path, content: &[u8], mode: u32) -> Result<(), Au
         let _ = fs::remove_file(&temporary);
         file_error(path, error)
     })
+}
+
+fn read_secret(path: &Path) -> Result<Zeroizing<String>, AuthorityError> {
+    read_text(path).map(Zeroizing::new)
 }
 
 fn read_text(path: &Path) -> Result<String, AuthorityError> {

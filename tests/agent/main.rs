@@ -16,6 +16,7 @@ mod changes;
 mod clients;
 mod entrances;
 mod faults;
+mod hardening;
 mod headers;
 mod hosts;
 mod identities;

@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -29,16 +29,18 @@ pub struct Puppet {
 /// The program of the test binary where another user may run it: a copy, where it stands under a
 /// directory that others may not enter.
 pub fn program() -> &'static Path {
-    static PROGRAM: std::sync::OnceLock<std::path::PathBuf> = std::sync::OnceLock::new();
-    PROGRAM.get_or_init(|| {
-        let built = std::env::current_exe().unwrap();
-        if is_reachable_by_others(&built) {
-            return built;
-        }
-        let copy = std::env::temp_dir().join(format!("countersign-puppet-{}", std::process::id()));
-        std::fs::copy(built, &copy).unwrap();
-        copy
-    })
+    static PROGRAM: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
+    PROGRAM.get_or_init(|| reachable(std::env::current_exe().unwrap(), "puppet"))
+}
+
+/// A program where another user may run it; `name` is that of the copy.
+pub fn reachable(built: PathBuf, name: &str) -> PathBuf {
+    if is_reachable_by_others(&built) {
+        return built;
+    }
+    let copy = std::env::temp_dir().join(format!("countersign-{name}-{}", std::process::id()));
+    std::fs::copy(built, &copy).unwrap();
+    copy
 }
 
 /// The arguments that make the test binary a puppet.

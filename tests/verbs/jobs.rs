@@ -4,14 +4,17 @@
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
+use nix::unistd::{Gid, Uid};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::Command;
 
 use crate::job::{API, Job, REQUEST_TOKEN, SUBJECT, Token, mint};
 use crate::program::{Finished, finish, send};
 use crate::support::counts::reached;
+use crate::support::puppet::reachable;
 use crate::support::world::{assert_issued, audit_lines};
-use crate::support::{eventually, has_program};
+use crate::support::{eventually, has_program, unprivileged};
 
 /// How long the job's tokens live, and those that it gets for them.
 const LIFETIME: Duration = Duration::from_secs(6);
@@ -311,6 +314,52 @@ async fn the_command_holds_no_token() {
         .filter(|name| name.starts_with("countersign-"))
         .count();
     assert_eq!(left, 0);
+}
+
+/// What a command may do, and what it gets of the process that runs it.
+const FREEDOM: &str = r#"
+grep -E '^(NoNewPrivs|Seccomp):' /proc/self/status
+ulimit -c
+if [ "$1" ]; then cat "/proc/$PPID/$1"; fi
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_is_not_confined_and_its_agent_shows_it_nothing() {
+    let job = Job::new().await;
+    let service = job.token_service(LIFETIME).await;
+    let uid = unprivileged();
+    let program = reachable(env!("CARGO_BIN_EXE_countersign").into(), "exec");
+    let as_user = |mut command: Command| {
+        if let Some(uid) = uid {
+            command.uid(uid).gid(uid);
+        }
+        command
+    };
+    if let Some(uid) = uid {
+        for path in [job.user.path("."), job.user.path("policies")] {
+            nix::unistd::chown(&path, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid))).unwrap();
+        }
+    }
+    let free = as_user({
+        let mut command = job.user.command("sh");
+        command.args(["-c", FREEDOM]);
+        command
+    });
+    let free = finish(free).await.expect(0).out;
+    let run = |looks_at: &'static str| {
+        let built = job.exec(Token::Of(&service), &["sh", "-c", FREEDOM, "sh", looks_at]);
+        let mut shown = job.user.command(&program);
+        shown.args(built.as_std().get_args());
+        for (name, value) in built.as_std().get_envs() {
+            shown.env(name, value.unwrap_or_default());
+        }
+        finish(as_user(shown))
+    };
+    assert_eq!(run("").await.expect(0).out, free);
+    // Its own token stands there: a command that could read it would have it.
+    let refused = run("environ").await.expect(1);
+    assert_eq!(refused.out, free);
+    assert!(refused.errors.contains("Permission denied"), "{refused:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -25,6 +25,7 @@ pub(crate) use process::parse_status;
 pub(crate) use socket_diagnostics::read_answer;
 
 use crate::evidence::EvidenceError;
+use crate::observers;
 use crate::workload::AttestationEnded;
 use socket_diagnostics::TcpSocket;
 
@@ -143,16 +144,25 @@ impl Peer {
     /// An exec of any holder ends the attestation: the new program holds the socket too. The exit of
     /// one of several does not.
     pub(crate) fn check_liveness(&self) -> Result<(), AttestationEnded> {
-        let mut outcome = Err(AttestationEnded::Exited);
-        for process in &self.processes {
-            match process.check_liveness() {
-                Ok(()) => outcome = Ok(()),
-                Err(AttestationEnded::Exited) => {}
-                Err(ended) => return Err(ended),
-            }
+        if observers::looks_itself() {
+            return check_each(&self.processes);
         }
-        outcome
+        let processes = self.processes.clone();
+        // Without an answer nothing is known of the processes.
+        observers::look(move || check_each(&processes)).unwrap_or(Err(AttestationEnded::Exited))
     }
+}
+
+fn check_each(processes: &[Arc<Process>]) -> Result<(), AttestationEnded> {
+    let mut outcome = Err(AttestationEnded::Exited);
+    for process in processes {
+        match process.check_liveness() {
+            Ok(()) => outcome = Ok(()),
+            Err(AttestationEnded::Exited) => {}
+            Err(ended) => return Err(ended),
+        }
+    }
+    outcome
 }
 
 /// Every process that holds the socket: first looked for where the socket was made, then everywhere.

@@ -1,0 +1,700 @@
+//! What an agent takes from itself when it starts, looked at from outside: what the kernel says of its
+//! threads, what another process of its user gets of it, and what it can no longer open.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Gid, Pid, Uid, chown};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::io::AsyncWriteExt;
+use tokio::process::{Child, Command};
+
+use crate::support::counts::reached;
+use crate::support::curl::{Answer, curl, curl_as};
+use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World, assert_issued};
+use crate::support::{NOBODY, eventually, has_program, is_root, puppet, unprivileged};
+
+const ORDERS: &str = "https://orders.example.test/v1/orders";
+const BILLING: &str = "http://plain.example.test/v1/orders";
+
+/// capabilities(7), by their numbers.
+const SYS_PTRACE: u64 = 1 << 19;
+const DAC_READ_SEARCH: u64 = 1 << 2;
+
+/// Looks at a process with all that its user has for that, and at what it finds for a text.
+const PROBE: &str = r#"
+import ctypes, json, os, sys
+pid, wanted = int(sys.argv[1]), sys.stdin.buffer.read()
+libc = ctypes.CDLL(None, use_errno=True)
+refused, found, read = {}, [], 0
+
+def attempt(name, result):
+    if result < 0:
+        refused[name] = os.strerror(ctypes.get_errno())
+    return result >= 0
+
+PTRACE_ATTACH, PTRACE_DETACH = 16, 17
+if attempt("ptrace", libc.ptrace(PTRACE_ATTACH, pid, None, None)):
+    os.waitpid(pid, 0x40000000)
+    libc.ptrace(PTRACE_DETACH, pid, None, None)
+
+class IoVec(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
+own = ctypes.create_string_buffer(8)
+local = IoVec(ctypes.cast(own, ctypes.c_void_p).value, 8)
+attempt("process_vm_readv", libc.process_vm_readv(pid, ctypes.byref(local), 1, ctypes.byref(local), 1, 0))
+pidfd = libc.syscall(434, pid, 0)
+attempt("pidfd_getfd", libc.syscall(438, pidfd, 0, 0))
+
+def look(path, data):
+    global read
+    read += len(data)
+    if wanted in data:
+        found.append(path)
+
+for name in os.listdir("/proc/%d" % pid):
+    path = "/proc/%d/%s" % (pid, name)
+    try:
+        if name == "mem":
+            ranges = [line.split() for line in open("/proc/%d/maps" % pid)]
+            with open(path, "rb", buffering=0) as memory:
+                for range in ranges:
+                    if not range[1].startswith("rw"):
+                        continue
+                    start, end = (int(part, 16) for part in range[0].split("-"))
+                    try:
+                        memory.seek(start)
+                        look(path, memory.read(end - start))
+                    except (OSError, OverflowError, ValueError):
+                        pass
+        elif name in ("fd", "map_files", "fdinfo"):
+            for entry in os.listdir(path):
+                os.readlink(path + "/" + entry) if name != "fdinfo" else open(path + "/" + entry).read()
+        elif os.path.isfile(path) and name not in ("clear_refs",):
+            with open(path, "rb", buffering=0) as file:
+                look(path, file.read(1 << 20) or b"")
+    except OSError as error:
+        refused[name] = error.strerror
+print(json.dumps({"refused": refused, "found": found, "read": read}))
+"#;
+
+/// A process that holds a text, and keeps nothing from anybody.
+const HOLDER: &str =
+    "import sys, time\nheld = sys.stdin.readline()\nprint(flush=True)\ntime.sleep(600)";
+
+/// `countersign run` in a world of its own.
+struct Agent {
+    world: World,
+    uid: Option<u32>,
+    address: String,
+    process: Child,
+    working_directory: TempDir,
+}
+
+impl Agent {
+    async fn start(uid: Option<u32>, extra: &str, policies: &str) -> Self {
+        let world = World::servers().await;
+        world.write(
+            "countersign.yaml",
+            &world.fill(&format!("{COMMON}{ADMIN}{extra}")),
+        );
+        world.write_policies(policies);
+        let working_directory = tempfile::tempdir().unwrap();
+        if let Some(uid) = uid {
+            give(world.directory.path(), uid);
+            give(working_directory.path(), uid);
+        }
+        let process = launch(
+            &world.path("countersign.yaml"),
+            uid,
+            working_directory.path(),
+        );
+        let mut agent = Self {
+            world,
+            uid,
+            address: String::new(),
+            process,
+            working_directory,
+        };
+        agent.until_it_listens().await;
+        agent
+    }
+
+    async fn until_it_listens(&mut self) {
+        let log = self.working_directory.path().join("log");
+        self.address = eventually(Duration::from_secs(30), || async {
+            let logged = std::fs::read_to_string(&log).unwrap_or_default();
+            assert!(!logged.starts_with("error"), "{logged}");
+            let answer = self.admin("GET", "/v1/status").await;
+            let status: Value = serde_json::from_str(&answer.body).ok()?;
+            let listeners = status["listeners"].as_array()?;
+            let proxy = listeners.iter().find(|known| known["name"] == "proxy")?;
+            Some(proxy["bind"].as_str()?.to_owned())
+        })
+        .await;
+        assert_eq!(self.process.try_wait().unwrap(), None, "the agent ended");
+    }
+
+    async fn restart(&mut self) {
+        self.end(Signal::SIGTERM).await;
+        let configuration = self.world.path("countersign.yaml");
+        self.process = launch(&configuration, self.uid, self.working_directory.path());
+        self.until_it_listens().await;
+    }
+
+    async fn end(&mut self, signal: Signal) -> ExitStatus {
+        kill(Pid::from_raw(self.pid().try_into().unwrap()), signal).unwrap();
+        let ended = tokio::time::timeout(Duration::from_secs(30), self.process.wait()).await;
+        ended.expect("the agent ends").unwrap()
+    }
+
+    fn pid(&self) -> u32 {
+        self.process.id().unwrap()
+    }
+
+    async fn curl(&self, uid: Option<u32>, url: &str) -> Answer {
+        let (proxy, root) = (
+            format!("http://{}", self.address),
+            self.world.path("ca.pem"),
+        );
+        curl_as(
+            uid,
+            &["--proxy", &proxy, "--cacert", root.to_str().unwrap(), url],
+        )
+        .await
+    }
+
+    /// A request that succeeds, and the token that the origin got.
+    async fn good(&self, uid: Option<u32>) -> String {
+        let before = self.world.api.seen().len();
+        self.curl(uid, ORDERS).await.expect(200);
+        let seen = self.world.api.seen();
+        assert_eq!(seen.len(), before + 1);
+        let seen = seen.last().unwrap();
+        assert_issued(&self.world, seen);
+        let header = seen.headers["authorization"].to_str().unwrap();
+        header.strip_prefix("Bearer ").unwrap().to_owned()
+    }
+
+    async fn admin(&self, method: &str, path: &str) -> Answer {
+        let (socket, url) = (self.world.path("admin.sock"), format!("http://agent{path}"));
+        curl(&[
+            "--unix-socket",
+            socket.to_str().unwrap(),
+            "-X",
+            method,
+            &url,
+        ])
+        .await
+    }
+
+    /// A configuration that names what the agent may not use since its start: the one that is in force
+    /// stays in force.
+    async fn refuses(&self, named: &Path) {
+        let answer = self.admin("POST", "/v1/reload").await.expect(422);
+        let first = &answer.json()["diagnostics"][0];
+        assert_eq!(first["code"], "restart_needed", "{answer:#?}");
+        let named = named.display().to_string();
+        assert!(
+            first["message"].as_str().unwrap().contains(&named),
+            "{first}"
+        );
+        assert!(
+            first["next"].as_str().unwrap().contains("restart"),
+            "{first}"
+        );
+        self.good(None).await;
+    }
+}
+
+fn program() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| puppet::reachable(env!("CARGO_BIN_EXE_countersign").into(), "agent"))
+}
+
+/// Runs the program where a core file could be written, with the right to write one.
+fn launch(configuration: &Path, uid: Option<u32>, working_directory: &Path) -> Child {
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", "ulimit -c unlimited; exec \"$0\" run --config \"$1\""])
+        .arg(program())
+        .arg(configuration)
+        .current_dir(working_directory)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log(working_directory))
+        .kill_on_drop(true);
+    if let Some(uid) = uid {
+        command.uid(uid).gid(uid);
+    }
+    command.spawn().unwrap()
+}
+
+fn log(working_directory: &Path) -> File {
+    let path = working_directory.join("log");
+    File::options()
+        .create(true)
+        .append(true)
+        .open(path)
+        .unwrap()
+}
+
+/// Gives a directory and all in it to a user.
+fn give(path: &Path, uid: u32) {
+    chown(path, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid))).unwrap();
+    for entry in std::fs::read_dir(path).into_iter().flatten() {
+        give(&entry.unwrap().path(), uid);
+    }
+}
+
+/// What a user's process gets of another process.
+async fn probe(uid: Option<u32>, pid: u32, wanted: &str) -> Value {
+    let mut command = python(PROBE, uid);
+    let mut child = command.arg(pid.to_string()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(wanted.as_bytes()).await.unwrap();
+    drop(stdin);
+    let output = child.wait_with_output().await.unwrap();
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+fn python(program: &str, uid: Option<u32>) -> Command {
+    let mut command = Command::new("python3");
+    command
+        .args(["-c", program])
+        .current_dir("/")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true);
+    if let Some(uid) = uid {
+        command.uid(uid).gid(uid);
+    }
+    command
+}
+
+const ADMIN: &str = "admin: {socket: admin.sock}\n";
+
+#[tokio::test]
+async fn t13_another_process_of_the_user_gets_nothing_of_the_agents_memory() {
+    let name = "t13_another_process_of_the_user_gets_nothing_of_the_agents_memory";
+    if !has_program(name, "python3") {
+        return;
+    }
+    let uid = unprivileged();
+    let mut agent = Agent::start(uid, DESTINATIONS, POLICIES).await;
+    let token = agent.good(uid).await;
+    // The last part alone, so that no other text is taken for it.
+    let canary = token.rsplit('.').next().unwrap();
+
+    // The probe finds what is there to be found.
+    let mut holder = python(HOLDER, uid).spawn().unwrap();
+    let mut stdin = holder.stdin.take().unwrap();
+    stdin
+        .write_all(format!("{canary}\n").as_bytes())
+        .await
+        .unwrap();
+    let holding = eventually(Duration::from_secs(30), || async {
+        let seen = probe(uid, holder.id().unwrap(), canary).await;
+        seen["found"]
+            .as_array()
+            .is_some_and(|found| !found.is_empty())
+            .then_some(seen)
+    })
+    .await;
+    assert_eq!(holding["refused"].get("ptrace"), None, "{holding}");
+
+    let seen = probe(uid, agent.pid(), canary).await;
+    assert_eq!(seen["found"], Value::Array(Vec::new()), "{seen}");
+    for attempt in [
+        "ptrace",
+        "process_vm_readv",
+        "pidfd_getfd",
+        "mem",
+        "environ",
+        "maps",
+        "fd",
+    ] {
+        assert!(seen["refused"][attempt].is_string(), "{attempt}: {seen}");
+    }
+    assert!(seen["read"].as_u64().unwrap() > 0, "{seen}");
+    let owner = std::fs::metadata(format!("/proc/{}/environ", agent.pid()))
+        .unwrap()
+        .uid();
+    assert_eq!(owner, 0, "what is not dumpable belongs to root");
+
+    // Nor is it in a core file: not even where one may be written.
+    let mut aborted = Command::new("sh");
+    aborted
+        .args(["-c", "ulimit -c unlimited; kill -ABRT $$"])
+        .current_dir(agent.working_directory.path());
+    if let Some(uid) = uid {
+        aborted.uid(uid).gid(uid);
+    }
+    assert!(
+        aborted.status().await.unwrap().core_dumped(),
+        "cores are written here"
+    );
+    let before = files_in(agent.working_directory.path());
+    let status = agent.end(Signal::SIGABRT).await;
+    assert_eq!(status.signal(), Some(Signal::SIGABRT as i32), "{status}");
+    assert!(!status.core_dumped(), "{status}");
+    assert_eq!(files_in(agent.working_directory.path()), before);
+}
+
+fn files_in(directory: &Path) -> Vec<PathBuf> {
+    let mut files: Vec<PathBuf> = std::fs::read_dir(directory)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    files.sort();
+    files
+}
+
+/// The lines of a thread's `status` that say what it may do.
+fn threads(pid: u32) -> Vec<(String, BTreeMap<String, u64>)> {
+    let mut threads = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
+        let Ok(text) = std::fs::read_to_string(entry.unwrap().path().join("status")) else {
+            // It ended meanwhile.
+            continue;
+        };
+        let lines: BTreeMap<&str, &str> = text
+            .lines()
+            .filter_map(|line| line.split_once(":\t"))
+            .collect();
+        let numbers = [
+            "NoNewPrivs",
+            "Seccomp",
+            "CapInh",
+            "CapPrm",
+            "CapEff",
+            "CapBnd",
+            "CapAmb",
+        ];
+        let numbers = numbers.map(|name| {
+            (
+                name.to_owned(),
+                u64::from_str_radix(lines[name].trim(), 16).unwrap(),
+            )
+        });
+        threads.push((lines["Name"].to_owned(), BTreeMap::from(numbers)));
+    }
+    threads
+}
+
+/// Callers of two users, by what the kernel says of them alone.
+const ATTESTED: &str = r#"
+@id("by-executable")
+permit (principal, action == Action::"inject", resource == Credential::"orders-api")
+when { principal has unix && [0, 65534].contains(principal.unix.uid)
+    && principal.unix has executable && principal.unix.executable == "{curl}"
+    && principal.unix has executable_sha256 && principal.unix.executable_sha256 == "{sha256}" };
+"#;
+
+#[tokio::test]
+async fn no_thread_keeps_what_it_does_not_need_and_callers_are_attested_all_the_same() {
+    if !is_root("no_thread_keeps_what_it_does_not_need_and_callers_are_attested_all_the_same") {
+        return;
+    }
+    let curl = std::env::split_paths("/usr/local/bin:/usr/bin:/bin")
+        .map(|directory| directory.join("curl"))
+        .find(|path| path.is_file())
+        .unwrap();
+    let digest =
+        aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &std::fs::read(&curl).unwrap());
+    let digest: String = digest
+        .as_ref()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    let policies = ATTESTED
+        .replace("{sha256}", &digest)
+        .replace("{curl}", curl.to_str().unwrap());
+    let agent = Agent::start(None, DESTINATIONS, &policies).await;
+    for uid in [None, Some(NOBODY)] {
+        agent.good(uid).await;
+    }
+    // The same over the Unix socket, as a gateway of it.
+    let socket = agent.world.path("gateway.sock");
+    for uid in [None, Some(NOBODY)] {
+        let socket = socket.to_str().unwrap();
+        curl_as(uid, &["--unix-socket", socket, "http://gateway/v1/orders"])
+            .await
+            .expect(200);
+    }
+
+    let threads = threads(agent.pid());
+    let mut kinds = BTreeMap::new();
+    for (name, numbers) in &threads {
+        let kind = name.split('-').next().unwrap().to_owned();
+        let (observes, serves) = (kind == "observer" || kind == "nursery", kind == "data");
+        let kept = match (observes, serves) {
+            (true, _) => SYS_PTRACE | DAC_READ_SEARCH,
+            (_, true) => SYS_PTRACE,
+            _ => 0,
+        };
+        *kinds.entry(kind).or_insert(0_usize) += 1;
+        let expected = BTreeMap::from(
+            [
+                ("NoNewPrivs", 1),
+                ("Seccomp", 2),
+                ("CapInh", 0),
+                ("CapPrm", kept),
+                ("CapEff", kept),
+                ("CapBnd", 0),
+                ("CapAmb", 0),
+            ]
+            .map(|(name, number)| (name.to_owned(), number)),
+        );
+        assert_eq!(*numbers, expected, "{name}");
+    }
+    for kind in [
+        "data",
+        "nursery",
+        "observer",
+        "control",
+        "audit",
+        "countersign",
+    ] {
+        assert!(kinds.contains_key(kind), "{kinds:?}");
+    }
+    reached("kinds_of_threads", kinds.len());
+
+    // `status` says what the kernel says.
+    let status = agent.admin("GET", "/v1/status").await.expect(200).json();
+    let parts = status["hardening"].as_array().unwrap();
+    for part in parts {
+        assert_eq!(part["in_force"], true, "{part}");
+        assert_eq!(part["missing"], Value::Null, "{part}");
+        assert!(
+            part["denies"]
+                .as_str()
+                .is_some_and(|denies| !denies.is_empty()),
+            "{part}"
+        );
+    }
+    reached("parts_of_status", parts.len());
+}
+
+/// Beside the usual ones, a credential that is used by nobody yet.
+const BILLED: &str = r#"
+destinations:
+  - name: orders
+    hosts: [orders.example.test]
+    paths: ["/v1/**"]
+    credentials: [{name: orders-api}]
+    ca_file: servers.pem
+    connect_to: "{api}"
+  - name: plain
+    hosts: [plain.example.test]
+    scheme: http
+    paths: ["/v1/**"]
+    credentials: [{name: billing-api}]
+    connect_to: "{plain}"
+"#;
+
+const EVERYBODY: &str = r#"
+@id("everybody")
+permit (principal, action == Action::"inject", resource) when { principal has unix };
+"#;
+
+#[tokio::test]
+async fn a_confined_agent_opens_and_writes_nothing_that_its_start_did_not_name() {
+    let mut agent = Agent::start(None, BILLED, EVERYBODY).await;
+    agent.good(None).await;
+    let elsewhere = tempfile::tempdir().unwrap();
+    let (key, outside) = (
+        agent.world.path("client.key"),
+        elsewhere.path().join("client.key"),
+    );
+    let mode = std::fs::Permissions::from_mode(0o600);
+    std::fs::copy(&key, &outside).unwrap();
+    std::fs::set_permissions(&outside, mode).unwrap();
+
+    // The very same key, by a link that leads away: no open of it succeeds.
+    let aside = agent.world.path("client.key.aside");
+    std::fs::rename(&key, &aside).unwrap();
+    symlink(&outside, &key).unwrap();
+    let answer = agent.curl(None, BILLING).await;
+    assert_eq!(answer.code(), "client_key_unavailable", "{answer:#?}");
+    assert!(agent.world.plain_api.seen().is_empty());
+    agent.refuses(&key).await;
+    // The file itself is the agent's to read again.
+    std::fs::remove_file(&key).unwrap();
+    std::fs::rename(&aside, &key).unwrap();
+    eventually(Duration::from_secs(30), || async {
+        (agent.curl(None, BILLING).await.status == 200).then_some(())
+    })
+    .await;
+
+    // A file that is read, one that is written, and a policy that is a link.
+    let path = agent.world.path("countersign.yaml");
+    let good = std::fs::read_to_string(&path).unwrap();
+    let servers = elsewhere.path().join("servers.pem");
+    std::fs::copy(agent.world.path("servers.pem"), &servers).unwrap();
+    let audit = elsewhere.path().join("audit.jsonl");
+    for (from, to, named) in [
+        (
+            "ca_file: servers.pem",
+            format!("ca_file: {}", servers.display()),
+            &servers,
+        ),
+        (
+            "path: audit.jsonl",
+            format!("path: {}", audit.display()),
+            &audit,
+        ),
+    ] {
+        std::fs::write(&path, good.replace(from, &to)).unwrap();
+        agent.refuses(named).await;
+    }
+    assert!(!audit.exists());
+    std::fs::write(&path, &good).unwrap();
+    let policy = elsewhere.path().join("more.cedar");
+    std::fs::write(&policy, EVERYBODY.replace("everybody", "more")).unwrap();
+    let link = agent.world.path("policies/more.cedar");
+    symlink(&policy, &link).unwrap();
+    agent.admin("POST", "/v1/reload").await.expect(422);
+    agent.good(None).await;
+    std::fs::remove_file(&link).unwrap();
+    agent.admin("POST", "/v1/reload").await.expect(200);
+    agent.good(None).await;
+
+    // Each of them is nothing that another start would refuse.
+    symlink(&policy, &link).unwrap();
+    let named = good
+        .replace(
+            "ca_file: servers.pem",
+            &format!("ca_file: {}", servers.display()),
+        )
+        .replace("path: audit.jsonl", &format!("path: {}", audit.display()));
+    std::fs::write(&path, named).unwrap();
+    agent.restart().await;
+    agent.good(None).await;
+    assert!(audit.exists());
+}
+
+const TRACED: &str = "telemetry: {log: {level: trace}}\n";
+
+#[tokio::test]
+async fn t12_no_secret_is_logged_recorded_counted_shown_or_answered() {
+    let agent = Agent::start(None, &format!("{TRACED}{DESTINATIONS}"), POLICIES).await;
+    let (proxy, root) = (
+        format!("http://{}", agent.address),
+        agent.world.path("ca.pem"),
+    );
+    let mint = |lifetime| {
+        let claims = json!({"repository": "acme/orders"});
+        agent
+            .world
+            .issuer
+            .mint("job", "countersign", lifetime, &claims)
+            .unwrap()
+    };
+    let valid = mint(Duration::from_secs(600));
+    let forged = valid.replacen('.', ".x", 1);
+    let (own, query) = ("own-token-4f1d", "query-4f1d");
+    let bearer = |token: &str| format!("Proxy-Authorization: Bearer {token}");
+    let password = format!("http://token:{valid}@{}", agent.address);
+    let queried = format!("{ORDERS}?secret={query}");
+    let elsewhere = format!("https://elsewhere.example.test/?secret={query}");
+    let own_header = format!("Authorization: Bearer {own}");
+    let requests: [(u16, &[&str]); 6] = [
+        (200, &["--proxy", &proxy, ORDERS]),
+        (
+            200,
+            &[
+                "--proxy",
+                &proxy,
+                "--proxy-header",
+                &bearer(&valid),
+                &queried,
+            ],
+        ),
+        (200, &["--proxy", &password, "-H", &own_header, ORDERS]),
+        (
+            200,
+            &[
+                "--proxy",
+                &proxy,
+                "--proxy-header",
+                &bearer(&forged),
+                &queried,
+            ],
+        ),
+        (
+            403,
+            &[
+                "--proxy",
+                &proxy,
+                "-X",
+                "DELETE",
+                "-H",
+                &own_header,
+                &queried,
+            ],
+        ),
+        (0, &["--proxy", &proxy, "-H", &own_header, &elsewhere]),
+    ];
+    let mut shown = String::new();
+    for (status, arguments) in requests {
+        let mut all = vec!["--cacert", root.to_str().unwrap()];
+        all.extend(arguments);
+        let answer = curl(&all).await;
+        assert_eq!(answer.status, status, "{arguments:?}: {answer:#?}");
+        shown += &format!("{}\n{}\n{}\n", answer.heads, answer.body, answer.errors);
+        if let Some(id) = answer.header("countersign-request-id") {
+            shown += &agent.admin("GET", &format!("/v1/explain/{id}")).await.body;
+        }
+    }
+    for path in ["/metrics", "/v1/status", "/v1/credentials"] {
+        shown += &agent.admin("GET", path).await.expect(200).body;
+    }
+    let audited = eventually(Duration::from_secs(10), || async {
+        let audited = std::fs::read_to_string(agent.world.path("audit.jsonl")).unwrap();
+        (audited.matches("\"kind\":\"request\"").count() >= 5).then_some(audited)
+    })
+    .await;
+    let logged = std::fs::read_to_string(agent.working_directory.path().join("log")).unwrap();
+
+    let signature = |token: &str| token.rsplit('.').next().unwrap().to_owned();
+    let mut secrets = vec![signature(&valid), own.to_owned(), query.to_owned()];
+    for seen in agent.world.api.seen() {
+        secrets.push(signature(seen.headers["authorization"].to_str().unwrap()));
+    }
+    for received in agent.world.authorization_server.state().received() {
+        secrets.extend(
+            received
+                .values("client_assertion")
+                .iter()
+                .map(|text| signature(text)),
+        );
+    }
+    for key in ["client.key", "ca/root.key"] {
+        let pem = std::fs::read_to_string(agent.world.path(key)).unwrap();
+        secrets.push(pem.lines().nth(1).unwrap().to_owned());
+    }
+    // Each place says what it is there to say.
+    for (place, text, says) in [
+        ("the log", &logged, "token minted"),
+        ("the audit", &audited, "\"token\":{\"sha256\""),
+        ("answers", &shown, "countersign_token_requests_total"),
+    ] {
+        assert!(text.contains(says), "{place} does not say `{says}`: {text}");
+        for secret in &secrets {
+            assert!(
+                secret.len() >= 10 && !text.contains(secret),
+                "{place} says `{secret}`"
+            );
+        }
+    }
+    reached("secrets_not_said", secrets.len());
+}
