@@ -210,7 +210,7 @@ impl Caller {
                 session: session.id,
                 listener: Arc::clone(listener),
                 identity: workload.isolation_key().clone(),
-                facts: Arc::new(facts.clone()),
+                facts: Arc::clone(facts),
                 valid_until: workload.valid_until(),
             })))
             .map_err(|_| audit_refusal())?;

@@ -2,10 +2,10 @@
 //! when the caller goes away in the middle.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use countersign_attestors::{AttestedWorkload, PresentedToken};
-use http::{Method, Request, Response, StatusCode, Version};
+use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 
 use crate::agent::Agent;
@@ -21,9 +21,10 @@ use crate::problem::{self, Surface};
 use crate::proxy::{Verdict, Worker};
 use crate::refusal::Refusal;
 use crate::request::EgressRequest;
-use crate::request_id::{RequestId, SessionId, TraceContext};
+use crate::request_id::{RequestId, TraceContext};
 use crate::snapshot::Snapshot;
 use crate::streams::{RequestBody, ResponseBody};
+use crate::telemetry::metrics::DestinationMetrics;
 
 /// A caller that went away before the response head.
 const CALLER_LEFT: &str = "caller_left";
@@ -31,31 +32,15 @@ const CALLER_LEFT: &str = "caller_left";
 /// What is known of a request so far.
 pub struct Exchange {
     agent: Arc<Agent>,
-    listener: Arc<str>,
     request_id: RequestId,
-    trace: Option<TraceContext>,
-    time: SystemTime,
     began_at: Duration,
-    method: Method,
-    protocol: Version,
-    asked: Option<Arc<EgressRequest>>,
-    session: Option<(SessionId, Arc<str>)>,
-    destination: Option<Arc<str>>,
-    decision: Option<DecisionReference>,
-    credential: Option<Arc<str>>,
-    asked_and_granted: AskedAndGranted,
-    token: Option<TokenReference>,
-    recorded: bool,
-    /// Time spent waiting for the destination.
-    pub upstream: Duration,
-    token_endpoint: Duration,
-    /// How often the request was sent.
-    pub attempts: u8,
+    /// Gone once it is written.
+    record: Option<Box<RequestRecord>>,
     /// The identity's place among its requests in flight.
     pub held: Option<Held>,
     /// The lease that the response stream will be held under.
     pub lease: Option<Lease>,
-    metrics: Option<crate::telemetry::metrics::DestinationMetrics>,
+    metrics: Option<DestinationMetrics>,
 }
 
 /// What a record says of the end.
@@ -69,25 +54,34 @@ impl Exchange {
     pub fn begin(connection: &Connection, request: &Request<Incoming>) -> Self {
         let agent = Arc::clone(&connection.worker.agent);
         let time = agent.clock.wall();
-        Self {
-            request_id: RequestId::new(time),
-            trace: TraceContext::from_headers(request.headers()),
-            began_at: agent.clock.monotonic(),
+        let request_id = RequestId::new(time);
+        let record = RequestRecord {
             time,
+            request_id,
+            trace_id: TraceContext::from_headers(request.headers())
+                .as_ref()
+                .map(TraceContext::trace_id),
+            session: None,
+            workload: None,
             listener: Arc::clone(&connection.entry.listener),
+            destination: None,
+            asked: None,
             method: request.method().clone(),
             protocol: request.version(),
-            asked: None,
-            session: None,
-            destination: None,
+            status: StatusCode::OK,
             decision: None,
             credential: None,
             asked_and_granted: AskedAndGranted::default(),
             token: None,
-            recorded: false,
-            upstream: Duration::ZERO,
-            token_endpoint: Duration::ZERO,
+            outcome: CALLER_LEFT,
+            internal: None,
+            latency: Latency::default(),
             attempts: 0,
+        };
+        Self {
+            request_id,
+            began_at: agent.clock.monotonic(),
+            record: Some(Box::new(record)),
             held: None,
             lease: None,
             metrics: None,
@@ -95,9 +89,27 @@ impl Exchange {
         }
     }
 
+    fn note(&mut self, write: impl FnOnce(&mut RequestRecord)) {
+        if let Some(record) = &mut self.record {
+            write(record);
+        }
+    }
+
     /// Notes what the request is for.
     pub fn asked(&mut self, asked: &Arc<EgressRequest>) {
-        self.asked = Some(Arc::clone(asked));
+        self.note(|record| record.asked = Some(Arc::clone(asked)));
+    }
+
+    /// Notes that the request was sent, or a connection was opened for it, at the monotonic time
+    /// `sent_at`, and that the wait for it is over.
+    pub fn sent(&mut self, sent_at: Duration) {
+        let waited = self.agent.clock.monotonic().saturating_sub(sent_at);
+        self.note(|record| record.latency.upstream += waited);
+    }
+
+    /// Counts an attempt to send the request.
+    pub fn attempt(&mut self) {
+        self.note(|record| record.attempts = record.attempts.saturating_add(1));
     }
 
     /// Attests the caller, and begins a session in the audit when its facts are new.
@@ -115,28 +127,34 @@ impl Exchange {
             tunnel.valid_until.set(workload.valid_until());
         }
         let limits = &snapshot.config.limits;
+        let listener = &connection.entry.listener;
         let session = connection
             .caller
-            .session(&self.agent, limits, &self.listener, &workload)?;
+            .session(&self.agent, limits, listener, &workload)?;
         self.held = Some(session.holding.request(limits)?);
-        self.session = Some((session.id, session.summary));
+        self.note(|record| {
+            record.session = Some(session.id);
+            record.workload = Some(session.summary);
+        });
         Ok(workload)
     }
 
     /// Notes the destination that the request matched.
     pub fn destination(&mut self, snapshot: &Snapshot, destination: Option<&Arc<Destination>>) {
         let prepared = destination.and_then(|found| snapshot.prepared.get(&found.name));
-        self.destination = prepared.map(|prepared| Arc::clone(&prepared.name));
+        self.note(|record| record.destination = destination.map(|found| Arc::clone(&found.name)));
         self.metrics = prepared.map(|prepared| prepared.metrics.clone());
     }
 
     /// Notes a positive decision.
     pub fn granted(&mut self, snapshot: &Snapshot, grant: &Grant, question: &Question<'_>) {
         self.lease = Some(grant.lease().clone());
-        self.question(question, grant.scopes());
-        self.asked_and_granted.scopes_granted = Arc::clone(grant.scopes());
-        self.asked_and_granted.audience_granted = grant.audience().cloned();
-        self.decision = Some(DecisionReference::of_grant(grant));
+        self.note(|record| {
+            note_question(record, question);
+            record.asked_and_granted.scopes_granted = Arc::clone(grant.scopes());
+            record.asked_and_granted.audience_granted = grant.audience().cloned();
+            record.decision = Some(DecisionReference::of_grant(grant));
+        });
         self.agent.metrics.decision(Decided::Allow.as_str());
         self.remember(snapshot, grant.workload(), question, Ok(grant));
     }
@@ -151,14 +169,16 @@ impl Exchange {
         reported: bool,
     ) {
         self.lease = None;
-        self.question(question, &Arc::default());
         let decided = match reported {
             true => Decided::ReportOnly,
             false => Decided::Deny,
         };
-        self.decision = Some(DecisionReference {
-            decided,
-            ..DecisionReference::of_denial(denial)
+        self.note(|record| {
+            note_question(record, question);
+            record.decision = Some(DecisionReference {
+                decided,
+                ..DecisionReference::of_denial(denial)
+            });
         });
         if let DenialKind::Revoked { .. } = denial.kind {
             self.agent.metrics.revoked_token_use();
@@ -184,29 +204,13 @@ impl Exchange {
         );
     }
 
-    fn question(&mut self, question: &Question<'_>, granted: &Arc<[String]>) {
-        if let Resource::Credential {
-            credential,
-            scopes,
-            audience,
-        } = question.resource
-        {
-            self.credential = Some(Arc::from(credential.name.as_str()));
-            self.asked_and_granted.scopes_asked = match **granted == *scopes {
-                true => Arc::clone(granted),
-                false => scopes.into(),
-            };
-            self.asked_and_granted.audience_asked = audience.map(Arc::from);
-        }
-    }
-
     /// Obtains what the verdict permits and makes the request that may leave.
     pub async fn make_upstream_request(
         &mut self,
         worker: &Worker,
         verdict: Verdict,
         asked: &EgressRequest,
-        request: Request<RequestBody>,
+        request: Box<Request<RequestBody>>,
     ) -> Result<(UpstreamRequest, Option<Credential>), NotInjected> {
         let agent = &worker.agent;
         match verdict {
@@ -240,18 +244,20 @@ impl Exchange {
     }
 
     fn obtained(&mut self, credential: &Credential) {
-        let obtained = match credential.obtained() {
-            credentials::Obtained::CacheHit => Obtained::CacheHit,
-            credentials::Obtained::Joined => Obtained::Joined,
-            credentials::Obtained::Minted { upstream } => {
-                self.token_endpoint += upstream;
-                Obtained::Minted
-            }
-        };
-        self.token = Some(TokenReference {
-            sha256: credential.token_sha256_shared(),
-            expires_at: credential.expires_at(),
-            obtained,
+        self.note(|record| {
+            let obtained = match credential.obtained() {
+                credentials::Obtained::CacheHit => Obtained::CacheHit,
+                credentials::Obtained::Joined => Obtained::Joined,
+                credentials::Obtained::Minted { upstream } => {
+                    record.latency.token_endpoint += upstream;
+                    Obtained::Minted
+                }
+            };
+            record.token = Some(TokenReference {
+                sha256: credential.token_sha256_shared(),
+                expires_at: credential.expires_at(),
+                obtained,
+            });
         });
     }
 
@@ -280,64 +286,56 @@ impl Exchange {
 
     /// Drops the record: the requests inside a tunnel are recorded one by one.
     pub fn forget(&mut self) -> RequestId {
-        self.recorded = true;
+        self.record = None;
         self.request_id
     }
 
     /// Writes the record. `Err` when it cannot be queued; then the response must not be released.
     pub fn finish(&mut self, status: StatusCode, outcome: Outcome) -> Result<RequestId, RequestId> {
-        self.recorded = true;
-        let total = self.agent.clock.monotonic().saturating_sub(self.began_at);
-        let ours = total
-            .saturating_sub(self.upstream)
-            .saturating_sub(self.token_endpoint);
-        if let Some(metrics) = &self.metrics {
-            metrics.request(total, ours, self.upstream);
-        }
-        let (session, workload) = self.session.take().unzip();
-        let record = RequestRecord {
-            time: self.time,
-            request_id: self.request_id,
-            trace_id: self.trace.as_ref().map(TraceContext::trace_id),
-            session,
-            workload,
-            listener: Arc::clone(&self.listener),
-            destination: self.destination.take(),
-            asked: self.asked.take(),
-            method: self.method.clone(),
-            protocol: self.protocol,
-            status,
-            decision: self.decision.take(),
-            credential: self.credential.take(),
-            asked_and_granted: std::mem::take(&mut self.asked_and_granted),
-            token: self.token.take(),
-            outcome: outcome.code,
-            internal: outcome.internal,
-            latency: Latency {
-                total,
-                ours,
-                upstream: self.upstream,
-                token_endpoint: self.token_endpoint,
-            },
-            attempts: self.attempts,
+        let Some(mut record) = self.record.take() else {
+            return Ok(self.request_id);
         };
+        record.status = status;
+        record.outcome = outcome.code;
+        record.internal = outcome.internal;
+        let latency = &mut record.latency;
+        latency.total = self.agent.clock.monotonic().saturating_sub(self.began_at);
+        latency.ours = latency
+            .total
+            .saturating_sub(latency.upstream)
+            .saturating_sub(latency.token_endpoint);
+        if let Some(metrics) = &self.metrics {
+            metrics.request(latency.total, latency.ours, latency.upstream);
+        }
         self.agent
             .audit
-            .record(Record::Request(Box::new(record)))
+            .record(Record::Request(record))
             .map(|()| self.request_id)
             .map_err(|_| self.request_id)
     }
 }
 
+/// Notes the credential that a question is about, and what is asked of it.
+fn note_question(record: &mut RequestRecord, question: &Question<'_>) {
+    if let Resource::Credential {
+        credential,
+        scopes,
+        audience,
+    } = question.resource
+    {
+        record.credential = Some(Arc::clone(&credential.name));
+        record.asked_and_granted.scopes_asked = Arc::clone(scopes);
+        record.asked_and_granted.audience_asked = audience.cloned();
+    }
+}
+
 impl Drop for Exchange {
     fn drop(&mut self) {
-        if !self.recorded {
-            let outcome = Outcome {
-                code: CALLER_LEFT,
-                internal: None,
-            };
-            // Nobody waits for an answer any more; a full queue is counted by the audit itself.
-            let _ = self.finish(StatusCode::BAD_REQUEST, outcome);
-        }
+        let outcome = Outcome {
+            code: CALLER_LEFT,
+            internal: None,
+        };
+        // Nobody waits for an answer any more; a full queue is counted by the audit itself.
+        let _ = self.finish(StatusCode::BAD_REQUEST, outcome);
     }
 }

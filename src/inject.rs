@@ -27,7 +27,7 @@ use crate::streams::RequestBody;
 /// A request that may leave. Only this is sent.
 #[derive(Debug)]
 pub struct UpstreamRequest {
-    request: Request<RequestBody>,
+    request: Box<Request<RequestBody>>,
     upgrade: bool,
 }
 
@@ -48,7 +48,7 @@ impl UpstreamRequest {
     }
 
     /// The request, for the one place that sends it.
-    pub(crate) fn into_http(self) -> Request<RequestBody> {
+    pub(crate) fn into_http(self) -> Box<Request<RequestBody>> {
         self.request
     }
 }
@@ -75,7 +75,7 @@ pub enum NotInjected {
 pub fn inject(
     credential: &Credential,
     asked: &EgressRequest,
-    mut request: Request<RequestBody>,
+    mut request: Box<Request<RequestBody>>,
     current: &Arc<PolicySnapshot>,
     monotonic: Duration,
     wall: SystemTime,
@@ -138,7 +138,7 @@ fn put(
 /// Lets a request through that carries no credential of ours, as `connect` was granted.
 pub fn pass(
     grant: &Grant,
-    mut request: Request<RequestBody>,
+    mut request: Box<Request<RequestBody>>,
     current: &Arc<PolicySnapshot>,
     wall: SystemTime,
 ) -> Result<UpstreamRequest, NotInjected> {
@@ -150,14 +150,14 @@ pub fn pass(
 /// Gives the request back while the grant's lease holds.
 fn check_lease(
     grant: &Grant,
-    request: Request<RequestBody>,
+    request: Box<Request<RequestBody>>,
     current: &Arc<PolicySnapshot>,
     wall: SystemTime,
-) -> Result<Request<RequestBody>, NotInjected> {
+) -> Result<Box<Request<RequestBody>>, NotInjected> {
     match grant.lease().check(current, wall) {
         Ok(()) => Ok(request),
         Err(LeaseEnded::SnapshotReplaced | LeaseEnded::PolicyExpired) => {
-            Err(NotInjected::DecideAgain(Box::new(request)))
+            Err(NotInjected::DecideAgain(request))
         }
         Err(LeaseEnded::Attestation(ended)) => Err(NotInjected::Refused(ended.into())),
     }
@@ -175,7 +175,7 @@ pub fn is_reported(denial: &Denial, destination: &Destination) -> bool {
 pub fn report(
     denial: &Denial,
     destination: &Destination,
-    mut request: Request<RequestBody>,
+    mut request: Box<Request<RequestBody>>,
 ) -> Result<UpstreamRequest, NotInjected> {
     if !is_reported(denial, destination) {
         return Err(NotInjected::Refused(Refusal::new(
@@ -207,7 +207,7 @@ pub fn covers(destination: &Destination, asked: &EgressRequest) -> bool {
             .any(|host| host == asked.target.host())
         && asked
             .path
-            .all_readings(|path| destination.paths.compiled.is_match(path))
+            .all_readings(|path| destination.paths.is_match(path))
 }
 
 /// Removes the fields in which a caller may have put a credential of its own: `Authorization`, and

@@ -9,13 +9,13 @@ use std::time::{Duration, SystemTime};
 
 use countersign_attestors::{AttestedWorkload, PresentedToken};
 use http::header::{ALT_SVC, AUTHORIZATION, HeaderName, WWW_AUTHENTICATE};
-use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
+use http::{Method, Request, Response, StatusCode, Version};
 use hyper::body::{Body, Incoming};
 use hyper_util::rt::TokioIo;
 use tokio::task::spawn_local;
 
 use crate::agent::Agent;
-use crate::config::{Destination, Mode, Unmatched};
+use crate::config::{CredentialConfig, Destination, Mode, Unmatched};
 use crate::connection::Connection;
 use crate::credentials::Credential;
 use crate::exchange::Exchange;
@@ -211,7 +211,7 @@ fn gateway_destination<'a>(
         .config
         .destinations
         .iter()
-        .find(|destination| destination.name == **name)
+        .find(|destination| destination.name == *name)
         .map(Some)
         .ok_or_else(|| {
             Refusal::new(
@@ -229,24 +229,21 @@ async fn forward(
     mut snapshot: Arc<Snapshot>,
     workload: Arc<AttestedWorkload>,
     asked: Arc<EgressRequest>,
-    head: http::request::Parts,
+    mut head: http::request::Parts,
     body: Incoming,
 ) -> Result<Response<ResponseBody>, Refusal> {
     let worker = &connection.worker;
     let upgrade = head.extensions.get::<hyper::upgrade::OnUpgrade>().cloned();
-    let idle = idle_of(&snapshot, &asked);
-    let stream = Stream::new(idle);
+    let stream = Stream::new(UNMATCHED_IDLE);
     let replayable = body.is_end_stream();
     let body = match replayable {
         true => RequestBody::Empty,
         false => RequestBody::Streamed(body, Rc::clone(&stream)),
     };
-    let spare = replayable.then(|| (head.headers.clone(), head.version));
-    let mut request = Request::from_parts(head, body);
-    request.extensions_mut().clear();
-    *request.uri_mut() = http::Uri::from(asked.path_and_query.clone());
+    head.extensions.clear();
+    let mut spare = replayable.then(|| head.clone());
+    let mut request = Box::new(Request::from_parts(head, body));
     connection.pass_interim(&mut request);
-    let mut token_was_rejected = false;
     let permission = Rc::new(OpenRequest {
         worker: Rc::downgrade(worker),
         workload: Arc::clone(&workload),
@@ -255,18 +252,21 @@ async fn forward(
     });
 
     for _ in 0..DECISIONS_PER_REQUEST {
-        let permitted = worker.decide(&snapshot, &workload, &asked, exchange)?;
-        let route = permitted.destination.clone();
+        let Permitted {
+            verdict,
+            destination,
+        } = worker.decide(&snapshot, &workload, &asked, exchange)?;
+        stream.may_idle(idle_of(destination.as_ref()));
         if !replayable {
-            stream.leads_to(route.as_ref());
+            stream.leads_to(destination.as_ref());
         }
         let (upstream, credential) = match exchange
-            .make_upstream_request(worker, permitted.verdict, &asked, request)
+            .make_upstream_request(worker, verdict, &asked, request)
             .await
         {
             Ok(made) => made,
             Err(NotInjected::DecideAgain(returned)) => {
-                request = *returned;
+                request = returned;
                 snapshot = worker.agent.snapshot.load_full();
                 continue;
             }
@@ -279,13 +279,14 @@ async fn forward(
             worker,
             exchange,
             &snapshot,
-            route.as_ref(),
+            destination.as_ref(),
             &workload,
             &asked,
             upstream,
             &stream,
         );
         let answered = tokio::select! {
+            biased;
             answered = sent => answered,
             _ = stream.until_cut() => Err(Refusal::new(RefusalCode::UpstreamTimeout, "")),
         };
@@ -306,12 +307,8 @@ async fn forward(
         }
         if rejected && let Some(credential) = &credential {
             let retry = worker.agent.credentials.reject(credential);
-            if retry
-                && !token_was_rejected
-                && let Some((headers, version)) = &spare
-            {
-                token_was_rejected = true;
-                request = replay(&asked, headers.clone(), *version);
+            if retry && let Some(head) = spare.take() {
+                request = Box::new(Request::from_parts(head, RequestBody::Empty));
                 connection.pass_interim(&mut request);
                 snapshot = worker.agent.snapshot.load_full();
                 continue;
@@ -332,16 +329,7 @@ async fn forward(
 }
 
 fn credential_name(credential: &Credential) -> Option<&str> {
-    Some(credential.grant().credential()?.name.as_str())
-}
-
-fn replay(asked: &EgressRequest, headers: HeaderMap, version: Version) -> Request<RequestBody> {
-    let mut request = Request::new(RequestBody::Empty);
-    *request.method_mut() = asked.method.clone();
-    *request.uri_mut() = http::Uri::from(asked.path_and_query.clone());
-    *request.version_mut() = version;
-    *request.headers_mut() = headers;
-    request
+    Some(&credential.grant().credential()?.name)
 }
 
 /// A challenge that says that the token is no longer good (RFC 6750 section 3.1).
@@ -358,11 +346,8 @@ fn is_invalid_token(response: &Response<Incoming>) -> bool {
             })
 }
 
-fn idle_of(snapshot: &Snapshot, asked: &EgressRequest) -> Duration {
-    match route(&snapshot.routes, asked) {
-        Route::Destination(destination) => destination.timeouts.idle,
-        Route::NotCovered(_) | Route::Unmatched(_) => UNMATCHED_IDLE,
-    }
+fn idle_of(destination: Option<&Arc<Destination>>) -> Duration {
+    destination.map_or(UNMATCHED_IDLE, |destination| destination.timeouts.idle)
 }
 
 /// How a request or a tunnel gets to its destination.
@@ -563,14 +548,14 @@ async fn send(
         destination.timeouts.response_headers
     });
     let sent_at = worker.agent.clock.monotonic();
-    exchange.attempts = exchange.attempts.saturating_add(1);
+    exchange.attempt();
     stream.await_answer(way.connect_timeout + response_timeout);
     let answered = worker
         .upstreams
         .send(upstream, workload.isolation_key(), &way)
         .await;
     stream.answered();
-    exchange.upstream += worker.agent.clock.monotonic().saturating_sub(sent_at);
+    exchange.sent(sent_at);
     answered
 }
 
@@ -667,7 +652,7 @@ async fn connect(
     let way = way_to(snapshot, destination, &asked);
     let sent_at = worker.agent.clock.monotonic();
     let dialled = tokio::time::timeout(way.connect_timeout, worker.upstreams.dial(&way)).await;
-    exchange.upstream = worker.agent.clock.monotonic().saturating_sub(sent_at);
+    exchange.sent(sent_at);
     let upstream = dialled.map_err(|_| {
         Refusal::new(
             RefusalCode::UpstreamTimeout,
@@ -677,7 +662,7 @@ async fn connect(
             ),
         )
     })??;
-    let stream = Stream::new(idle_of(snapshot, &asked));
+    let stream = Stream::new(idle_of(destination));
     stream.hold(exchange.held.take());
     worker.open_streams.watch(
         &stream,
@@ -763,9 +748,9 @@ enum Under {
     ReportOnly,
 }
 
-/// A credential's name, and the SHA-256 of its token.
+/// A credential, and the SHA-256 of its token.
 struct Injected {
-    credential: String,
+    credential: Arc<CredentialConfig>,
     token_sha256: Arc<str>,
 }
 
@@ -783,7 +768,7 @@ impl OpenRequest {
                 lease,
                 credential.and_then(|credential| {
                     Some(Injected {
-                        credential: credential_name(credential)?.to_owned(),
+                        credential: Arc::clone(credential.grant().credential()?),
                         token_sha256: credential.token_sha256_shared(),
                     })
                 }),
@@ -827,10 +812,8 @@ impl Permission for OpenRequest {
                 };
                 let (question, _) = questions(destination, Some(&self.asked), wall).find(
                     |(_, credential_use)| {
-                        let name = credential_use.map(|found| found.credential.name.as_str());
-                        name == injected
-                            .as_ref()
-                            .map(|injected| injected.credential.as_str())
+                        let name = credential_use.map(|found| &found.credential.name);
+                        name == injected.as_ref().map(|injected| &injected.credential.name)
                     },
                 )?;
                 worker.ask(&snapshot, workload, &question).ok()

@@ -9,7 +9,7 @@ use base64::Engine;
 use countersign_attestors::PresentedToken;
 use http::header::{AUTHORIZATION, HOST, PROXY_AUTHORIZATION, TRANSFER_ENCODING};
 use http::request::Parts;
-use http::uri::{Authority, PathAndQuery};
+use http::uri::Authority;
 use http::{HeaderMap, Method};
 use percent_encoding::percent_decode_str;
 use zeroize::Zeroizing;
@@ -29,10 +29,9 @@ pub struct EgressRequest {
     pub scheme: Scheme,
     /// The destination's host and port.
     pub target: Target,
-    /// The path, in both of its readings.
+    /// The path, in both of its readings. A copy: records outlive the request, and must not keep its
+    /// head, which may hold a caller's own credential.
     pub path: RequestPath,
-    /// The exact path and query to be forwarded.
-    pub path_and_query: PathAndQuery,
 }
 
 impl EgressRequest {
@@ -75,7 +74,7 @@ impl Target {
                     None if after.is_empty() => None,
                     None => return Err(malformed("has text after the bracket")),
                 };
-                (address.to_string(), port)
+                (Arc::from(address.to_string()), port)
             }
             None => match authority.split_once(':') {
                 Some((host, port)) => (
@@ -103,10 +102,7 @@ impl Target {
         if port == 0 {
             return Err(malformed("has port 0"));
         }
-        Ok(Self {
-            host: host.into(),
-            port,
-        })
+        Ok(Self { host, port })
     }
 
     /// The host.
@@ -125,14 +121,11 @@ impl Target {
     }
 
     /// The `Host` header or `:authority`: without the port where it is the scheme's.
-    pub fn to_authority(&self, scheme: Scheme) -> String {
-        let host = match self.host.contains(':') {
-            true => Cow::Owned(format!("[{}]", self.host)),
-            false => Cow::Borrowed(&*self.host),
-        };
-        match self.port == scheme.default_port() {
-            true => host.into_owned(),
-            false => format!("{host}:{}", self.port),
+    pub fn to_authority(&self, scheme: Scheme) -> Cow<'_, str> {
+        match (self.port == scheme.default_port(), self.host.contains(':')) {
+            (true, false) => Cow::Borrowed(&self.host),
+            (true, true) => Cow::Owned(format!("[{}]", self.host)),
+            (false, _) => Cow::Owned(self.to_string()),
         }
     }
 }
@@ -148,7 +141,7 @@ impl std::fmt::Display for Target {
 
 /// A DNS name in lower case without its trailing dot, or a dotted-quad IPv4 address. Other spellings
 /// of addresses (octal, hexadecimal, fewer parts) are refused: resolvers read them differently.
-fn normalised_name(host: &str) -> Option<String> {
+fn normalised_name(host: &str) -> Option<Arc<str>> {
     let host = host.strip_suffix('.').unwrap_or(host);
     if host.is_empty() || host.len() > 253 {
         return None;
@@ -173,7 +166,10 @@ fn normalised_name(host: &str) -> Option<String> {
     if ends_in_number && host.parse::<std::net::Ipv4Addr>().is_err() {
         return None;
     }
-    Some(host.to_ascii_lowercase())
+    Some(match host.bytes().any(|byte| byte.is_ascii_uppercase()) {
+        true => Arc::from(host.to_ascii_lowercase()),
+        false => Arc::from(host),
+    })
 }
 
 /// Input as it may be quoted in a refusal: at most 128 characters, controls replaced.
@@ -193,51 +189,31 @@ pub fn printable(input: &str) -> String {
 /// it either way.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RequestPath {
-    by_segment: String,
+    sent: String,
+    /// Where it is not as sent.
+    by_segment: Option<String>,
     fully_decoded: Option<String>,
 }
 
 impl RequestPath {
     /// Reads the path of a request target (without query).
     pub fn parse(path: &str) -> Self {
-        if path.bytes().all(|byte| {
-            byte.is_ascii_alphanumeric()
-                || matches!(byte, b'-' | b'_' | b'~' | b'/' | b':' | b'@' | b',')
-        }) && !path.contains("//")
-        {
-            return Self {
-                by_segment: path.to_owned(),
-                fully_decoded: None,
-            };
-        }
-        let nothing = |by_segment: String| Self {
-            by_segment,
-            fully_decoded: Some(String::new()),
-        };
-        let Some(by_segment) = decode_segments(path) else {
-            return nothing(path.to_owned());
-        };
-        let Some(decoded) = decode_repeatedly(path) else {
-            return nothing(by_segment);
-        };
-        // A separator that only some servers see decides what a dot segment takes away.
-        let is_separator = ['/', '\\'];
-        let some_separators_are_hidden =
-            decoded.matches(is_separator).count() != path.matches('/').count();
-        if some_separators_are_hidden && decoded.split(is_separator).any(is_dot_segment) {
-            return nothing(by_segment);
-        }
-        let fully_decoded = normalise(&decoded);
-        let same = fully_decoded == by_segment;
+        let (by_segment, fully_decoded) = readings(path);
         Self {
+            sent: path.to_owned(),
             by_segment,
-            fully_decoded: (!same).then_some(fully_decoded),
+            fully_decoded,
         }
+    }
+
+    /// The path as the caller sent it.
+    pub fn as_sent(&self) -> &str {
+        &self.sent
     }
 
     /// The path as policies read it.
     pub fn as_str(&self) -> &str {
-        &self.by_segment
+        self.by_segment.as_deref().unwrap_or(&self.sent)
     }
 
     /// Whether the two readings differ.
@@ -247,7 +223,7 @@ impl RequestPath {
 
     /// Whether every reading satisfies `matches`.
     pub fn all_readings(&self, matches: impl Fn(&str) -> bool) -> bool {
-        matches(&self.by_segment) && self.fully_decoded.as_deref().is_none_or(&matches)
+        matches(self.as_str()) && self.fully_decoded.as_deref().is_none_or(&matches)
     }
 }
 
@@ -264,6 +240,36 @@ fn decode_segments(path: &str) -> Option<String> {
     }
     decoded.push_str(&percent_decode_str(rest).decode_utf8().ok()?);
     Some(decoded)
+}
+
+/// The reading segment by segment where it is not the path as sent, and the fully decoded one where
+/// it differs from that; one that nothing matches where no server's reading is known.
+fn readings(path: &str) -> (Option<String>, Option<String>) {
+    let is_plain = path.bytes().all(|byte| {
+        byte.is_ascii_alphanumeric()
+            || matches!(byte, b'-' | b'_' | b'~' | b'/' | b':' | b'@' | b',')
+    });
+    if is_plain && !path.contains("//") {
+        return (None, None);
+    }
+    let unknown = Some(String::new());
+    let Some(by_segment) = decode_segments(path) else {
+        return (None, unknown);
+    };
+    let differing = |reading: &str| (reading != path).then(|| reading.to_owned());
+    let Some(decoded) = decode_repeatedly(path) else {
+        return (differing(&by_segment), unknown);
+    };
+    // A separator that only some servers see decides what a dot segment takes away.
+    let is_separator = ['/', '\\'];
+    let some_separators_are_hidden =
+        decoded.matches(is_separator).count() != path.matches('/').count();
+    if some_separators_are_hidden && decoded.split(is_separator).any(is_dot_segment) {
+        return (differing(&by_segment), unknown);
+    }
+    let fully_decoded = normalise(&decoded);
+    let same = fully_decoded == by_segment;
+    (differing(&by_segment), (!same).then_some(fully_decoded))
 }
 
 /// Decodes until nothing changes; `None` for what no server would decode as often.
@@ -356,17 +362,16 @@ impl EgressRequest {
             }
             Reception::Gateway(destination) => (destination.scheme, gateway_target(destination)?),
         };
-        let path_and_query = match head.uri.path_and_query() {
-            Some(path_and_query) if head.method != Method::CONNECT => path_and_query.clone(),
-            _ => PathAndQuery::from_static("/"),
+        let path = match head.uri.path_and_query() {
+            Some(path_and_query) if head.method != Method::CONNECT => path_and_query.path(),
+            _ => "/",
         };
         let presented = presented_token(head, reception)?;
         let asked = Self {
             method: head.method.clone(),
             scheme,
             target,
-            path: RequestPath::parse(path_and_query.path()),
-            path_and_query,
+            path: RequestPath::parse(path),
         };
         Ok((asked, presented))
     }

@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use foldhash::fast::RandomState;
+
 use crate::config::{Config, Destination, Scheme, Unmatched};
 
 /// A host's ports, each with its destinations in the order of the configuration.
@@ -11,7 +13,7 @@ type Ports = Vec<(u16, Vec<Arc<Destination>>)>;
 /// Destinations by host and port.
 #[derive(Debug)]
 pub struct Routes {
-    by_host: HashMap<String, Ports>,
+    by_host: HashMap<String, Ports, RandomState>,
     unmatched: Unmatched,
 }
 
@@ -29,7 +31,7 @@ pub enum Route<'a> {
 impl Routes {
     /// Indexes a configuration's destinations.
     pub fn new(config: &Config) -> Self {
-        let mut by_host: HashMap<String, Ports> = HashMap::new();
+        let mut by_host: HashMap<String, Ports, RandomState> = HashMap::default();
         for destination in &config.destinations {
             for host in &destination.hosts {
                 let ports = by_host.entry(host.clone()).or_default();

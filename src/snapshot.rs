@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use countersign_attestors::{Catalog, OidcAttestor};
+use foldhash::fast::RandomState;
 
 use crate::address::AddressGuard;
 use crate::config::{Config, Destination, OidcIssuer, Scheme};
@@ -36,7 +37,7 @@ pub struct Snapshot {
     /// The interception authority, where one is configured.
     pub interception: Option<Arc<InterceptionAuthority>>,
     /// What sending to each destination takes, by name.
-    pub prepared: Arc<HashMap<String, Prepared>>,
+    pub prepared: Arc<AllPrepared>,
     /// Verified TLS for traffic to no configured destination: the system's roots. `None` where such
     /// traffic is refused, or the system has no roots.
     pub unmatched_tls: Option<DestinationTls>,
@@ -60,6 +61,8 @@ pub type Issuers = Vec<(OidcIssuer, Arc<OidcAttestor>)>;
 
 /// The SHA-256 of files of trusted roots, by which their replacement is noticed.
 pub type Roots = HashMap<PathBuf, Vec<u8>>;
+/// What sending to each destination takes, by the destination's name.
+pub type AllPrepared = HashMap<Arc<str>, Prepared, RandomState>;
 
 /// What sending to a destination takes.
 #[derive(Debug, Clone)]
@@ -68,8 +71,6 @@ pub struct Prepared {
     pub tls: Option<DestinationTls>,
     /// Which addresses may be connected to.
     pub guard: AddressGuard,
-    /// The name, for records.
-    pub name: Arc<str>,
     /// Resolved metric handles.
     pub metrics: DestinationMetrics,
 }
@@ -79,9 +80,9 @@ pub fn prepare(
     config: &Config,
     own_listeners: &Arc<[SocketAddr]>,
     metrics: &Metrics,
-) -> Result<HashMap<String, Prepared>, TrustError> {
+) -> Result<AllPrepared, TrustError> {
     let mut by_roots: HashMap<Option<PathBuf>, DestinationTls> = HashMap::new();
-    let mut prepared = HashMap::new();
+    let mut prepared = AllPrepared::default();
     for destination in &config.destinations {
         let tls = match destination.scheme {
             Scheme::Http => None,
@@ -95,11 +96,10 @@ pub fn prepare(
             }),
         };
         prepared.insert(
-            destination.name.clone(),
+            Arc::clone(&destination.name),
             Prepared {
                 tls,
                 guard: guard_of(destination, own_listeners),
-                name: Arc::from(destination.name.as_str()),
                 metrics: metrics.destination(&destination.name),
             },
         );

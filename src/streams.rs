@@ -14,6 +14,8 @@ use http::HeaderMap;
 use http::header::{AUTHORIZATION, PROXY_AUTHORIZATION};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
+use slab::Slab;
+use smallvec::SmallVec;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::config::Destination;
@@ -45,13 +47,18 @@ pub enum CutReason {
 #[derive(Debug)]
 pub struct Stream {
     cut: Cell<Option<CutReason>>,
-    last_activity: Cell<Instant>,
-    idle: Duration,
+    /// Whether bytes passed since the last sweep, which reads the clock for all of them.
+    active: Cell<bool>,
+    /// When a sweep last found it active.
+    last_activity: Cell<Option<Instant>>,
+    idle: Cell<Duration>,
     /// How long the destination may be quiet while its answer is awaited.
     awaited: Cell<Option<Duration>>,
-    wakers: RefCell<Vec<Waker>>,
+    /// Of the caller's task, and of the upstream connection's where a body is sent.
+    wakers: RefCell<SmallVec<[Waker; 2]>>,
     held: RefCell<Option<Held>>,
     destination: RefCell<Option<Arc<Destination>>>,
+    watched: RefCell<Option<Watch>>,
 }
 
 impl Stream {
@@ -59,12 +66,14 @@ impl Stream {
     pub fn new(idle: Duration) -> Rc<Self> {
         Rc::new(Self {
             cut: Cell::new(None),
-            last_activity: Cell::new(Instant::now()),
-            idle,
+            active: Cell::new(true),
+            last_activity: Cell::new(None),
+            idle: Cell::new(idle),
             awaited: Cell::new(None),
-            wakers: RefCell::new(Vec::new()),
+            wakers: RefCell::default(),
             held: RefCell::new(None),
             destination: RefCell::new(None),
+            watched: RefCell::new(None),
         })
     }
 
@@ -86,6 +95,11 @@ impl Stream {
         trailers
     }
 
+    /// Sets how long it may be idle.
+    pub fn may_idle(&self, idle: Duration) {
+        self.idle.set(idle);
+    }
+
     /// Keeps an identity's place among its requests in flight until the stream ends.
     pub fn hold(&self, held: Option<Held>) {
         if held.is_some() {
@@ -95,14 +109,14 @@ impl Stream {
 
     /// Notes that bytes passed.
     pub fn touch(&self) {
-        self.last_activity.set(Instant::now());
+        self.active.set(true);
     }
 
     /// Ends the stream: its bodies fail, its tunnel closes.
     pub fn cut(&self, reason: CutReason) {
         if self.cut.get().is_none() {
             self.cut.set(Some(reason));
-            for waker in self.wakers.borrow_mut().drain(..) {
+            for waker in self.wakers.take() {
                 waker.wake();
             }
         }
@@ -119,11 +133,18 @@ impl Stream {
         self.awaited.set(None);
     }
 
+    /// Called at every sweep: a limit is exceeded by less than two of them.
     fn check_activity(&self, now: Instant) -> Result<(), CutReason> {
-        let quiet = now.saturating_duration_since(self.last_activity.get());
+        if self.active.replace(false) {
+            self.last_activity.set(Some(now));
+        }
+        let quiet = self
+            .last_activity
+            .get()
+            .map_or(Duration::ZERO, |last| now.saturating_duration_since(last));
         match self.awaited.get() {
             Some(limit) if quiet > limit => Err(CutReason::NoResponse),
-            None if quiet > self.idle => Err(CutReason::Idle),
+            None if quiet > self.idle.get() => Err(CutReason::Idle),
             _ => Ok(()),
         }
     }
@@ -161,41 +182,70 @@ pub trait Permission {
 /// A data worker's open streams.
 #[derive(Default)]
 pub struct OpenStreams {
-    entries: RefCell<Vec<Watched>>,
+    watched: Rc<RefCell<Slab<Watched>>>,
 }
 
 type Watched = (Weak<Stream>, Rc<dyn Permission>);
 
+/// A stream's place among those that are watched, until the stream is dropped.
+struct Watch {
+    all: Rc<RefCell<Slab<Watched>>>,
+    key: usize,
+}
+
+impl std::fmt::Debug for Watch {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_tuple("Watch").field(&self.key).finish()
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        // Dropped after the borrow: a permission may hold what leads back here.
+        let _ended = self.all.borrow_mut().try_remove(self.key);
+    }
+}
+
 impl OpenStreams {
     /// Watches `stream` for as long as anybody holds it.
     pub fn watch(&self, stream: &Rc<Stream>, permission: Rc<dyn Permission>) {
-        self.entries
+        let key = self
+            .watched
             .borrow_mut()
-            .push((Rc::downgrade(stream), permission));
+            .insert((Rc::downgrade(stream), permission));
+        let all = Rc::clone(&self.watched);
+        *stream.watched.borrow_mut() = Some(Watch { all, key });
     }
 
-    /// Cuts the streams whose permission ended or that are idle, and forgets those that closed.
+    /// Cuts the streams whose permission ended or that are idle.
     pub fn sweep(&self) {
         let now = Instant::now();
-        self.entries.borrow_mut().retain(|(stream, permission)| {
-            let Some(stream) = stream.upgrade() else {
-                return false;
-            };
+        for (stream, permission) in self.open() {
             let verdict = stream.check_activity(now);
             if let Err(reason) = verdict.and_then(|()| permission.check()) {
                 stream.cut(reason);
             }
-            stream.cut.get().is_none()
-        });
+        }
     }
 
     /// Cuts everything.
     pub fn cut_all(&self, reason: CutReason) {
-        for (stream, _) in self.entries.borrow_mut().drain(..) {
-            if let Some(stream) = stream.upgrade() {
-                stream.cut(reason);
-            }
+        for (stream, _) in self.open() {
+            stream.cut(reason);
         }
+    }
+
+    /// What is open and not yet cut. A check may end streams, so that nothing is borrowed meanwhile.
+    fn open(&self) -> Vec<(Rc<Stream>, Rc<dyn Permission>)> {
+        self.watched
+            .borrow()
+            .iter()
+            .filter_map(|(_, (stream, permission))| {
+                let stream = stream.upgrade()?;
+                let open = stream.cut.get().is_none();
+                open.then(|| (stream, Rc::clone(permission)))
+            })
+            .collect()
     }
 }
 

@@ -3,7 +3,7 @@
 //! One [`Upstreams`] per data worker, so that no lock and no other thread stands in a request's way.
 //! Connections are keyed by the workload's isolation key first: two identities never share one.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::error::Error as _;
 use std::io;
@@ -18,7 +18,7 @@ use http::header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
 use http::uri::PathAndQuery;
 use http::{HeaderValue, Method, Request, Response, Uri, Version};
 use hyper::body::{Body as _, Incoming};
-use hyper::client::conn::{http1, http2};
+use hyper::client::conn::{TrySendError, http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
@@ -86,40 +86,36 @@ struct PoolKey {
     http2_by_prior_knowledge: bool,
 }
 
+/// One identity's connections to one destination.
 #[derive(Debug)]
 struct Pool {
     _destination: Option<Arc<Destination>>,
-    http2: Option<Http2Connection>,
-    idle: Vec<Http1Connection>,
+    http2: RefCell<Option<Http2Connection>>,
+    idle: RefCell<Vec<Http1Connection>>,
+    /// A connection under way that all may share; whoever waits is woken when it is there, or failed.
+    connecting: RefCell<Option<Rc<Notify>>>,
 }
 
 #[derive(Debug)]
 struct Http1Connection {
     sender: http1::SendRequest<RequestBody>,
     retire_at: Instant,
-    idle_since: Instant,
+    /// When a sweep first found it idle.
+    idle_since: Option<Instant>,
 }
 
 #[derive(Debug, Clone)]
 struct Http2Connection {
     sender: http2::SendRequest<RequestBody>,
     retire_at: Instant,
-    last_used: Rc<std::cell::Cell<Instant>>,
 }
 
-type Pools = Rc<RefCell<HashMap<PoolKey, Pool, RandomState>>>;
-
-type AllConnecting = Rc<RefCell<HashMap<PoolKey, Rc<Notify>>>>;
-
-/// The one that connects; whoever waits for the same is woken when it did, or failed.
-struct Connecting {
-    all: AllConnecting,
-    key: PoolKey,
-}
+/// The one that connects for all who may share the connection.
+struct Connecting(Rc<Pool>);
 
 impl Drop for Connecting {
     fn drop(&mut self) {
-        if let Some(waiting) = self.all.borrow_mut().remove(&self.key) {
+        if let Some(waiting) = self.0.connecting.take() {
             waiting.notify_waiters();
         }
     }
@@ -128,9 +124,9 @@ impl Drop for Connecting {
 /// A data worker's connections to destinations.
 #[derive(Debug)]
 pub struct Upstreams {
-    pools: Pools,
-    /// Connections to destinations that may speak HTTP/2, under way.
-    connecting: AllConnecting,
+    pools: RefCell<HashMap<PoolKey, Rc<Pool>, RandomState>>,
+    /// When connections were last swept: near enough to tell which are too old.
+    swept_at: Cell<Instant>,
     /// Targets that answered an offer of HTTP/2 with HTTP/1.1: as many as are configured.
     http1_only: RefCell<HashSet<Target>>,
     control: tokio::runtime::Handle,
@@ -140,10 +136,7 @@ pub struct Upstreams {
 #[derive(Debug)]
 pub struct Lent {
     connection: Http1Connection,
-    key: PoolKey,
-    /// Keeps the address in the key from being used again.
-    destination: Option<Arc<Destination>>,
-    pools: Pools,
+    pool: Rc<Pool>,
 }
 
 impl Lent {
@@ -151,26 +144,11 @@ impl Lent {
     pub fn give_back(self) {
         let Self {
             mut connection,
-            key,
-            destination,
-            pools,
+            pool,
         } = self;
-        let now = Instant::now();
-        if connection.sender.is_closed() || now >= connection.retire_at {
-            return;
-        }
-        connection.idle_since = now;
-        let mut pools = pools.borrow_mut();
-        match pools.get_mut(&key) {
-            Some(pool) => pool.idle.push(connection),
-            None => {
-                let pool = Pool {
-                    _destination: destination,
-                    http2: None,
-                    idle: vec![connection],
-                };
-                pools.insert(key, pool);
-            }
+        if !connection.sender.is_closed() {
+            connection.idle_since = None;
+            pool.idle.borrow_mut().push(connection);
         }
     }
 }
@@ -189,9 +167,8 @@ enum Connected {
     Http2(Http2Connection),
 }
 
-/// What became of a request on a connection.
-enum Attempt {
-    Answered(Box<UpstreamResponse>),
+/// Why a request on a connection got no answer.
+enum Unanswered {
     /// The connection was already closed; the request was not sent and is given back.
     NotSent(Box<Request<RequestBody>>),
     Failed(hyper::Error),
@@ -201,8 +178,8 @@ impl Upstreams {
     /// No connections yet. Names are resolved on `control`.
     pub fn new(control: tokio::runtime::Handle) -> Self {
         Self {
-            pools: Rc::default(),
-            connecting: Rc::default(),
+            pools: RefCell::default(),
+            swept_at: Cell::new(Instant::now()),
             http1_only: RefCell::default(),
             control,
         }
@@ -226,92 +203,85 @@ impl Upstreams {
                 .map_or(0, |destination| Arc::as_ptr(destination) as usize),
             http2_by_prior_knowledge: way.scheme == Scheme::Http && needs_http2 && !upgrade,
         };
+        let http2_by_prior_knowledge = key.http2_by_prior_knowledge;
+        let pool = self.pool(key, way);
         let mut request = request.into_http();
         let mut connecting = None;
         let mut looks_in_pool = !upgrade;
         while looks_in_pool {
-            while let Some(connection) = self.pooled(&key).await {
-                match self.attempt(connection, &key, way, request).await {
-                    Attempt::Answered(response) => return Ok(*response),
-                    Attempt::NotSent(returned) => request = *returned,
-                    Attempt::Failed(error) => return Err(protocol_refusal(way, &error)),
+            while let Some(connection) = self.pooled(&pool).await {
+                match attempt(connection, &pool, way, request).await {
+                    Ok(response) => return Ok(response),
+                    Err(Unanswered::NotSent(returned)) => request = returned,
+                    Err(Unanswered::Failed(error)) => return Err(protocol_refusal(way, &error)),
                 }
             }
             // Once: where the first failed, or HTTP/1 is spoken, the rest go each their own way.
-            looks_in_pool = connecting.is_none() && self.may_be_shared(&key);
+            looks_in_pool =
+                connecting.is_none() && self.may_be_shared(way, http2_by_prior_knowledge);
             if looks_in_pool {
-                connecting = Some(self.connect_or_wait(&key).await);
+                connecting = Some(connect_or_wait(&pool).await);
                 looks_in_pool = matches!(connecting, Some(None));
             }
         }
         // Boxed: connecting is rare, and its state would make every request's future large.
-        let connection = Box::pin(self.connect(way, upgrade, key.http2_by_prior_knowledge)).await?;
-        self.remember(&key, way, &connection, upgrade);
+        let connection = Box::pin(self.connect(way, upgrade, http2_by_prior_knowledge)).await?;
+        if let (Connected::Http2(connection), false) = (&connection, upgrade) {
+            *pool.http2.borrow_mut() = Some(connection.clone());
+        }
         drop(connecting);
-        match self.attempt(connection, &key, way, request).await {
-            Attempt::Answered(mut response) => {
+        match attempt(connection, &pool, way, request).await {
+            Ok(mut response) => {
                 if upgrade {
                     // An upgraded or once-used connection is never shared.
                     response.connection = None;
                 }
-                Ok(*response)
+                Ok(response)
             }
-            Attempt::NotSent(_) => Err(Refusal::new(
+            Err(Unanswered::NotSent(_)) => Err(Refusal::new(
                 RefusalCode::UpstreamUnreachable,
                 format!(
                     "`{}` closed the connection before the request was sent",
                     way.target
                 ),
             )),
-            Attempt::Failed(error) => Err(protocol_refusal(way, &error)),
+            Err(Unanswered::Failed(error)) => Err(protocol_refusal(way, &error)),
         }
     }
 
-    /// Whether a new connection of this key may turn out to be HTTP/2, which all requests share.
-    fn may_be_shared(&self, key: &PoolKey) -> bool {
-        match key.scheme {
-            Scheme::Http => key.http2_by_prior_knowledge,
-            Scheme::Https => !self.speaks_http1_only(&key.target),
-        }
+    fn pool(&self, key: PoolKey, way: &Way<'_>) -> Rc<Pool> {
+        let mut pools = self.pools.borrow_mut();
+        let pool = pools.entry(key).or_insert_with(|| {
+            Rc::new(Pool {
+                _destination: way.destination.cloned(),
+                http2: RefCell::default(),
+                idle: RefCell::default(),
+                connecting: RefCell::default(),
+            })
+        });
+        Rc::clone(pool)
     }
 
-    /// Makes the caller the one that connects, or waits until another has.
-    async fn connect_or_wait(&self, key: &PoolKey) -> Option<Connecting> {
-        let under_way = {
-            let mut connecting = self.connecting.borrow_mut();
-            match connecting.get(key) {
-                Some(under_way) => Rc::clone(under_way),
-                None => {
-                    let under_way = Rc::<Notify>::default();
-                    connecting.insert(key.clone(), under_way);
-                    return Some(Connecting {
-                        all: Rc::clone(&self.connecting),
-                        key: key.clone(),
-                    });
-                }
-            }
-        };
-        under_way.notified().await;
-        None
+    /// Whether a new connection may turn out to be HTTP/2, which all requests share.
+    fn may_be_shared(&self, way: &Way<'_>, http2_by_prior_knowledge: bool) -> bool {
+        match way.scheme {
+            Scheme::Http => http2_by_prior_knowledge,
+            Scheme::Https => !self.speaks_http1_only(way.target),
+        }
     }
 
     /// A connection that this identity used before and that is still usable.
-    async fn pooled(&self, key: &PoolKey) -> Option<Connected> {
+    async fn pooled(&self, pool: &Pool) -> Option<Connected> {
+        let now = self.swept_at.get();
+        if let Some(connection) = pool.http2.borrow().as_ref()
+            && !connection.sender.is_closed()
+            && now < connection.retire_at
+        {
+            return Some(Connected::Http2(connection.clone()));
+        }
         loop {
-            let mut candidate = {
-                let mut pools = self.pools.borrow_mut();
-                let pool = pools.get_mut(key)?;
-                let now = Instant::now();
-                if let Some(connection) = &pool.http2 {
-                    if !connection.sender.is_closed() && now < connection.retire_at {
-                        connection.last_used.set(now);
-                        return Some(Connected::Http2(connection.clone()));
-                    }
-                    pool.http2 = None;
-                }
-                pool.idle.pop()?
-            };
-            if Instant::now() >= candidate.retire_at {
+            let mut candidate = pool.idle.borrow_mut().pop()?;
+            if now >= candidate.retire_at {
                 continue;
             }
             if candidate.sender.is_ready() {
@@ -320,63 +290,6 @@ impl Upstreams {
             // One that answered before it had the whole request is busy until the rest is sent.
             if let Ok(Ok(())) = timeout(READY, candidate.sender.ready()).await {
                 return Some(Connected::Http1(candidate));
-            }
-        }
-    }
-
-    fn remember(&self, key: &PoolKey, way: &Way<'_>, connection: &Connected, upgrade: bool) {
-        if upgrade {
-            return;
-        }
-        let mut pools = self.pools.borrow_mut();
-        let pool = pools.entry(key.clone()).or_insert_with(|| Pool {
-            _destination: way.destination.cloned(),
-            http2: None,
-            idle: Vec::new(),
-        });
-        if let Connected::Http2(connection) = connection {
-            pool.http2 = Some(connection.clone());
-        }
-    }
-
-    async fn attempt(
-        &self,
-        connection: Connected,
-        key: &PoolKey,
-        way: &Way<'_>,
-        request: Request<RequestBody>,
-    ) -> Attempt {
-        match connection {
-            Connected::Http1(mut connection) => {
-                let request = as_http1(request, way);
-                match connection.sender.try_send_request(request).await {
-                    Ok(response) => Attempt::Answered(Box::new(UpstreamResponse {
-                        response,
-                        connection: Some(Lent {
-                            connection,
-                            key: key.clone(),
-                            destination: way.destination.cloned(),
-                            pools: Rc::clone(&self.pools),
-                        }),
-                    })),
-                    Err(mut error) => match error.take_message() {
-                        Some(request) => Attempt::NotSent(Box::new(request)),
-                        None => Attempt::Failed(error.into_error()),
-                    },
-                }
-            }
-            Connected::Http2(mut connection) => {
-                let request = as_http2(request, way);
-                match connection.sender.try_send_request(request).await {
-                    Ok(response) => Attempt::Answered(Box::new(UpstreamResponse {
-                        response,
-                        connection: None,
-                    })),
-                    Err(mut error) => match error.take_message() {
-                        Some(request) => Attempt::NotSent(Box::new(request)),
-                        None => Attempt::Failed(error.into_error()),
-                    },
-                }
             }
         }
     }
@@ -512,19 +425,74 @@ impl Upstreams {
     /// Drops what is idle for too long or too old.
     pub fn sweep(&self) {
         let now = Instant::now();
+        self.swept_at.set(now);
         self.pools.borrow_mut().retain(|_, pool| {
-            pool.idle.retain(|connection| {
+            pool.idle.borrow_mut().retain_mut(|connection| {
+                let idle_since = *connection.idle_since.get_or_insert(now);
                 now < connection.retire_at
-                    && now.duration_since(connection.idle_since) < IDLE
+                    && now.duration_since(idle_since) < IDLE
                     && !connection.sender.is_closed()
             });
-            pool.http2 = pool.http2.take().filter(|connection| {
-                now < connection.retire_at
-                    && now.duration_since(connection.last_used.get()) < MAXIMUM_AGE
-                    && !connection.sender.is_closed()
-            });
-            !pool.idle.is_empty() || pool.http2.is_some()
+            let mut http2 = pool.http2.borrow_mut();
+            *http2 = http2
+                .take()
+                .filter(|connection| now < connection.retire_at && !connection.sender.is_closed());
+            // A request under way gives its connection back to the pool that it came from.
+            Rc::strong_count(pool) > 1 || http2.is_some() || !pool.idle.borrow().is_empty()
         });
+    }
+}
+
+/// Makes the caller the one that connects, or waits until another has.
+async fn connect_or_wait(pool: &Rc<Pool>) -> Option<Connecting> {
+    let under_way = pool.connecting.borrow().clone();
+    match under_way {
+        Some(under_way) => {
+            under_way.notified().await;
+            None
+        }
+        None => {
+            *pool.connecting.borrow_mut() = Some(Rc::default());
+            Some(Connecting(Rc::clone(pool)))
+        }
+    }
+}
+
+async fn attempt(
+    connection: Connected,
+    pool: &Rc<Pool>,
+    way: &Way<'_>,
+    request: Box<Request<RequestBody>>,
+) -> Result<UpstreamResponse, Unanswered> {
+    match connection {
+        Connected::Http1(mut connection) => {
+            let request = as_http1(request, way);
+            let response = connection.sender.try_send_request(*request).await?;
+            Ok(UpstreamResponse {
+                response,
+                connection: Some(Lent {
+                    connection,
+                    pool: Rc::clone(pool),
+                }),
+            })
+        }
+        Connected::Http2(mut connection) => {
+            let request = as_http2(request, way);
+            let response = connection.sender.try_send_request(*request).await?;
+            Ok(UpstreamResponse {
+                response,
+                connection: None,
+            })
+        }
+    }
+}
+
+impl From<TrySendError<Request<RequestBody>>> for Unanswered {
+    fn from(mut error: TrySendError<Request<RequestBody>>) -> Self {
+        match error.take_message() {
+            Some(request) => Self::NotSent(Box::new(request)),
+            None => Self::Failed(error.into_error()),
+        }
     }
 }
 
@@ -545,11 +513,7 @@ where
             .await
             .map_err(|error| protocol_refusal(way, &error))?;
         spawn_local(connection);
-        Ok(Connected::Http2(Http2Connection {
-            sender,
-            retire_at,
-            last_used: Rc::new(std::cell::Cell::new(now)),
-        }))
+        Ok(Connected::Http2(Http2Connection { sender, retire_at }))
     } else {
         let (sender, connection) = http1::Builder::new()
             .handshake(io)
@@ -559,7 +523,7 @@ where
         Ok(Connected::Http1(Http1Connection {
             sender,
             retire_at,
-            idle_since: now,
+            idle_since: None,
         }))
     }
 }
@@ -571,10 +535,15 @@ fn rand_fraction(now: Instant) -> f32 {
 }
 
 /// Origin-form target and `Host` (RFC 9112 section 3.2).
-fn as_http1(mut request: Request<RequestBody>, way: &Way<'_>) -> Request<RequestBody> {
+fn as_http1(mut request: Box<Request<RequestBody>>, way: &Way<'_>) -> Box<Request<RequestBody>> {
     *request.version_mut() = Version::HTTP_11;
     // Never the caller's spelling: a gateway's own name, for one, means nothing to the destination.
-    if let Ok(host) = HeaderValue::from_str(&way.target.to_authority(way.scheme)) {
+    let authority = way.target.to_authority(way.scheme);
+    let is_set = request
+        .headers()
+        .get(HOST)
+        .is_some_and(|host| host.as_bytes() == authority.as_bytes());
+    if !is_set && let Ok(host) = HeaderValue::from_str(&authority) {
         request.headers_mut().insert(HOST, host);
     }
     if request.uri().authority().is_some() {
@@ -593,12 +562,12 @@ fn as_http1(mut request: Request<RequestBody>, way: &Way<'_>) -> Request<Request
 }
 
 /// `:scheme`, `:authority` and `:path` (RFC 9113 section 8.3.1).
-fn as_http2(mut request: Request<RequestBody>, way: &Way<'_>) -> Request<RequestBody> {
+fn as_http2(mut request: Box<Request<RequestBody>>, way: &Way<'_>) -> Box<Request<RequestBody>> {
     *request.version_mut() = Version::HTTP_2;
     request.headers_mut().remove(HOST);
     let uri = Uri::builder()
         .scheme(way.scheme.as_str())
-        .authority(way.target.to_authority(way.scheme))
+        .authority(&*way.target.to_authority(way.scheme))
         .path_and_query(path_and_query(request.uri()))
         .build();
     if let Ok(uri) = uri {

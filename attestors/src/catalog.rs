@@ -255,7 +255,7 @@ impl ConnectionAttestation {
     }
 
     fn with(&self, findings: &Findings, token: &PresentedToken) -> AttestedWorkload {
-        let mut facts = self.kernel.facts().clone();
+        let mut facts = WorkloadFacts::clone(self.kernel.facts());
         facts.groups.extend(findings.facts.groups.clone());
         facts
             .failed_attestors

@@ -162,7 +162,7 @@ pub struct IsolationKey(pub Arc<str>);
 /// ```
 #[derive(Debug)]
 pub struct AttestedWorkload {
-    facts: WorkloadFacts,
+    facts: Arc<WorkloadFacts>,
     generation: Generation,
     isolation_key: IsolationKey,
     valid_until: Option<SystemTime>,
@@ -180,7 +180,7 @@ impl AttestedWorkload {
     ) -> Self {
         Self {
             isolation_key: facts.isolation_key(),
-            facts,
+            facts: Arc::new(facts),
             generation,
             valid_until,
             presented,
@@ -217,8 +217,8 @@ impl AttestedWorkload {
         )
     }
 
-    /// What was established.
-    pub fn facts(&self) -> &WorkloadFacts {
+    /// What was established; outlives the workload where it is shared.
+    pub fn facts(&self) -> &Arc<WorkloadFacts> {
         &self.facts
     }
 

@@ -2,33 +2,42 @@
 
 use std::fmt;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use countersign_attestors::{Attributes, FailedAttestor};
-use http::Version;
+use http::{StatusCode, Version};
 use serde::{Serialize, Serializer};
 
 use crate::audit::Head;
+use crate::audit::object::Object;
 use crate::audit::record::{
-    AskedAndGranted, AttestedRecord, DecisionReference, Latency, LifecycleEvent, LifecycleRecord,
-    Record, RequestRecord, TokenIssueRecord, TokenReference,
+    AskedAndGranted, AttestedRecord, Decided, DecisionReference, Latency, LifecycleEvent,
+    LifecycleRecord, Record, RequestRecord, TokenIssueRecord, TokenReference,
 };
-use crate::request::Target;
+use crate::request_id::{SessionId, TraceId};
 
 /// Appends the record's members, from the first quotation mark to the closing brace.
 pub(super) fn append_members(record: &Record, text: &mut Vec<u8>) {
-    let start = text.len();
-    let result = match record {
-        Record::Attested(record) => serde_json::to_writer(&mut *text, &AttestedLine::of(record)),
-        Record::Request(record) => serde_json::to_writer(&mut *text, &RequestLine::of(record)),
-        Record::TokenIssue(record) => {
-            serde_json::to_writer(&mut *text, &TokenIssueLine::of(record))
+    match record {
+        Record::Request(record) => {
+            let mut line = Object::begun(text);
+            append_request(record, &mut line);
+            line.end();
         }
-        Record::Lifecycle(record) => serde_json::to_writer(&mut *text, &LifecycleLine::of(record)),
-    };
+        Record::TokenIssue(record) => {
+            let mut line = Object::begun(text);
+            append_token_issue(record, &mut line);
+            line.end();
+        }
+        Record::Attested(record) => append_serialized(&AttestedLine::of(record), text),
+        Record::Lifecycle(record) => append_serialized(&LifecycleLine::of(record), text),
+    }
+}
+
+fn append_serialized(line: &impl Serialize, text: &mut Vec<u8>) {
+    let start = text.len();
     // Maps with text keys and writing to a vector do not fail; a record must not vanish if they do.
-    if result.is_err() {
+    if serde_json::to_writer(&mut *text, line).is_err() {
         text.truncate(start);
         text.extend_from_slice(br#"{"kind":"unserializable"}"#);
     }
@@ -62,15 +71,21 @@ impl<T: fmt::Display> Serialize for Displayed<T> {
     }
 }
 
-/// RFC 3339 in UTC, to the millisecond.
+/// RFC 3339 in UTC, to the millisecond; empty where no calendar has the time.
 struct Timestamp(SystemTime);
+
+impl fmt::Display for Timestamp {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match jiff::Timestamp::try_from(self.0) {
+            Ok(timestamp) => write!(formatter, "{timestamp:.3}"),
+            Err(_) => Ok(()),
+        }
+    }
+}
 
 impl Serialize for Timestamp {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match jiff::Timestamp::try_from(self.0) {
-            Ok(timestamp) => serializer.collect_str(&format_args!("{timestamp:.3}")),
-            Err(_) => serializer.serialize_none(),
-        }
+        serializer.collect_str(self)
     }
 }
 
@@ -109,197 +124,145 @@ impl<'a> AttestedLine<'a> {
     }
 }
 
-/// What request and token-issue records have in common.
-#[derive(Serialize)]
-struct Common<'a> {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    credential: Option<&'a str>,
-    #[serde(skip_serializing_if = "<[_]>::is_empty")]
-    scopes_asked: &'a [String],
-    /// Left out where it is what was asked for.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    scopes_granted: Option<&'a [String]>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    audience_asked: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    audience_granted: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    token: Option<TokenLine<'a>>,
-    #[serde(flatten)]
-    decision: DecisionLine<'a>,
-    status: u16,
-    outcome: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    internal: Option<&'a str>,
-    latency_us: LatencyLine,
-}
-
-impl<'a> Common<'a> {
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the shared fields of two records"
-    )]
-    fn of(
-        credential: Option<&'a Arc<str>>,
-        asked_and_granted: &'a AskedAndGranted,
-        token: Option<&'a TokenReference>,
-        decision: Option<&'a DecisionReference>,
-        status: http::StatusCode,
-        outcome: &'a str,
-        internal: Option<&'a Arc<str>>,
-        latency: &Latency,
-    ) -> Self {
-        let AskedAndGranted {
-            scopes_asked,
-            scopes_granted,
-            audience_asked,
-            audience_granted,
-        } = asked_and_granted;
-        let permitted = token.is_some();
-        Self {
-            credential: credential.map(|name| &**name),
-            scopes_asked,
-            scopes_granted: (permitted && scopes_granted != scopes_asked).then_some(scopes_granted),
-            audience_asked: audience_asked.as_deref(),
-            audience_granted: (audience_granted != audience_asked)
-                .then_some(audience_granted.as_deref())
-                .flatten(),
-            token: token.map(|token| TokenLine {
-                sha256: &token.sha256,
-                expires_at: Timestamp(token.expires_at),
-                obtained: token.obtained.as_str(),
-            }),
-            decision: DecisionLine::of(decision),
-            status: status.as_u16(),
-            outcome,
-            internal: internal.map(|text| &**text),
-            latency_us: LatencyLine {
-                total: microseconds(latency.total),
-                ours: microseconds(latency.ours),
-                upstream: microseconds(latency.upstream),
-                token_endpoint: microseconds(latency.token_endpoint),
-            },
-        }
+fn append_request(record: &RequestRecord, line: &mut Object<'_>) {
+    line.plain("time", Timestamp(record.time));
+    line.text("kind", "request");
+    line.plain("request_id", record.request_id);
+    append_caller(
+        line,
+        record.trace_id,
+        record.session,
+        record.workload.as_deref(),
+        &record.listener,
+    );
+    line.text_if_any("destination", record.destination.as_deref());
+    if let Some(asked) = &record.asked {
+        line.text("scheme", asked.scheme.as_str());
+        line.plain("authority", &asked.target);
+    }
+    line.text("method", record.method.as_str());
+    if let Some(asked) = &record.asked {
+        line.text("path", asked.path.as_sent());
+    }
+    line.text("protocol", protocol_name(record.protocol));
+    line.text_if_any("credential", record.credential.as_deref());
+    append_asked_and_granted(line, &record.asked_and_granted, record.token.as_ref());
+    append_decision(line, record.decision.as_ref());
+    append_outcome(
+        line,
+        record.status,
+        record.outcome,
+        record.internal.as_deref(),
+        &record.latency,
+    );
+    if record.attempts != 1 {
+        line.number("attempts", record.attempts.into());
     }
 }
 
-#[derive(Serialize)]
-struct TokenLine<'a> {
-    sha256: &'a str,
-    expires_at: Timestamp,
-    obtained: &'static str,
+fn append_token_issue(record: &TokenIssueRecord, line: &mut Object<'_>) {
+    line.plain("time", Timestamp(record.time));
+    line.text("kind", "token_issue");
+    line.plain("request_id", record.request_id);
+    append_caller(
+        line,
+        record.trace_id,
+        record.session,
+        record.workload.as_deref(),
+        &record.listener,
+    );
+    line.text("credential", &record.credential);
+    append_asked_and_granted(line, &record.asked_and_granted, record.token.as_ref());
+    append_decision(line, record.decision.as_ref());
+    append_outcome(
+        line,
+        record.status,
+        record.outcome,
+        record.internal.as_deref(),
+        &record.latency,
+    );
 }
 
-#[derive(Serialize)]
-struct DecisionLine<'a> {
-    decision: &'static str,
-    #[serde(skip_serializing_if = "<[_]>::is_empty")]
-    policies: &'a [Arc<str>],
-    #[serde(skip_serializing_if = "Option::is_none")]
-    nearest: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    policy_version: Option<&'a str>,
-    #[serde(skip_serializing_if = "<[_]>::is_empty")]
-    attributes_read: &'a [String],
+fn append_caller(
+    line: &mut Object<'_>,
+    trace_id: Option<TraceId>,
+    session: Option<SessionId>,
+    workload: Option<&str>,
+    listener: &str,
+) {
+    if let Some(trace_id) = trace_id {
+        line.plain("trace_id", trace_id);
+    }
+    if let Some(session) = session {
+        line.plain("session", session);
+    }
+    line.text_if_any("workload", workload);
+    line.text("listener", listener);
 }
 
-impl<'a> DecisionLine<'a> {
-    fn of(decision: Option<&'a DecisionReference>) -> Self {
-        match decision {
-            Some(decision) => Self {
-                decision: decision.decided.as_str(),
-                policies: &decision.policies,
-                nearest: decision.nearest.as_deref(),
-                policy_version: Some(&decision.policy_version),
-                attributes_read: &decision.attributes,
-            },
-            None => Self {
-                decision: "error",
-                policies: &[],
-                nearest: None,
-                policy_version: None,
-                attributes_read: &[],
-            },
-        }
+fn append_asked_and_granted(
+    line: &mut Object<'_>,
+    asked_and_granted: &AskedAndGranted,
+    token: Option<&TokenReference>,
+) {
+    let AskedAndGranted {
+        scopes_asked,
+        scopes_granted,
+        audience_asked,
+        audience_granted,
+    } = asked_and_granted;
+    line.texts_if_any("scopes_asked", &**scopes_asked);
+    // Left out where it is what was asked for.
+    if token.is_some() && scopes_granted != scopes_asked {
+        line.texts_if_any("scopes_granted", &**scopes_granted);
+    }
+    line.text_if_any("audience_asked", audience_asked.as_deref());
+    if audience_granted != audience_asked {
+        line.text_if_any("audience_granted", audience_granted.as_deref());
+    }
+    if let Some(token) = token {
+        line.object("token", |line| {
+            line.text("sha256", &token.sha256);
+            line.plain("expires_at", Timestamp(token.expires_at));
+            line.text("obtained", token.obtained.as_str());
+        });
     }
 }
 
-fn is_zero(value: &u64) -> bool {
-    *value == 0
+fn append_decision(line: &mut Object<'_>, decision: Option<&DecisionReference>) {
+    let Some(decision) = decision else {
+        line.text("decision", Decided::Error.as_str());
+        return;
+    };
+    line.text("decision", decision.decided.as_str());
+    line.texts_if_any("policies", &*decision.policies);
+    line.text_if_any("nearest", decision.nearest.as_deref());
+    line.text("policy_version", &decision.policy_version);
+    line.texts_if_any("attributes_read", &*decision.attributes);
 }
 
-#[derive(Serialize)]
-struct LatencyLine {
-    total: u64,
-    ours: u64,
-    #[serde(skip_serializing_if = "is_zero")]
-    upstream: u64,
-    #[serde(skip_serializing_if = "is_zero")]
-    token_endpoint: u64,
-}
-
-#[derive(Serialize)]
-struct RequestLine<'a> {
-    time: Timestamp,
-    kind: &'static str,
-    request_id: Displayed<crate::request_id::RequestId>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    trace_id: Option<Displayed<crate::request_id::TraceId>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    session: Option<Displayed<crate::request_id::SessionId>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    workload: Option<&'a str>,
-    listener: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    destination: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    scheme: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    authority: Option<Displayed<&'a Target>>,
-    method: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    path: Option<&'a str>,
-    protocol: &'static str,
-    #[serde(flatten)]
-    common: Common<'a>,
-    #[serde(skip_serializing_if = "is_one")]
-    attempts: u8,
-}
-
-fn is_one(attempts: &u8) -> bool {
-    *attempts == 1
-}
-
-impl<'a> RequestLine<'a> {
-    fn of(record: &'a RequestRecord) -> Self {
-        let asked = record.asked.as_deref();
-        Self {
-            time: Timestamp(record.time),
-            kind: "request",
-            request_id: Displayed(record.request_id),
-            trace_id: record.trace_id.map(Displayed),
-            session: record.session.map(Displayed),
-            workload: record.workload.as_deref(),
-            listener: &record.listener,
-            destination: record.destination.as_deref(),
-            scheme: asked.map(|asked| asked.scheme.as_str()),
-            authority: asked.map(|asked| Displayed(&asked.target)),
-            method: record.method.as_str(),
-            path: asked.map(|asked| asked.path_and_query.path()),
-            protocol: protocol_name(record.protocol),
-            common: Common::of(
-                record.credential.as_ref(),
-                &record.asked_and_granted,
-                record.token.as_ref(),
-                record.decision.as_ref(),
-                record.status,
-                record.outcome,
-                record.internal.as_ref(),
-                &record.latency,
-            ),
-            attempts: record.attempts,
+fn append_outcome(
+    line: &mut Object<'_>,
+    status: StatusCode,
+    outcome: &str,
+    internal: Option<&str>,
+    latency: &Latency,
+) {
+    line.number("status", status.as_u16().into());
+    line.text("outcome", outcome);
+    line.text_if_any("internal", internal);
+    line.object("latency_us", |line| {
+        line.number("total", microseconds(latency.total));
+        line.number("ours", microseconds(latency.ours));
+        for (name, share) in [
+            ("upstream", latency.upstream),
+            ("token_endpoint", latency.token_endpoint),
+        ] {
+            if !share.is_zero() {
+                line.number(name, microseconds(share));
+            }
         }
-    }
+    });
 }
 
 /// As OpenTelemetry's `network.protocol.version` says it, with the name.
@@ -308,46 +271,6 @@ fn protocol_name(version: Version) -> &'static str {
         Version::HTTP_2 => "http/2",
         Version::HTTP_10 => "http/1.0",
         _ => "http/1.1",
-    }
-}
-
-#[derive(Serialize)]
-struct TokenIssueLine<'a> {
-    time: Timestamp,
-    kind: &'static str,
-    request_id: Displayed<crate::request_id::RequestId>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    trace_id: Option<Displayed<crate::request_id::TraceId>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    session: Option<Displayed<crate::request_id::SessionId>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    workload: Option<&'a str>,
-    listener: &'a str,
-    #[serde(flatten)]
-    common: Common<'a>,
-}
-
-impl<'a> TokenIssueLine<'a> {
-    fn of(record: &'a TokenIssueRecord) -> Self {
-        Self {
-            time: Timestamp(record.time),
-            kind: "token_issue",
-            request_id: Displayed(record.request_id),
-            trace_id: record.trace_id.map(Displayed),
-            session: record.session.map(Displayed),
-            workload: record.workload.as_deref(),
-            listener: &record.listener,
-            common: Common::of(
-                Some(&record.credential),
-                &record.asked_and_granted,
-                record.token.as_ref(),
-                record.decision.as_ref(),
-                record.status,
-                record.outcome,
-                record.internal.as_ref(),
-                &record.latency,
-            ),
-        }
     }
 }
 
@@ -450,8 +373,5 @@ pub(super) fn append_file_continued(time: SystemTime, previous: &Path, text: &mu
             previous_file: Displayed(previous.display()),
         },
     };
-    let start = text.len();
-    // Maps with text keys and writing to a vector do not fail.
-    let _ = serde_json::to_writer(&mut *text, &line);
-    text.remove(start);
+    append_serialized(&line, text);
 }

@@ -20,6 +20,7 @@ use crate::diagnostics::Diagnostic;
 use crate::telemetry::metrics::{AuditState, AuditStateSource, Metrics};
 
 mod line;
+mod object;
 pub mod record;
 mod sink;
 pub mod tail;

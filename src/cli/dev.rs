@@ -404,7 +404,7 @@ async fn own_facts(app: &App) -> Option<WorkloadFacts> {
     let catalog = Arc::clone(&app.agent().snapshot.load().catalog);
     let attestation = ConnectionAttestation::new(catalog, evidence).await;
     let workload = attestation.attest(None).await.ok()?;
-    Some(workload.facts().clone())
+    Some(WorkloadFacts::clone(workload.facts()))
 }
 
 /// `uid 1000 (ana), user unit shell.service          seen by: sock_diag, pidfd`.

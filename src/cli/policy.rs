@@ -354,7 +354,7 @@ fn explain_described(
         let credential = config
             .credentials
             .iter()
-            .find(|credential| credential.name == name)
+            .find(|credential| &*credential.name == name)
             .ok_or_else(|| format!("credential `{name}` is not in the configuration"))?;
         let config::TokenSource::OauthClientCredentials(settings) = &credential.source;
         return Ok(explain(&Question {

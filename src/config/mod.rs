@@ -196,7 +196,7 @@ pub struct EnvironmentRule {
 #[derive(Debug, Clone, PartialEq)]
 pub struct CredentialConfig {
     /// Unique name: `Credential::"NAME"`.
-    pub name: String,
+    pub name: Arc<str>,
     /// Groups: `CredentialGroup::"GROUP"`.
     pub groups: Vec<String>,
     /// `resource.environment`.
@@ -222,7 +222,7 @@ pub struct OauthClientCredentials {
     /// How the client authenticates.
     pub client_authentication: ClientAuthentication,
     /// The most that is asked for; a destination may ask for less.
-    pub scopes: Vec<String>,
+    pub scopes: Arc<[String]>,
     /// RFC 8707 resource indicators.
     pub resources: Vec<ExactUrl>,
     /// The `audience` request parameter.
@@ -360,7 +360,7 @@ pub enum TemplatePart {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Destination {
     /// Unique name: `Destination::"NAME"`.
-    pub name: String,
+    pub name: Arc<str>,
     /// Exact host names (lower case, no trailing dot) or IP addresses.
     pub hosts: Vec<String>,
     /// Ports; the scheme's default where not written.
@@ -390,11 +390,39 @@ pub struct Destination {
 pub struct PathPatterns {
     /// As written.
     pub patterns: Vec<String>,
-    /// Compiled (`literal_separator`: `*` does not cross `/`).
-    pub compiled: globset::GlobSet,
+    /// Those of the form `/literal/**`, without the asterisks: the usual ones, and quick to match.
+    prefixes: Vec<String>,
+    /// All of them, compiled (`literal_separator`: `*` does not cross `/`).
+    compiled: globset::GlobSet,
 }
 
 impl PathPatterns {
+    /// Compiles patterns.
+    ///
+    /// # Errors
+    /// When they are too large together.
+    pub(crate) fn new(globs: &[globset::Glob]) -> Result<Self, globset::Error> {
+        let mut compiled = globset::GlobSetBuilder::new();
+        for glob in globs {
+            compiled.add(glob.clone());
+        }
+        Ok(Self {
+            patterns: globs.iter().map(|glob| glob.glob().to_owned()).collect(),
+            prefixes: globs
+                .iter()
+                .filter_map(|glob| glob.glob().strip_suffix("**"))
+                .filter(|prefix| prefix.ends_with('/') && !prefix.contains('*'))
+                .map(str::to_owned)
+                .collect(),
+            compiled: compiled.build()?,
+        })
+    }
+
+    /// Whether a path is covered.
+    pub fn is_match(&self, path: &str) -> bool {
+        self.prefixes.iter().any(|prefix| path.starts_with(prefix)) || self.compiled.is_match(path)
+    }
+
     /// Whether every path is covered, whatever it is.
     pub fn cover_everything(&self) -> bool {
         self.patterns.iter().any(|pattern| pattern == "/**")
@@ -442,7 +470,7 @@ pub struct CredentialUse {
     /// The credential.
     pub credential: Arc<CredentialConfig>,
     /// The scopes asked for; the credential's where not written.
-    pub scopes: Vec<String>,
+    pub scopes: Arc<[String]>,
     /// How it is put on the request.
     pub inject: Injection,
 }

@@ -57,7 +57,7 @@ fn the_whole_example_loads() {
         source.ca_file.as_deref(),
         Some(directory.path().join("auth-ca.pem").as_path())
     );
-    assert!(config.destinations[0].paths.compiled.is_match("/v1/orders"));
+    assert!(config.destinations[0].paths.is_match("/v1/orders"));
     assert_eq!(
         config.destinations[0].timeouts.idle,
         Duration::from_secs(600)
@@ -96,7 +96,7 @@ destinations: [{name: a, hosts: [a.example.com], credentials: [{name: a}]}]
     assert_eq!(destination.ports, [443]);
     assert_eq!(destination.paths.patterns, ["/**"]);
     assert_eq!(destination.mode, Mode::Enforce);
-    assert_eq!(destination.credentials[0].scopes, ["x", "y"]);
+    assert_eq!(*destination.credentials[0].scopes, ["x", "y"]);
     assert_eq!(destination.credentials[0].inject.header, "authorization");
     assert_eq!(
         destination.credentials[0].inject.format,
@@ -152,7 +152,7 @@ fn included_lists_append_and_sections_stand_once() {
     let names: Vec<&str> = config
         .destinations
         .iter()
-        .map(|destination| destination.name.as_str())
+        .map(|destination| &*destination.name)
         .collect();
     assert_eq!(names, ["a", "b"]);
     assert_eq!(
@@ -415,5 +415,20 @@ proptest::proptest! {
             text.replace_range(start..end.max(start), &insert);
         }
         survives(directory.path(), &text);
+    }
+    #[test]
+    fn a_pattern_of_a_literal_and_asterisks_matches_what_its_glob_does(
+        literal in "(/[a-z.!]{0,2}){0,3}/",
+        path in "(/[a-z.!\n]{0,2}){0,4}/?",
+        below in "[a-z/]{0,4}",
+    ) {
+        let glob = text::path_pattern(&format!("{literal}**"));
+        proptest::prop_assume!(glob.is_ok());
+        let globs = [glob.unwrap()];
+        let patterns = PathPatterns::new(&globs).unwrap();
+        for path in [path, format!("{literal}{below}")] {
+            let matcher = globs[0].compile_matcher();
+            proptest::prop_assert_eq!(patterns.is_match(&path), matcher.is_match(&path), "{:?}", path);
+        }
     }
 }

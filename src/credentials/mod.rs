@@ -57,7 +57,7 @@ pub struct Credentials {
     clock: Arc<dyn Clock>,
     metrics: Arc<Metrics>,
     events: TokenEvents,
-    entries: ArcSwap<HashMap<String, Arc<Entry>>>,
+    entries: ArcSwap<HashMap<Arc<str>, Arc<Entry>>>,
     hasher: RandomState,
     shards: Vec<Shard>,
 }

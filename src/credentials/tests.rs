@@ -111,7 +111,7 @@ impl Bench {
 
     fn credential(&self, name: &str, settings: OauthClientCredentials) -> Arc<CredentialConfig> {
         Arc::new(CredentialConfig {
-            name: name.to_owned(),
+            name: name.into(),
             groups: Vec::new(),
             environment: None,
             source: TokenSource::OauthClientCredentials(Box::new(settings)),
@@ -132,7 +132,7 @@ impl Bench {
                 key_id: None,
                 assertion_type_header: None,
             },
-            scopes: vec!["orders.read".to_owned()],
+            scopes: ["orders.read".to_owned()].into(),
             resources: Vec::new(),
             audience: None,
             parameters: BTreeMap::new(),
@@ -229,7 +229,7 @@ fn client(client_id: &str, key: &SigningKey) -> Client {
     Client {
         client_id: client_id.to_owned(),
         credential: ClientCredential::Keys(vec![key]),
-        scopes: vec!["orders.read".to_owned()],
+        scopes: ["orders.read".to_owned()].into(),
     }
 }
 
@@ -404,7 +404,7 @@ async fn a_secret_is_form_encoded_before_it_is_joined() {
     bench.state.register(Client {
         client_id: client_id.to_owned(),
         credential: ClientCredential::Secret(secret.to_owned()),
-        scopes: vec!["orders.read".to_owned()],
+        scopes: ["orders.read".to_owned()].into(),
     });
     std::fs::write(bench.path("secret"), format!("{secret}\n")).unwrap();
     let settings = OauthClientCredentials {
@@ -440,7 +440,7 @@ async fn a_workloads_own_token_is_forwarded_as_it_is_and_never_shared() {
             issuer: ci.issuer().to_owned(),
             keys: ci.verifying_keys(),
         },
-        scopes: vec!["orders.read".to_owned()],
+        scopes: ["orders.read".to_owned()].into(),
     });
     let settings = OauthClientCredentials {
         client_id: literal("ci-jobs"),

@@ -20,8 +20,8 @@ use std::time::Duration;
 use countersign_attestors::evidence::EvidenceError;
 use countersign_attestors::{Catalog, ConnectionAttestation, PeerEvidence, observers};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::runtime::LocalOptions;
 use tokio::sync::mpsc;
-use tokio::task::LocalSet;
 
 use crate::agent::Agent;
 use crate::config::{Bind, Listener, ListenerKind, SocketAccess};
@@ -156,14 +156,25 @@ impl Workers {
         let workers = (0..count)
             .map(|index| {
                 let (connections, accepted) = mpsc::unbounded_channel();
-                let runtime = tokio::runtime::Builder::new_current_thread()
-                    .enable_all()
-                    .build()?;
                 let agent = Arc::clone(agent);
+                let (started, starts) = std::sync::mpsc::channel();
                 observers::spawn(format!("data-{index}"), move || {
-                    hardening::confine_data_worker();
-                    LocalSet::new().block_on(&runtime, work(agent, accepted));
+                    // A runtime whose tasks stay on its thread is built there.
+                    let runtime = tokio::runtime::Builder::new_current_thread()
+                        .enable_all()
+                        .build_local(LocalOptions::default());
+                    match runtime {
+                        Ok(runtime) => {
+                            hardening::confine_data_worker();
+                            let _ = started.send(Ok(()));
+                            runtime.block_on(work(agent, accepted));
+                        }
+                        Err(error) => {
+                            let _ = started.send(Err(error));
+                        }
+                    }
                 })?;
+                starts.recv().map_err(io::Error::other)??;
                 Ok(WorkerHandle {
                     connections,
                     load: Arc::default(),
@@ -244,7 +255,7 @@ pub async fn accept(
     let entry = Entry {
         listener: Arc::clone(&name),
         gateway: match &listener.kind {
-            ListenerKind::Gateway { destination } => Some(Arc::from(destination.name.as_str())),
+            ListenerKind::Gateway { destination } => Some(Arc::clone(&destination.name)),
             ListenerKind::ForwardProxy | ListenerKind::WorkloadApi => None,
         },
         places: Places::new(&patience, metrics.clone()),

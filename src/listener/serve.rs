@@ -230,6 +230,7 @@ where
             .serve_connection(TokioIo::new(io), service);
         tokio::pin!(served);
         tokio::select! {
+            biased;
             ended = served.as_mut() => ended,
             _ = &mut until_cut => {
                 served.as_mut().graceful_shutdown();
@@ -245,6 +246,7 @@ where
             .with_upgrades();
         tokio::pin!(served);
         tokio::select! {
+            biased;
             ended = served.as_mut() => ended,
             _ = &mut until_cut => {
                 served.as_mut().graceful_shutdown();

@@ -354,14 +354,14 @@ impl Caller {
                 resource: Resource::Credential {
                     credential,
                     scopes: &scopes,
-                    audience: asked.audience.as_deref(),
+                    audience: asked.audience.as_ref(),
                 },
                 destination: None,
                 request: None,
                 wall,
             };
-            record.asked_and_granted.scopes_asked = scopes.as_slice().into();
-            record.asked_and_granted.audience_asked = asked.audience.as_deref().map(Arc::from);
+            record.asked_and_granted.scopes_asked = Arc::clone(&scopes);
+            record.asked_and_granted.audience_asked = asked.audience.clone();
             let decided = snapshot.policy.decide(&workload, &question);
             agent.recent_decisions.record(
                 record.request_id,
@@ -413,7 +413,7 @@ impl Caller {
                 session,
                 listener: Arc::clone(&self.listener),
                 identity: workload.isolation_key().clone(),
-                facts: Arc::new(workload.facts().clone()),
+                facts: Arc::clone(workload.facts()),
                 valid_until: workload.valid_until(),
             })))
             .map_err(|_| audit_refusal())?;
@@ -431,7 +431,7 @@ struct Ask {
     scopes: Option<Vec<String>>,
     /// The audience that the credential is configured for. One of several `resources` cannot be asked
     /// for alone: the token would be good for all of them.
-    audience: Option<String>,
+    audience: Option<Arc<str>>,
 }
 
 async fn read_ask(body: Incoming) -> Result<Ask, Refusal> {
@@ -456,17 +456,17 @@ async fn read_ask(body: Incoming) -> Result<Ask, Refusal> {
 fn resolve<'a>(
     config: &'a Config,
     asked: &Ask,
-) -> Result<(&'a Arc<CredentialConfig>, Vec<String>), Refusal> {
+) -> Result<(&'a Arc<CredentialConfig>, Arc<[String]>), Refusal> {
     let malformed = |detail: String| Refusal::new(RefusalCode::MalformedRequest, detail);
     let name = crate::request::printable(&asked.credential);
     let credential = config
         .credentials
         .iter()
-        .find(|credential| credential.name == asked.credential)
+        .find(|credential| *credential.name == asked.credential)
         .ok_or_else(|| malformed(format!("credential `{name}` is not configured")))?;
     let TokenSource::OauthClientCredentials(settings) = &credential.source;
     let scopes = match &asked.scopes {
-        None => settings.scopes.clone(),
+        None => Arc::clone(&settings.scopes),
         Some(scopes) => {
             if let Some(scope) = scopes.iter().find(|scope| !settings.scopes.contains(scope)) {
                 let scope = crate::request::printable(scope);
@@ -474,11 +474,11 @@ fn resolve<'a>(
                     "scope `{scope}` is not one of credential `{name}`"
                 )));
             }
-            scopes.clone()
+            Arc::from(scopes.as_slice())
         }
     };
     if let Some(audience) = &asked.audience
-        && settings.audience.as_ref() != Some(audience)
+        && settings.audience.as_deref() != Some(&**audience)
     {
         let audience = crate::request::printable(audience);
         return Err(malformed(format!(

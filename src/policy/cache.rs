@@ -13,7 +13,7 @@ use quick_cache::{Equivalent, UnitWeighter};
 use super::decision::{Decision, Denial};
 use super::grant::Grant;
 use super::principal::Principal;
-use super::question::{Action, Question, Resource, ResourceType};
+use super::question::{Action, Question, ResourceType};
 use super::snapshot::PolicySnapshot;
 
 /// The most decisions that one worker remembers.
@@ -179,12 +179,7 @@ impl<'a> KeyView<'a> {
     ) -> Self {
         let engine = snapshot.engine();
         let (resource_type, resource) = question.resource.identity();
-        let (scopes, audience) = match question.resource {
-            Resource::Credential {
-                scopes, audience, ..
-            } => (scopes, audience),
-            Resource::Destination(_) | Resource::Unmatched => (&[] as &[String], None),
-        };
+        let (scopes, audience) = question.resource.asked();
         let slice = engine.slice(question);
         let reads = slice.map(|slice| &slice.reads);
         let read = |flag: fn(&super::reads::Reads) -> bool| reads.is_some_and(flag);
@@ -194,9 +189,7 @@ impl<'a> KeyView<'a> {
             action: question.action,
             resource_type,
             resource,
-            destination: question
-                .destination
-                .map(|destination| destination.name.as_str()),
+            destination: question.destination.map(|destination| &*destination.name),
             has_request: request.is_some(),
             ambiguous: read(|reads| reads.path)
                 && request.is_some_and(|request| request.path.is_ambiguous()),

@@ -210,7 +210,7 @@ enum Asked {
     Request(Arc<EgressRequest>),
     Issue {
         credential: Arc<crate::config::CredentialConfig>,
-        scopes: Vec<String>,
+        scopes: Arc<[String]>,
     },
 }
 
@@ -410,13 +410,9 @@ impl Tester<'_> {
                     .config
                     .credentials
                     .iter()
-                    .find(|credential| credential.name == *name)
+                    .find(|credential| *credential.name == **name)
                     .ok_or_else(|| {
-                        let names = self
-                            .config
-                            .credentials
-                            .iter()
-                            .map(|known| known.name.as_str());
+                        let names = self.config.credentials.iter().map(|known| &*known.name);
                         let mut message =
                             format!("credential `{name}` is not in the configuration");
                         if let Some(suggestion) = did_you_mean(name, names) {
@@ -430,7 +426,7 @@ impl Tester<'_> {
                     scopes: case
                         .scopes
                         .clone()
-                        .unwrap_or_else(|| settings.scopes.clone()),
+                        .map_or_else(|| Arc::clone(&settings.scopes), Arc::from),
                     credential: Arc::clone(credential),
                 })
             }

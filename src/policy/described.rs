@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use countersign_attestors::{
     AttributeDeclaration, AttributeType, AttributeValue, FailedAttestor, FailureKind, WorkloadFacts,
 };
-use http::uri::PathAndQuery;
 use http::{Method, Uri};
 
 use super::engine::groups_of_attestor;
@@ -43,10 +42,6 @@ pub fn request(text: &str) -> Result<EgressRequest, String> {
         scheme,
         target,
         path: RequestPath::parse(uri.path()),
-        path_and_query: uri
-            .path_and_query()
-            .cloned()
-            .unwrap_or(PathAndQuery::from_static("/")),
     })
 }
 

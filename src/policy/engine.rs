@@ -13,7 +13,7 @@ use jiff::tz::TimeZone;
 
 use super::decision::{Decision, Denial, DenialKind, Permission};
 use super::principal::{PARENT_ATTRIBUTES, Principal, REPOSITORY_ATTRIBUTE, uid, workload_uid};
-use super::question::{Action, Question, Resource, ResourceType, UNMATCHED};
+use super::question::{Action, Question, ResourceType, UNMATCHED};
 use super::reads::Reads;
 use super::source::{self, ParsedPolicy, PolicyFile};
 use super::{conditions, load, schema};
@@ -530,7 +530,7 @@ impl PolicyEngine {
         })?;
         let destination = question.destination.and_then(|destination| {
             self.destinations
-                .get(&destination.name)
+                .get(&*destination.name)
                 .filter(|found| found.entity.uid() != resource.entity.uid())
         });
         let workload = principal.entity.clone()?;
@@ -566,15 +566,10 @@ impl PolicyEngine {
                     .map(|text| RestrictedExpression::new_string(text.clone())),
             )
         };
-        let (scopes, audience) = match question.resource {
-            Resource::Credential {
-                scopes, audience, ..
-            } => (scopes, audience.unwrap_or_default()),
-            Resource::Destination(_) | Resource::Unmatched => (&[] as &[String], ""),
-        };
+        let (scopes, audience) = question.resource.asked();
         let mut pairs = vec![
             ("scopes".to_owned(), texts(scopes)),
-            ("audience".to_owned(), text(audience)),
+            ("audience".to_owned(), text(audience.unwrap_or_default())),
             ("evidence".to_owned(), texts(&facts.evidence)),
         ];
         if let Some(destination) = question.destination {
@@ -807,12 +802,7 @@ fn permission(
     question: &Question<'_>,
     principal: &Principal,
 ) -> Option<Permission> {
-    let (asked, audience) = match question.resource {
-        Resource::Credential {
-            scopes, audience, ..
-        } => (scopes, audience),
-        Resource::Destination(_) | Resource::Unmatched => (&[] as &[String], None),
-    };
+    let (asked, audience) = question.resource.asked();
     let is_capped = permits.iter().all(|permit| permit.scopes.is_some());
     let allowed: BTreeSet<&String> = permits
         .iter()

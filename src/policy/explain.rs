@@ -170,7 +170,7 @@ fn explain(
         },
         destination: question
             .destination
-            .map(|destination| destination.name.clone()),
+            .map(|destination| destination.name.to_string()),
         request: question.request.map(|request| {
             format!(
                 "{} {}://{}{}",

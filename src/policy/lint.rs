@@ -123,7 +123,7 @@ impl Findings<'_> {
         };
         let Some(credential) = config.credentials.iter().find(|credential| {
             resource.type_name().basename() == "Credential"
-                && credential.name == resource.id().unescaped()
+                && &*credential.name == resource.id().unescaped()
         }) else {
             return;
         };

@@ -77,7 +77,7 @@ fn check_names(config: &Config, policies: &[ParsedPolicy], diagnostics: &mut Dia
     let credentials: BTreeSet<&str> = config
         .credentials
         .iter()
-        .map(|credential| credential.name.as_str())
+        .map(|credential| &*credential.name)
         .collect();
     let groups: BTreeSet<&str> = config
         .credentials
@@ -87,7 +87,7 @@ fn check_names(config: &Config, policies: &[ParsedPolicy], diagnostics: &mut Dia
     let destinations: BTreeSet<&str> = config
         .destinations
         .iter()
-        .map(|destination| destination.name.as_str())
+        .map(|destination| &*destination.name)
         .chain([UNMATCHED])
         .collect();
     for policy in policies {

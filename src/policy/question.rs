@@ -43,9 +43,9 @@ pub enum Resource<'a> {
         /// The credential.
         credential: &'a Arc<CredentialConfig>,
         /// Scopes asked for; none lets the authorization server choose.
-        scopes: &'a [String],
+        scopes: &'a Arc<[String]>,
         /// The audience asked for.
-        audience: Option<&'a str>,
+        audience: Option<&'a Arc<str>>,
     },
     /// A configured destination.
     Destination(&'a Arc<Destination>),
@@ -57,6 +57,16 @@ pub enum Resource<'a> {
 pub const UNMATCHED: &str = "unmatched";
 
 impl<'a> Resource<'a> {
+    /// The scopes and the audience that are asked for.
+    pub(crate) fn asked(&self) -> (&'a [String], Option<&'a str>) {
+        match *self {
+            Self::Credential {
+                scopes, audience, ..
+            } => (scopes, audience.map(|audience| &**audience)),
+            Self::Destination(_) | Self::Unmatched => (&[], None),
+        }
+    }
+
     /// `(entity type, name)`.
     pub(crate) fn identity(&self) -> (ResourceType, &'a str) {
         match self {
@@ -113,8 +123,8 @@ impl Question<'_> {
                     audience,
                 } => OwnedResource::Credential {
                     credential: Arc::clone(credential),
-                    scopes: scopes.to_vec(),
-                    audience: audience.map(str::to_owned),
+                    scopes: Arc::clone(scopes),
+                    audience: audience.map(Arc::clone),
                 },
                 Resource::Destination(destination) => {
                     OwnedResource::Destination(Arc::clone(destination))
@@ -184,9 +194,9 @@ pub enum OwnedResource {
         /// The credential.
         credential: Arc<CredentialConfig>,
         /// Scopes asked for.
-        scopes: Vec<String>,
+        scopes: Arc<[String]>,
         /// The audience asked for.
-        audience: Option<String>,
+        audience: Option<Arc<str>>,
     },
     /// A configured destination.
     Destination(Arc<Destination>),
@@ -207,7 +217,7 @@ impl OwnedQuestion {
                 } => Resource::Credential {
                     credential,
                     scopes,
-                    audience: audience.as_deref(),
+                    audience: audience.as_ref(),
                 },
                 OwnedResource::Destination(destination) => Resource::Destination(destination),
                 OwnedResource::Unmatched => Resource::Unmatched,

@@ -172,7 +172,7 @@ impl Revocations {
             Revoked::Workload(selector) => selector.matches(facts),
             Revoked::Credential(name) => matches!(
                 question.resource,
-                Resource::Credential { credential, .. } if credential.name == *name
+                Resource::Credential { credential, .. } if *credential.name == **name
             ),
             Revoked::TokenSha256(_) => false,
         })

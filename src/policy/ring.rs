@@ -1,9 +1,9 @@
 //! The last decisions, for `policy explain ID`.
 
-use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use countersign_attestors::{AttestedWorkload, Generation, IsolationKey, WorkloadFacts};
+use countersign_attestors::{AttestedWorkload, IsolationKey, WorkloadFacts};
 
 use super::decision::Denial;
 use super::engine::PolicyEngine;
@@ -36,14 +36,7 @@ pub struct RecordedDecision {
 /// The last [`RING_CAPACITY`] decisions. Shared by all workers.
 #[derive(Debug, Default)]
 pub struct DecisionRing {
-    state: Mutex<State>,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    decisions: VecDeque<RecordedDecision>,
-    /// Equal generations have equal facts: they are kept once.
-    facts: HashMap<Generation, Weak<WorkloadFacts>>,
+    decisions: Mutex<VecDeque<RecordedDecision>>,
 }
 
 impl DecisionRing {
@@ -61,36 +54,34 @@ impl DecisionRing {
         question: &Question<'_>,
         outcome: Result<&Grant, &Arc<Denial>>,
     ) {
-        let question = question.to_owned();
-        let generation = workload.generation();
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = state.facts.get(&generation).and_then(Weak::upgrade);
-        let facts = known.unwrap_or_else(|| {
-            let facts = Arc::new(workload.facts().clone());
-            state.facts.insert(generation, Arc::downgrade(&facts));
-            facts
-        });
-        if state.decisions.len() >= RING_CAPACITY {
-            state.decisions.pop_front();
-        }
-        if state.facts.len() > RING_CAPACITY {
-            state.facts.retain(|_, facts| facts.strong_count() > 0);
-        }
-        state.decisions.push_back(RecordedDecision {
+        let decision = RecordedDecision {
             request_id,
-            facts,
+            facts: Arc::clone(workload.facts()),
             isolation_key: workload.isolation_key().clone(),
-            question,
+            question: question.to_owned(),
             engine: Arc::clone(snapshot.engine()),
             denial: outcome.err().map(Arc::clone),
-        });
+        };
+        let mut decisions = self.lock();
+        let oldest = match decisions.len() < RING_CAPACITY {
+            true => None,
+            false => decisions.pop_front(),
+        };
+        decisions.push_back(decision);
+        drop(decisions);
+        // Nobody waits for what it frees.
+        drop(oldest);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, VecDeque<RecordedDecision>> {
+        self.decisions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The decision on a request; the last one where a request was decided more than once.
     pub fn find(&self, request_id: RequestId) -> Option<RecordedDecision> {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state
-            .decisions
+        self.lock()
             .iter()
             .rev()
             .find(|decision| decision.request_id == request_id)
@@ -99,8 +90,7 @@ impl DecisionRing {
 
     /// How many are kept.
     pub fn len(&self) -> usize {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.decisions.len()
+        self.lock().len()
     }
 
     /// Whether none is.

@@ -19,7 +19,7 @@ pub fn route<'a>(routes: &'a Routes, request: &EgressRequest) -> Route<'a> {
         |destination| {
             request
                 .path
-                .all_readings(|path| destination.paths.compiled.is_match(path))
+                .all_readings(|path| destination.paths.is_match(path))
         },
     )
 }

@@ -173,7 +173,7 @@ fn test_of(id: &str, identity: &Identity<'_>, question: &Question<'_>, resource:
                 request.method,
                 request.scheme.as_str(),
                 request.target.to_authority(request.scheme),
-                request.path_and_query.path()
+                request.path.as_sent()
             ))
         ),
         _ => format!("issue: {}", yaml(resource)),

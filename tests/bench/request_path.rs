@@ -32,8 +32,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 const CONNECTIONS: usize = 64;
-const ROUNDS: usize = 5;
-const ROUND: Duration = Duration::from_secs(4);
+const ROUNDS: usize = 9;
+const ROUND: Duration = Duration::from_secs(3);
 const PROXY_CORE: usize = 0;
 const LOAD_CORE: usize = 1;
 /// CPU per request with attestation, policy and audit on, over that of a bare hyper proxy.
@@ -213,9 +213,10 @@ fn bare(origin: SocketAddr) -> Fallible<()> {
     pin(PROXY_CORE)?;
     let authorization =
         HeaderValue::try_from(format!("Bearer {}", "a".repeat(STATIC_TOKEN_BYTES)))?;
-    let runtime = one_thread()?;
-    let local = tokio::task::LocalSet::new();
-    local.block_on(&runtime, async {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build_local(tokio::runtime::LocalOptions::default())?;
+    runtime.block_on(async {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         println!("{}", listener.local_addr()?);
         std::io::stdout().flush()?;
@@ -462,19 +463,25 @@ fn compare_in(agent: &Path, directory: &Path) -> Fallible<()> {
     let agent = spawn_agent(agent, directory)?;
     let runtime = one_thread()?;
     let (mut of_bare, mut of_agent) = (Measured::default(), Measured::default());
+    let mut ratios = Vec::new();
     runtime.block_on(async {
         // One round each to warm up; then in turns, so that the machine's noise meets both alike.
         round(&bare, CONNECTIONS, Duration::from_secs(1)).await?;
         round(&agent, CONNECTIONS, Duration::from_secs(1)).await?;
         for _ in 0..ROUNDS {
-            of_bare.add(round(&bare, CONNECTIONS, ROUND).await?);
-            of_agent.add(round(&agent, CONNECTIONS, ROUND).await?);
+            let bare = round(&bare, CONNECTIONS, ROUND).await?;
+            let agent = round(&agent, CONNECTIONS, ROUND).await?;
+            ratios.push(agent.cpu_per_request() / bare.cpu_per_request());
+            of_bare.add(bare);
+            of_agent.add(agent);
         }
         Fallible::Ok(())
     })?;
     let served = SERVED_BY_AGENT.load(Ordering::Relaxed);
     let records = stop_and_count_records(agent, directory)?;
-    let ratio = of_agent.cpu_per_request() / of_bare.cpu_per_request();
+    ratios.sort_unstable_by(f64::total_cmp);
+    // Of the rounds' ratios the middle one: a neighbour on the machine spoils a round, not the figure.
+    let ratio = *ratios.get(ROUNDS / 2).ok_or("no rounds")?;
     println!(
         "HTTP to HTTP, {CONNECTIONS} connections, one core for the proxy, {ROUNDS} rounds of {ROUND:?} each in turn\n"
     );
@@ -492,14 +499,16 @@ fn compare_in(agent: &Path, directory: &Path) -> Fallible<()> {
             measured.percentile(0.99),
         );
     }
-    println!("\nratio of CPU per request: {ratio:.3} (must be at most {MOST})");
+    println!(
+        "\nratio of CPU per request: {ratio:.3} (must be at most {MOST}), the median of {ratios:.3?}"
+    );
     println!(
         "{}",
         serde_json::json!({
             "work": "http_to_http", "connections": CONNECTIONS,
             "bare_cpu_microseconds": of_bare.cpu_per_request(),
             "agent_cpu_microseconds": of_agent.cpu_per_request(),
-            "ratio": ratio, "must": MOST,
+            "ratio": ratio, "ratios": ratios, "must": MOST,
             "requests_served": served, "records_on_disk": records,
         })
     );

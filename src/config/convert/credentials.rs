@@ -34,7 +34,7 @@ impl Converter<'_> {
                         .map(|oauth| TokenSource::OauthClientCredentials(Box::new(oauth))),
                 };
                 Some(Arc::new(CredentialConfig {
-                    name: name?,
+                    name: name?.into(),
                     groups,
                     environment,
                     source: source?,
@@ -106,7 +106,7 @@ impl Converter<'_> {
             server: server?,
             client_id: client_id?,
             client_authentication: client_authentication?,
-            scopes,
+            scopes: scopes.into(),
             resources,
             audience,
             parameters,

@@ -24,7 +24,7 @@ impl Converter<'_> {
     ) -> Vec<Arc<Destination>> {
         let by_name: ByName<Arc<CredentialConfig>> = credentials
             .iter()
-            .map(|credential| (credential.name.clone(), Arc::clone(credential)))
+            .map(|credential| (credential.name.to_string(), Arc::clone(credential)))
             .collect();
         let mut names = HashMap::new();
         let mut destinations: Vec<Arc<Destination>> = Vec::new();
@@ -116,7 +116,7 @@ impl Converter<'_> {
             }
         }
         Some(Destination {
-            name: name?,
+            name: name?.into(),
             hosts,
             ports,
             scheme,
@@ -157,15 +157,8 @@ impl Converter<'_> {
             );
         }
         let globs = self.parse_all(Some(&written.value), text::path_pattern);
-        let mut compiled = globset::GlobSetBuilder::new();
-        for glob in &globs {
-            compiled.add(glob.clone());
-        }
-        match compiled.build() {
-            Ok(compiled) => Some(PathPatterns {
-                patterns: globs.iter().map(|glob| glob.glob().to_owned()).collect(),
-                compiled,
-            }),
+        match PathPatterns::new(&globs) {
+            Ok(patterns) => Some(patterns),
             Err(_) => {
                 self.error(
                     "invalid_path_pattern",
@@ -236,7 +229,7 @@ impl Converter<'_> {
                 }
             }
             uses.push(CredentialUse {
-                scopes: scopes.unwrap_or_else(|| source.scopes.clone()),
+                scopes: scopes.map_or_else(|| Arc::clone(&source.scopes), Arc::from),
                 credential: Arc::clone(credential),
                 inject,
             });

@@ -115,7 +115,7 @@ impl Converter<'_> {
                 };
                 let found = destinations
                     .iter()
-                    .find(|destination| destination.name == name.value);
+                    .find(|destination| *destination.name == name.value);
                 if found.is_none() && self.is_unknown(&name.value, &self.destination_names) {
                     let next = suggestion(
                         &name.value,

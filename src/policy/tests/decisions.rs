@@ -392,7 +392,7 @@ fn the_first_credential_that_is_permitted_is_used() {
             Decision::Allow(permission) => Ok(permission),
             Decision::Deny(denial) => Err(denial),
         }) {
-            Ok((_, _, credential_use)) => credential_use.unwrap().credential.name.clone(),
+            Ok((_, _, credential_use)) => credential_use.unwrap().credential.name.to_string(),
             Err(refused) => refused.unwrap().denial.kind.as_str().to_owned(),
         }
     };
@@ -425,8 +425,8 @@ fn a_grant_says_what_was_decided() {
         .decide(&workload, &fixture.inject("orders-api", &scopes, &request))
         .unwrap();
     assert_eq!(grant.action(), Action::Inject);
-    assert_eq!(grant.credential().unwrap().name, "orders-api");
-    assert_eq!(grant.destination().unwrap().name, "orders");
+    assert_eq!(&*grant.credential().unwrap().name, "orders-api");
+    assert_eq!(&*grant.destination().unwrap().name, "orders");
     assert_eq!(**grant.scopes(), scopes);
     assert_eq!(grant.audience(), None);
     assert_eq!(grant.max_lifetime(), Some(Duration::from_secs(600)));

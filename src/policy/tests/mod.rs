@@ -117,7 +117,7 @@ impl Fixture {
         self.config
             .credentials
             .iter()
-            .find(|credential| credential.name == name)
+            .find(|credential| &*credential.name == name)
             .unwrap()
     }
 
@@ -125,7 +125,7 @@ impl Fixture {
         self.config
             .destinations
             .iter()
-            .find(|destination| destination.name == name)
+            .find(|destination| &*destination.name == name)
             .unwrap()
     }
 
@@ -133,14 +133,15 @@ impl Fixture {
     pub(super) fn inject<'a>(
         &'a self,
         credential: &str,
-        scopes: &'a [String],
+        scopes: &[String],
         request: &'a Arc<EgressRequest>,
     ) -> Question<'a> {
         Question {
             action: Action::Inject,
             resource: Resource::Credential {
                 credential: self.credential(credential),
-                scopes,
+                // A question borrows; what a test asks for may stay for ever.
+                scopes: Box::leak(Box::new(Arc::from(scopes))),
                 audience: None,
             },
             destination: Some(self.destination("orders")),

@@ -80,27 +80,9 @@ fn is_sound(config: &Config) {
             "a name stands twice: {names:?}"
         );
     };
-    names(
-        config
-            .listeners
-            .iter()
-            .map(|one| one.name.as_str())
-            .collect(),
-    );
-    names(
-        config
-            .credentials
-            .iter()
-            .map(|one| one.name.as_str())
-            .collect(),
-    );
-    names(
-        config
-            .destinations
-            .iter()
-            .map(|one| one.name.as_str())
-            .collect(),
-    );
+    names(config.listeners.iter().map(|one| &*one.name).collect());
+    names(config.credentials.iter().map(|one| &*one.name).collect());
+    names(config.destinations.iter().map(|one| &*one.name).collect());
     for listener in &config.listeners {
         if let ListenerKind::Gateway { destination } = &listener.kind {
             assert!(

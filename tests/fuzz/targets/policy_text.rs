@@ -195,7 +195,7 @@ fn decide(engine: &PolicyEngine) -> Vec<Decision> {
     } = &*FIXTURE;
     let injected = Resource::Credential {
         credential,
-        scopes: &credential_scopes()[..1],
+        scopes: asked_scopes(),
         audience: None,
     };
     let mut decisions = Vec::new();
@@ -220,9 +220,8 @@ fn decide(engine: &PolicyEngine) -> Vec<Decision> {
     decisions
 }
 
-fn credential_scopes() -> &'static [String] {
-    static SCOPES: LazyLock<Vec<String>> =
-        LazyLock::new(|| vec!["orders.read".to_owned(), "orders.write".to_owned()]);
+fn asked_scopes() -> &'static Arc<[String]> {
+    static SCOPES: LazyLock<Arc<[String]>> = LazyLock::new(|| ["orders.read".to_owned()].into());
     &SCOPES
 }
 

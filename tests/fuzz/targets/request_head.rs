@@ -190,7 +190,7 @@ impl Agent {
         let Ok((grant, _, _)) = first_permitted(questions, decide) else {
             return Ok(None);
         };
-        let request = Request::from_parts(head, body);
+        let request = Box::new(Request::from_parts(head, body));
         if grant.action() == Action::Connect {
             let sent = pass(&grant, request, &self.snapshot, wall)?;
             return Ok(Some((sent, None)));
@@ -269,7 +269,7 @@ fn is_covered(destination: &Destination, asked: &EgressRequest, uri: &Uri) {
             .any(|host| host == asked.target.host())
     );
     assert!(destination.ports.contains(&asked.target.port()));
-    if destination.name == "orders" && asked.method != Method::CONNECT {
+    if &*destination.name == "orders" && asked.method != Method::CONNECT {
         assert!(
             uri.path().starts_with("/v1/") || uri.path().contains('%'),
             "{uri}"
