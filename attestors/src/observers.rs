@@ -33,7 +33,7 @@ struct Pool {
     state: Mutex<State>,
     arrived: Condvar,
     /// To the one thread that makes threads: a thread has the confinement of the one that made it.
-    nursery: mpsc::Sender<Birth>,
+    maker: mpsc::Sender<NewThread>,
 }
 
 #[derive(Default)]
@@ -43,7 +43,7 @@ struct State {
     threads: usize,
 }
 
-enum Birth {
+enum NewThread {
     Observer,
     Named(String, Job, mpsc::Sender<io::Result<()>>),
 }
@@ -106,29 +106,29 @@ pub fn spawn(name: String, task: impl FnOnce() + Send + 'static) -> io::Result<(
         return std::thread::Builder::new().name(name).spawn(task).map(drop);
     };
     let (made, outcome) = mpsc::channel();
-    pool.nursery
-        .send(Birth::Named(name, Box::new(task), made))
+    pool.maker
+        .send(NewThread::Named(name, Box::new(task), made))
         .map_err(|_| io::Error::other("the thread that makes threads is gone"))?;
     outcome.recv().map_err(io::Error::other)?
 }
 
 impl Pool {
     fn start(prepare: impl FnOnce() + Send + 'static) -> io::Result<Arc<Self>> {
-        let (nursery, births) = mpsc::channel();
+        let (maker, wanted) = mpsc::channel();
         let pool = Arc::new(Self {
             state: Mutex::default(),
             arrived: Condvar::new(),
-            nursery,
+            maker,
         });
         let own = Arc::clone(&pool);
         let (ready, is_ready) = mpsc::channel();
         std::thread::Builder::new()
-            .name("nursery".to_owned())
+            .name("maker".to_owned())
             .spawn(move || {
                 prepare();
                 let _ = ready.send(());
-                for birth in births {
-                    own.give_birth(birth);
+                for thread in wanted {
+                    own.make(thread);
                 }
             })?;
         is_ready.recv().map_err(io::Error::other)?;
@@ -143,19 +143,19 @@ impl Pool {
         } else if state.threads < MOST_OBSERVERS {
             state.threads += 1;
             // It lives as long as the process.
-            let _ = self.nursery.send(Birth::Observer);
+            let _ = self.maker.send(NewThread::Observer);
         }
     }
 
-    fn give_birth(self: &Arc<Self>, birth: Birth) {
+    fn make(self: &Arc<Self>, thread: NewThread) {
         let looks_itself = |task: Job| {
             move || {
                 LOOKS_ITSELF.set(true);
                 task();
             }
         };
-        match birth {
-            Birth::Observer => {
+        match thread {
+            NewThread::Observer => {
                 let pool = Arc::clone(self);
                 let made = std::thread::Builder::new()
                     .name("observer".to_owned())
@@ -164,7 +164,7 @@ impl Pool {
                     self.state().threads -= 1;
                 }
             }
-            Birth::Named(name, task, outcome) => {
+            NewThread::Named(name, task, outcome) => {
                 let made = std::thread::Builder::new()
                     .name(name)
                     .spawn(looks_itself(task));

@@ -435,7 +435,7 @@ async fn no_thread_keeps_what_it_does_not_need_and_callers_are_attested_all_the_
     let mut kinds = BTreeMap::new();
     for (name, numbers) in &threads {
         let kind = name.split('-').next().unwrap().to_owned();
-        let (observes, serves) = (kind == "observer" || kind == "nursery", kind == "data");
+        let (observes, serves) = (kind == "observer" || kind == "maker", kind == "data");
         let kept = match (observes, serves) {
             (true, _) => SYS_PTRACE | DAC_READ_SEARCH,
             (_, true) => SYS_PTRACE,
@@ -458,7 +458,7 @@ async fn no_thread_keeps_what_it_does_not_need_and_callers_are_attested_all_the_
     }
     for kind in [
         "data",
-        "nursery",
+        "maker",
         "observer",
         "control",
         "audit",
