@@ -2,6 +2,7 @@
 //! evidence of the caller and hands the connection to the least-loaded data worker.
 
 pub mod interim;
+pub mod linger;
 pub mod patience;
 pub mod serve;
 pub mod sniff;

@@ -17,6 +17,7 @@ use tokio::time::timeout;
 use tokio_rustls::LazyConfigAcceptor;
 
 use super::interim::{Interim, WithInterim};
+use super::linger::Lingering;
 use super::sniff::{Protocol, sniff};
 use crate::config::Scheme;
 use crate::connection::{Caller, Connection, Entry, Tunnel};
@@ -238,6 +239,7 @@ where
             }
         }
     } else {
+        let io = Lingering::new(io, Arc::clone(&worker.agent));
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(head_timeout)

@@ -1,9 +1,13 @@
 //! What is refused, how it is said, and that the origin saw nothing of it.
 
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
 use crate::support::counts::reached;
 use crate::support::origin::Origin;
 use crate::support::puppet::Puppet;
-use crate::support::raw::{exchange, open_tunnel};
+use crate::support::raw::{exchange, open_tunnel, read_response};
 use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World};
 
 /// One head, its status and its code.
@@ -355,4 +359,36 @@ async fn what_the_destination_says_is_passed_on() {
         );
     }
     world.good().await;
+}
+
+/// A caller that is refused in the middle of what it sends can send the rest, and reads the answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_answer_arrives_though_the_caller_goes_on_sending() {
+    let world = World::start().await;
+    world.good().await;
+    let upload = "Host: plain.example.test\r\nContent-Length: 524288\r\n\r\n";
+    let denied = format!("DELETE http://plain.example.test/v1/orders HTTP/1.1\r\n{upload}");
+    let elsewhere = format!("POST http://plain.example.test/v2/orders HTTP/1.1\r\n{upload}");
+    let many_lines = format!(
+        "GET http://plain.example.test/v1/orders HTTP/1.1\r\n{}",
+        "X: a\r\n".repeat(200)
+    );
+    let mut arrived = 0;
+    for (head, status) in [(denied, 403), (elsewhere, 403), (many_lines, 431)] {
+        let mut io = tokio::net::TcpStream::connect(world.address("proxy"))
+            .await
+            .unwrap();
+        io.write_all(head.as_bytes()).await.unwrap();
+        for _ in 0..8 {
+            io.write_all(&[b'x'; 64 * 1024]).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        read_response(&mut io).await.expect(status);
+        io.shutdown().await.unwrap();
+        assert_eq!(io.read(&mut [0]).await.unwrap(), 0);
+        arrived += 1;
+    }
+    assert!(world.plain_api.seen().is_empty());
+    world.good().await;
+    reached("answers_arrived", arrived);
 }
