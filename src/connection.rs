@@ -3,7 +3,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use countersign_attestors::evidence::EvidenceError;
@@ -94,6 +94,7 @@ pub struct Caller {
     attestation: RefCell<Rc<Result<ConnectionAttestation, EvidenceError>>>,
     catalog: RefCell<Arc<Catalog>>,
     session: RefCell<Option<Session>>,
+    known: Arc<Mutex<Option<Known>>>,
     /// Held until the first session, which counts for its identity.
     place: RefCell<Option<Place>>,
     /// Set when the attestation ended: the connection closes.
@@ -113,6 +114,15 @@ pub struct Session {
     _connection: Rc<Held>,
 }
 
+/// The last session of a connection, for what refuses its unreadable heads.
+#[derive(Debug)]
+pub struct Known {
+    /// What request records refer to.
+    pub session: SessionId,
+    /// The workload in few words.
+    pub summary: Arc<str>,
+}
+
 impl Caller {
     /// A caller whose kernel evidence was attested under `catalog`, and who has `place` until more is
     /// known.
@@ -125,9 +135,15 @@ impl Caller {
             attestation: RefCell::new(Rc::new(attestation)),
             catalog: RefCell::new(catalog),
             session: RefCell::new(None),
+            known: Arc::default(),
             place: RefCell::new(Some(place)),
             ended: Cell::new(false),
         })
+    }
+
+    /// The session of the last request, if there was one.
+    pub fn known(&self) -> Arc<Mutex<Option<Known>>> {
+        Arc::clone(&self.known)
     }
 
     /// Whether the process at the other end still is what was attested. A few hundred nanoseconds.
@@ -214,6 +230,10 @@ impl Caller {
                 valid_until: workload.valid_until(),
             })))
             .map_err(|_| audit_refusal())?;
+        *self.known.lock().unwrap_or_else(PoisonError::into_inner) = Some(Known {
+            session: session.id,
+            summary: Arc::clone(&session.summary),
+        });
         *self.session.borrow_mut() = Some(session.clone());
         self.place.take();
         Ok(session)

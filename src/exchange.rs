@@ -9,8 +9,8 @@ use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 
 use crate::agent::Agent;
-use crate::audit::record::{AskedAndGranted, DecisionReference, TokenReference};
-use crate::audit::{Decided, Latency, Obtained, Record, RequestRecord};
+use crate::audit::record::{CALLER_LEFT, DecisionReference, TokenReference};
+use crate::audit::{Decided, Obtained, Record, RequestRecord};
 use crate::config::Destination;
 use crate::connection::Connection;
 use crate::credentials::{self, Credential};
@@ -25,9 +25,6 @@ use crate::request_id::{RequestId, TraceContext};
 use crate::snapshot::Snapshot;
 use crate::streams::{RequestBody, ResponseBody};
 use crate::telemetry::metrics::DestinationMetrics;
-
-/// A caller that went away before the response head.
-const CALLER_LEFT: &str = "caller_left";
 
 /// What is known of a request so far.
 pub struct Exchange {
@@ -55,29 +52,16 @@ impl Exchange {
         let agent = Arc::clone(&connection.worker.agent);
         let time = agent.clock.wall();
         let request_id = RequestId::new(time);
-        let record = RequestRecord {
+        let mut record = RequestRecord::begun(
             time,
             request_id,
-            trace_id: TraceContext::from_headers(request.headers())
-                .as_ref()
-                .map(TraceContext::trace_id),
-            session: None,
-            workload: None,
-            listener: Arc::clone(&connection.entry.listener),
-            destination: None,
-            asked: None,
-            method: request.method().clone(),
-            protocol: request.version(),
-            status: StatusCode::OK,
-            decision: None,
-            credential: None,
-            asked_and_granted: AskedAndGranted::default(),
-            token: None,
-            outcome: CALLER_LEFT,
-            internal: None,
-            latency: Latency::default(),
-            attempts: 0,
-        };
+            Arc::clone(&connection.entry.listener),
+            Some(request.method().clone()),
+            request.version(),
+        );
+        record.trace_id = TraceContext::from_headers(request.headers())
+            .as_ref()
+            .map(TraceContext::trace_id);
         Self {
             request_id,
             began_at: agent.clock.monotonic(),

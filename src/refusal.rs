@@ -131,6 +131,12 @@ refusal_codes! {
     /// The request cannot be read in one way only.
     MalformedRequest = BAD_REQUEST, "malformed_request", "http_request_error", None,
         "send a well-formed HTTP request with one authority";
+    /// The request's target is longer than the agent reads.
+    UriTooLong = URI_TOO_LONG, "uri_too_long", "http_request_error", None,
+        "send a shorter path and query";
+    /// The head has more lines or bytes than the agent reads.
+    HeadTooLarge = REQUEST_HEADER_FIELDS_TOO_LARGE, "head_too_large", "http_request_error", None,
+        "send fewer or shorter header fields";
     /// The path reads differently raw and decoded, where a policy reads the path.
     AmbiguousPath = BAD_REQUEST, "ambiguous_path", "http_request_error", None,
         "send the path without encoded slashes, dot segments or empty segments";

@@ -59,7 +59,11 @@ impl Target {
             )
         };
         if authority.contains('@') {
-            return Err(malformed("contains user information"));
+            // Not quoted: it may be a password.
+            return Err(Refusal::new(
+                RefusalCode::MalformedRequest,
+                "the authority contains user information",
+            ));
         }
         let (host, port) = match authority.strip_prefix('[') {
             Some(rest) => {

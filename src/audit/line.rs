@@ -140,7 +140,7 @@ fn append_request(record: &RequestRecord, line: &mut Object<'_>) {
         line.text("scheme", asked.scheme.as_str());
         line.plain("authority", &asked.target);
     }
-    line.text("method", record.method.as_str());
+    line.text_if_any("method", record.method.as_ref().map(http::Method::as_str));
     if let Some(asked) = &record.asked {
         line.text("path", asked.path.as_sent());
     }

@@ -187,8 +187,8 @@ pub struct RequestRecord {
     /// What was asked; `None` when the head could not be read. The query is not recorded, for it may
     /// hold secrets.
     pub asked: Option<Arc<EgressRequest>>,
-    /// The method.
-    pub method: Method,
+    /// The method; `None` when the head could not be read.
+    pub method: Option<Method>,
     /// The protocol spoken with the caller.
     pub protocol: Version,
     /// The status answered.
@@ -210,6 +210,42 @@ pub struct RequestRecord {
     /// How many times it was sent to the destination.
     pub attempts: u8,
 }
+
+impl RequestRecord {
+    /// The record of a request of which no more is known yet; as it stands it says that the caller left.
+    pub fn begun(
+        time: SystemTime,
+        request_id: RequestId,
+        listener: Arc<str>,
+        method: Option<Method>,
+        protocol: Version,
+    ) -> Self {
+        Self {
+            time,
+            request_id,
+            trace_id: None,
+            session: None,
+            workload: None,
+            listener,
+            destination: None,
+            asked: None,
+            method,
+            protocol,
+            status: StatusCode::OK,
+            decision: None,
+            credential: None,
+            asked_and_granted: AskedAndGranted::default(),
+            token: None,
+            outcome: CALLER_LEFT,
+            internal: None,
+            latency: Latency::default(),
+            attempts: 0,
+        }
+    }
+}
+
+/// The outcome of a request whose caller went away before the response head.
+pub const CALLER_LEFT: &str = "caller_left";
 
 /// A token handed out by the workload API, or refused.
 #[derive(Debug, Clone)]

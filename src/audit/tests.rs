@@ -57,7 +57,7 @@ fn request() -> RequestRecord {
         listener: "workloads".into(),
         destination: Some("orders".into()),
         asked: asked("GET https://orders.countersign.test/v1/orders?key=never-recorded"),
-        method: Method::GET,
+        method: Some(Method::GET),
         protocol: Version::HTTP_2,
         status: StatusCode::OK,
         decision: Some(DecisionReference {
@@ -93,7 +93,7 @@ fn request() -> RequestRecord {
 
 fn denied() -> RequestRecord {
     RequestRecord {
-        method: Method::DELETE,
+        method: Some(Method::DELETE),
         asked: asked("DELETE https://orders.countersign.test/v1/orders/7"),
         status: StatusCode::FORBIDDEN,
         decision: Some(DecisionReference {

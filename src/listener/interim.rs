@@ -1,7 +1,8 @@
-//! Interim responses (RFC 9110 section 15.2) of a destination, passed on to an HTTP/1.1 caller.
+//! What an HTTP/1.1 caller is sent beside the server's own final responses: interim responses (RFC 9110
+//! section 15.2) of a destination, and a refusal of ours where the server would send its bare answer to
+//! a head that it cannot read.
 //!
-//! The server sends final responses only, so they are written around it: before its next byte, and
-//! never in the middle of what it writes.
+//! They are written around the server: before its next byte, and never in the middle of what it writes.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -12,6 +13,7 @@ use http::{HeaderMap, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::inject::strip_hop_by_hop;
+use crate::listener::unreadable::Unreadable;
 
 /// More than this of interim responses that wait for one caller is dropped.
 const MAXIMUM_WAITING: usize = 64 * 1024;
@@ -27,12 +29,23 @@ struct State {
     written: usize,
     /// The server has begun to write bytes of which some are left.
     midway: bool,
+    /// How many requests the service was asked of which the server has not had the whole response.
+    owed: usize,
+    /// A response was owed, and the server has not flushed since.
+    unflushed: bool,
+    /// The connection is no longer the server's: an upgrade or a tunnel has it.
+    handed_over: bool,
     connection: Option<Waker>,
 }
 
 impl Interim {
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the connection is no longer the server's.
+    pub fn is_handed_over(&self) -> bool {
+        self.state().handed_over
     }
 
     /// Passes an interim response on. 100 is the server's own to send, and 101 is not interim.
@@ -60,23 +73,54 @@ impl Interim {
             connection.wake();
         }
     }
+}
 
-    /// The final response is next: what could not be written before it never will be.
-    pub fn settle(&self) {
-        let mut state = self.state();
+/// The response that a request is owed, until the server has had the whole of it.
+#[derive(Debug)]
+pub struct Owed(Arc<Interim>);
+
+impl Owed {
+    /// One more is owed on a connection.
+    pub fn on(interim: &Arc<Interim>) -> Self {
+        let mut state = interim.state();
+        state.owed += 1;
+        state.unflushed = true;
+        Self(Arc::clone(interim))
+    }
+
+    /// The final response is next: what could not be written before it never will be. After one that
+    /// changes the protocol nothing is the server's to write.
+    pub fn settle(&self, changes_protocol: bool) {
+        let mut state = self.0.state();
+        state.handed_over |= changes_protocol;
         if state.midway && state.written == 0 {
             state.waiting.clear();
         }
     }
 }
 
-/// A caller's connection, into which interim responses are written.
-#[derive(Debug)]
+impl Drop for Owed {
+    fn drop(&mut self) {
+        self.0.state().owed -= 1;
+    }
+}
+
+impl State {
+    /// Whether what the server begins to write answers nothing that the service was asked: its buffer
+    /// was empty, and no response is owed. Then it is what it says of a head that it cannot read.
+    fn is_unasked(&self) -> bool {
+        self.owed == 0 && !self.unflushed && !self.handed_over && !self.midway
+    }
+}
+
+/// A caller's connection, into which is written what does not come from the server.
 pub struct WithInterim<Io> {
     /// The connection.
     pub io: Io,
     /// What waits for it.
     pub interim: Arc<Interim>,
+    /// Refuses what the server cannot read.
+    pub unreadable: Unreadable,
 }
 
 impl<Io: AsyncWrite + Unpin> WithInterim<Io> {
@@ -101,10 +145,20 @@ impl<Io: AsyncWrite + Unpin> WithInterim<Io> {
     fn poll_server_write(
         &mut self,
         context: &mut Context<'_>,
+        first: &[u8],
         length: usize,
         write: impl FnOnce(Pin<&mut Io>, &mut Context<'_>) -> Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
-        if !self.interim.state().midway {
+        let (is_unasked, midway) = {
+            let state = self.interim.state();
+            (state.is_unasked(), state.midway)
+        };
+        if is_unasked {
+            let answer = self.unreadable.answer(first);
+            self.interim.state().waiting.extend_from_slice(&answer);
+            return Poll::Ready(Ok(length));
+        }
+        if !midway {
             ready!(self.poll_drain(context))?;
         }
         let written = ready!(write(Pin::new(&mut self.io), context))?;
@@ -129,7 +183,7 @@ impl<Io: AsyncWrite + Unpin> AsyncWrite for WithInterim<Io> {
         context: &mut Context<'_>,
         buffer: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.poll_server_write(context, buffer.len(), |io, context| {
+        self.poll_server_write(context, buffer, buffer.len(), |io, context| {
             io.poll_write(context, buffer)
         })
     }
@@ -140,7 +194,9 @@ impl<Io: AsyncWrite + Unpin> AsyncWrite for WithInterim<Io> {
         buffers: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let length = buffers.iter().map(|buffer| buffer.len()).sum();
-        self.poll_server_write(context, length, |io, context| {
+        let first = buffers.iter().find(|buffer| !buffer.is_empty());
+        let first = first.map_or(&[][..], |buffer| buffer);
+        self.poll_server_write(context, first, length, |io, context| {
             io.poll_write_vectored(context, buffers)
         })
     }
@@ -154,6 +210,7 @@ impl<Io: AsyncWrite + Unpin> AsyncWrite for WithInterim<Io> {
         {
             let mut state = self.interim.state();
             state.midway = false;
+            state.unflushed = state.owed > 0;
             match &state.connection {
                 Some(waker) if waker.will_wake(context.waker()) => {}
                 _ => state.connection = Some(context.waker().clone()),
@@ -164,6 +221,9 @@ impl<Io: AsyncWrite + Unpin> AsyncWrite for WithInterim<Io> {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !self.interim.state().midway {
+            ready!(self.poll_drain(context))?;
+        }
         Pin::new(&mut self.io).poll_shutdown(context)
     }
 }

@@ -13,6 +13,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
 
 use crate::agent::Agent;
+use crate::listener::interim::Interim;
 
 /// How long the rest of what a caller sends is read and thrown away.
 const LONGEST: Duration = Duration::from_secs(2);
@@ -23,6 +24,7 @@ const MOST_BYTES: usize = 1024 * 1024;
 pub struct Lingering<Io> {
     io: Io,
     agent: Arc<Agent>,
+    interim: Arc<Interim>,
     caller_ended: bool,
     waiting: Option<Waiting>,
 }
@@ -33,14 +35,20 @@ struct Waiting {
 }
 
 impl<Io> Lingering<Io> {
-    /// Wraps a connection of an agent, which waits for nobody once it drains.
-    pub fn new(io: Io, agent: Arc<Agent>) -> Self {
+    /// Wraps a connection of an agent, which waits for nobody once it drains, nor where the connection
+    /// became a tunnel's: then what the caller sends is the tunnel's to read.
+    pub fn new(io: Io, agent: Arc<Agent>, interim: Arc<Interim>) -> Self {
         Self {
             io,
             agent,
+            interim,
             caller_ended: false,
             waiting: None,
         }
+    }
+
+    fn waits(&self) -> bool {
+        !self.caller_ended && !self.interim.is_handed_over() && !*self.agent.draining.borrow()
     }
 }
 
@@ -95,7 +103,7 @@ impl<Io: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Lingering<Io> {
             }
         };
         let mut bytes = [0; 4096];
-        while !this.caller_ended && waiting.bytes_left > 0 && !*this.agent.draining.borrow() {
+        while this.waits() && waiting.bytes_left > 0 {
             let mut buffer = ReadBuf::new(&mut bytes);
             let read = Pin::new(&mut *this).poll_read(context, &mut buffer);
             if read.is_pending() && waiting.deadline.as_mut().poll(context).is_pending() {

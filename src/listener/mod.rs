@@ -6,6 +6,7 @@ pub mod linger;
 pub mod patience;
 pub mod serve;
 pub mod sniff;
+pub mod unreadable;
 pub mod workload_api;
 
 use std::io;
@@ -20,6 +21,7 @@ use std::time::Duration;
 
 use countersign_attestors::evidence::EvidenceError;
 use countersign_attestors::{Catalog, ConnectionAttestation, PeerEvidence, observers};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::runtime::LocalOptions;
 use tokio::sync::mpsc;
@@ -37,6 +39,21 @@ use crate::streams::CutReason;
 const SWEEP: Duration = Duration::from_millis(250);
 /// How long accepting pauses when descriptors have run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Lets this process have as many descriptors as it may: every connection is one, and every
+/// connection to a destination. What distributions start services with is for programs that use
+/// `select`.
+///
+/// # Errors
+/// The kernel's words.
+pub fn allow_many_connections() -> io::Result<()> {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    Ok(setrlimit(Resource::Nofile, raised)?)
+}
 
 /// A bound listener, not yet accepting.
 pub enum BoundListener {

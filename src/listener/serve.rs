@@ -2,12 +2,15 @@
 
 use std::cell::Cell;
 use std::convert::Infallible;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http::Request;
-use hyper::body::Incoming;
+use bytes::Bytes;
+use http::{Method, Request, StatusCode};
+use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper::upgrade::Upgraded;
@@ -16,15 +19,16 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 use tokio_rustls::LazyConfigAcceptor;
 
-use super::interim::{Interim, WithInterim};
+use super::interim::{Interim, Owed, WithInterim};
 use super::linger::Lingering;
 use super::sniff::{Protocol, sniff};
+use super::unreadable::Unreadable;
 use crate::config::Scheme;
 use crate::connection::{Caller, Connection, Entry, Tunnel};
 use crate::local::LocalExecutor;
 use crate::proxy::{Worker, answer};
 use crate::request::Target;
-use crate::streams::{CutReason, Permission, Stream};
+use crate::streams::{BodyError, CutReason, Permission, ResponseBody, Stream};
 use crate::tls::ALPN_HTTP2;
 use crate::tls::interception::Offer;
 use countersign_attestors::PresentedToken;
@@ -36,6 +40,9 @@ const MAXIMUM_HEADER_LIST: u32 = 64 * 1024;
 const MAXIMUM_STREAMS: u32 = 250;
 /// How long an HTTP/2 connection may be idle.
 const CONNECTION_IDLE: Duration = Duration::from_secs(3600);
+
+/// How long a connection that was cut may take to end in good order. What is open on it is cut by itself.
+const FAREWELL: Duration = Duration::from_secs(5);
 
 /// Serves an accepted connection until it closes.
 pub async fn serve_connection<Io>(worker: Rc<Worker>, entry: Entry, caller: Rc<Caller>, io: Io)
@@ -198,7 +205,9 @@ where
     let worker = Rc::clone(&connection.worker);
     let head_timeout = connection.entry.head_timeout;
     let interim = connection.interim.clone().unwrap_or_default();
-    let stream = Stream::new(CONNECTION_IDLE);
+    let unreadable = Unreadable::of(&connection);
+    // Whoever asks nothing keeps no place for long, an HTTP/2 connection with its preface neither.
+    let stream = Stream::new(head_timeout);
     worker.open_streams.watch(
         &stream,
         Rc::new(CallerLives {
@@ -209,14 +218,16 @@ where
         let stream = Rc::clone(&stream);
         service_fn(move |request: Request<Incoming>| {
             stream.touch();
+            stream.may_idle(CONNECTION_IDLE);
             let connection = Rc::clone(&connection);
             async move {
-                let interim = connection.interim.clone();
+                let owed = connection.interim.as_ref().map(Owed::on);
+                let is_connect = request.method() == Method::CONNECT;
                 let response = answer(connection, request).await;
-                if let Some(interim) = interim {
-                    interim.settle();
+                if let Some(owed) = &owed {
+                    owed.settle(changes_protocol(is_connect, response.status()));
                 }
-                Ok::<_, Infallible>(response)
+                Ok::<_, Infallible>(response.map(|body| OwedBody { body, _owed: owed }))
             }
         })
     };
@@ -233,30 +244,80 @@ where
         tokio::select! {
             biased;
             ended = served.as_mut() => ended,
-            _ = &mut until_cut => {
+            reason = &mut until_cut => {
                 served.as_mut().graceful_shutdown();
-                served.await
+                take_leave(reason, served).await
             }
         }
     } else {
-        let io = Lingering::new(io, Arc::clone(&worker.agent));
+        let io = WithInterim {
+            io: Lingering::new(io, Arc::clone(&worker.agent), Arc::clone(&interim)),
+            interim,
+            unreadable,
+        };
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(head_timeout)
             .half_close(true)
-            .serve_connection(TokioIo::new(WithInterim { io, interim }), service)
+            .serve_connection(TokioIo::new(io), service)
             .with_upgrades();
         tokio::pin!(served);
         tokio::select! {
             biased;
             ended = served.as_mut() => ended,
-            _ = &mut until_cut => {
+            reason = &mut until_cut => {
                 served.as_mut().graceful_shutdown();
-                served.await
+                take_leave(reason, served).await
             }
         }
     };
     if let Err(error) = ended {
         tracing::debug!(%error, "a workload's connection ended");
+    }
+}
+
+/// Lets a connection that was asked to end do so: one that is cut not for longer than [`FAREWELL`], for
+/// a caller that reads nothing and answers nothing would keep it.
+async fn take_leave(
+    reason: CutReason,
+    served: impl Future<Output = hyper::Result<()>>,
+) -> hyper::Result<()> {
+    match reason {
+        CutReason::ShuttingDown => served.await,
+        CutReason::PermissionEnded | CutReason::NoResponse | CutReason::Idle => {
+            timeout(FAREWELL, served).await.unwrap_or(Ok(()))
+        }
+    }
+}
+
+/// Whether the connection is a tunnel's or another protocol's after a response (RFC 9110 sections 7.8
+/// and 9.3.6).
+fn changes_protocol(is_connect: bool, status: StatusCode) -> bool {
+    status == StatusCode::SWITCHING_PROTOCOLS || (is_connect && status.is_success())
+}
+
+/// A response's body, which is owed to the caller until the server drops it.
+struct OwedBody {
+    body: ResponseBody,
+    _owed: Option<Owed>,
+}
+
+impl Body for OwedBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }

@@ -392,3 +392,69 @@ async fn the_answer_arrives_though_the_caller_goes_on_sending() {
     world.good().await;
     reached("answers_arrived", arrived);
 }
+
+/// What the HTTP parser refuses is a refusal like every other: code, request id, and one record, which
+/// names the workload where it is known.
+#[tokio::test(flavor = "multi_thread")]
+async fn heads_that_cannot_be_read_are_refused_and_recorded() {
+    const GOOD: &str =
+        "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
+    let world = World::start().await;
+    world.good().await;
+    let proxy = world.address("proxy").to_string();
+    let gateway = world.address("gateway").to_string();
+    let many_lines = format!("GET /v1/orders HTTP/1.1\r\n{}\r\n", "X: a\r\n".repeat(200));
+    let long = format!("GET /{} HTTP/1.1\r\n\r\n", "a".repeat(70_000));
+    let rows = [
+        (&proxy, "nonsense\r\n\r\n", 400, "malformed_request"),
+        (
+            &proxy,
+            "GET / HTTP/1.1\r\nX : a\r\n\r\n",
+            400,
+            "malformed_request",
+        ),
+        (&proxy, &many_lines, 431, "head_too_large"),
+        (&proxy, &long, 414, "uri_too_long"),
+        (&gateway, "GET / HTTP/9.9\r\n\r\n", 400, "malformed_request"),
+    ];
+    let mut refused = 0;
+    for (address, head, status, code) in rows {
+        let known = *address == proxy;
+        let mut io = tokio::net::TcpStream::connect(address).await.unwrap();
+        if known {
+            exchange(&mut io, GOOD).await.expect(200);
+        }
+        let answer = exchange(&mut io, head).await.expect(status);
+        assert_eq!(answer.code(), code, "{answer:#?}");
+        assert_eq!(answer.headers("connection"), ["close"]);
+        assert_eq!(answer.headers("proxy-status").len(), 1);
+        assert_eq!(io.read(&mut [0]).await.unwrap(), 0, "it is closed");
+        let id = answer.headers("countersign-request-id")[0].to_owned();
+        let records = world.audited_requests().await;
+        let of_it: Vec<_> = records
+            .iter()
+            .filter(|record| record["request_id"] == id.as_str())
+            .collect();
+        let [record] = of_it.as_slice() else {
+            panic!("{id} has {} records", of_it.len());
+        };
+        assert_eq!(record["outcome"], code);
+        assert_eq!(record["status"], status);
+        assert_eq!(record["decision"], "error");
+        assert_eq!(record["session"].is_string(), known, "{record}");
+        refused += 1;
+    }
+    let (code, count) = ("malformed_request", 3);
+    let metrics = world.app().agent().metrics.encode();
+    let line = format!("countersign_refusals_total{{code=\"{code}\"}} {count}\n");
+    assert!(metrics.contains(&line), "{metrics}");
+    // A password in the authority is not said again.
+    let mut io = tokio::net::TcpStream::connect(&proxy).await.unwrap();
+    let secret =
+        "GET http://me:s3cret@plain.example.test/ HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
+    let answer = exchange(&mut io, secret).await.expect(400);
+    assert!(!format!("{answer:?}").contains("s3cret"), "{answer:#?}");
+    assert_eq!(world.plain_api.seen().len(), 4, "the good ones only");
+    world.good().await;
+    reached("unreadable_heads", refused);
+}
