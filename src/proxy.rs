@@ -252,6 +252,7 @@ async fn forward(
     });
 
     for _ in 0..DECISIONS_PER_REQUEST {
+        stay_in_gateway(connection, &snapshot, &asked)?;
         let Permitted {
             verdict,
             destination,
@@ -326,6 +327,27 @@ async fn forward(
         "policies were replaced faster than the request could be decided",
     )
     .with_retry_after(Duration::from_secs(1)))
+}
+
+/// Refuses on a gateway what another destination at the same host covers.
+fn stay_in_gateway(
+    connection: &Connection,
+    snapshot: &Snapshot,
+    asked: &EgressRequest,
+) -> Result<(), Refusal> {
+    let Some(gateway) = &connection.entry.gateway else {
+        return Ok(());
+    };
+    match route(&snapshot.routes, asked) {
+        Route::Destination(other) if other.name != *gateway => Err(Refusal::new(
+            RefusalCode::DestinationNotConfigured,
+            format!(
+                "this gateway is for destination `{gateway}`, and `{}` is another's path",
+                crate::request::printable(asked.path.as_str()),
+            ),
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn credential_name(credential: &Credential) -> Option<&str> {

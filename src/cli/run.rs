@@ -14,6 +14,7 @@ use crate::config::Config;
 use crate::config::watch::Watcher;
 use crate::diagnostics::Diagnostics;
 use crate::hardening::{self, Needs};
+use crate::listener;
 use crate::telemetry;
 
 /// Runs the agent until a signal.
@@ -36,6 +37,9 @@ pub fn run(arguments: &RunArguments) -> ExitCode {
     if let Err(error) = telemetry::logs::init(&config.log) {
         let _ = writeln!(std::io::stderr(), "error: {error}");
         return ExitCode::from(EXIT_CONFIGURATION);
+    }
+    if let Err(error) = listener::allow_many_connections() {
+        tracing::warn!(%error, "the agent has as few descriptors as it was started with");
     }
     // Before there is another thread.
     hardening::confine(&Needs::of(&config));

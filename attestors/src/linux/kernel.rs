@@ -28,9 +28,10 @@ impl FileIdentity {
     }
 }
 
-/// Identifies the file at `path` below `directory`, following links (statx(2)).
+/// Identifies the file at `path` below `directory`, following links (statx(2)). Asks no server of a
+/// network file system, which would have whoever asks wait for it.
 pub(crate) fn identify(directory: BorrowedFd<'_>, path: &CStr) -> io::Result<FileIdentity> {
-    statx(directory, path, 0)
+    statx(directory, path, libc::AT_STATX_DONT_SYNC)
 }
 
 /// Identifies an open file (statx(2) with AT_EMPTY_PATH).
