@@ -25,6 +25,7 @@ mod raw_http;
 mod refusals;
 mod reloads;
 mod streams;
+mod upstreams;
 
 /// Not a test: what the harness starts this binary again for.
 #[test]

@@ -5,13 +5,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use countersign::dev::ServerCertificate;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 
 use super::raw::read_head;
 
-/// A running origin. It speaks HTTP/1.1, and serves requests without a body.
+/// A running origin. It speaks HTTP/1.1; a body whose length is given is read and forgotten, and what
+/// is sent otherwise is taken for another head.
 pub struct Origin {
     pub address: SocketAddr,
     heads: Arc<Mutex<Vec<String>>>,
@@ -26,7 +27,8 @@ impl Drop for Origin {
 }
 
 impl Origin {
-    /// Answers every head with what `answer` says of it, in parts that are flushed one by one.
+    /// Answers every head with what `answer` says of it, in parts that are flushed one by one. An empty
+    /// part closes the connection.
     pub async fn start(
         certificate: Option<&ServerCertificate>,
         answer: impl Fn(&str) -> Vec<String> + Send + Sync + 'static,
@@ -104,11 +106,26 @@ async fn serve(
             return;
         }
         seen.lock().unwrap().push(head.clone());
+        let mut body = vec![0; content_length(&head)];
+        if io.read_exact(&mut body).await.is_err() {
+            return;
+        }
         for part in answer(&head) {
+            if part.is_empty() {
+                let _ = io.shutdown().await;
+                return;
+            }
             if io.write_all(part.as_bytes()).await.is_err() || io.flush().await.is_err() {
                 return;
             }
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
     }
+}
+
+fn content_length(head: &str) -> usize {
+    head.lines()
+        .filter_map(|line| line.split_once(':'))
+        .find(|(name, _)| name.eq_ignore_ascii_case("content-length"))
+        .map_or(0, |(_, length)| length.trim().parse().unwrap())
 }

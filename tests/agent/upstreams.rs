@@ -1,0 +1,326 @@
+//! Destinations in trouble: what the caller is told, when, and what of the request reached them.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+
+use crate::support::counts::reached;
+use crate::support::origin::Origin;
+use crate::support::puppet::Puppet;
+use crate::support::raw::{exchange, open_tunnel, read_head};
+use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World};
+
+/// Of `timeouts` in these tests.
+const SHORT: Duration = Duration::from_millis(500);
+/// More than a busy machine takes, and much less than the default `timeouts`.
+const SOON: Duration = Duration::from_secs(20);
+
+const ANSWER: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+
+const TROUBLED: &str = r#"
+  - {name: full, hosts: [full.example.test], scheme: http, credentials: [{name: orders-api}], connect_to: "{full}", timeouts: {connect: 500ms}}
+  - {name: mute, hosts: [mute.example.test], credentials: [{name: orders-api}], ca_file: servers.pem, connect_to: "{mute}", timeouts: {connect: 500ms}}
+  - {name: silent, hosts: [silent.example.test], scheme: http, credentials: [{name: orders-api}], connect_to: "{silent}", timeouts: {connect: 500ms, response_headers: 500ms}}
+  - {name: refusing, hosts: [refusing.example.test], scheme: http, credentials: [{name: orders-api}], connect_to: "{refusing}"}
+  - {name: hanging-up, hosts: [hanging-up.example.test], credentials: [{name: orders-api}], ca_file: servers.pem, connect_to: "{hanging-up}"}
+  # No resolver has an address for it (RFC 6761 section 6.4); some take long to say so.
+  - {name: unresolved, hosts: [unresolved.invalid], scheme: http, credentials: [{name: orders-api}], timeouts: {connect: 1m}}
+  - {name: garbled, hosts: [garbled.example.test], scheme: http, credentials: [{name: orders-api}], connect_to: "{garbled}"}
+  - {name: closing, hosts: [closing.example.test], scheme: http, credentials: [{name: orders-api}], connect_to: "{closing}"}
+  - {name: broken, hosts: [broken.example.test], scheme: http, credentials: [{name: orders-api}], connect_to: "{broken}"}
+"#;
+
+/// A destination, what the caller is told of it, and how many requests reach it.
+struct Row {
+    host: &'static str,
+    status: u16,
+    code: &'static str,
+    arrive: usize,
+    waits: bool,
+}
+
+const fn row(host: &'static str, status: u16, code: &'static str, arrive: usize) -> Row {
+    Row {
+        host,
+        status,
+        code,
+        arrive,
+        waits: status == 504,
+    }
+}
+
+const ROWS: &[Row] = &[
+    row("http://full.example.test", 504, "upstream_timeout", 0),
+    row("https://mute.example.test", 504, "upstream_timeout", 0),
+    row("http://silent.example.test", 504, "upstream_timeout", 1),
+    row(
+        "http://refusing.example.test",
+        502,
+        "upstream_unreachable",
+        0,
+    ),
+    row(
+        "https://hanging-up.example.test",
+        502,
+        "upstream_unreachable",
+        0,
+    ),
+    row(
+        "http://unresolved.invalid",
+        502,
+        "upstream_name_unresolved",
+        0,
+    ),
+    row("http://garbled.example.test", 502, "upstream_protocol", 1),
+    row("http://closing.example.test", 502, "upstream_protocol", 1),
+    row("http://broken.example.test", 502, "upstream_protocol", 1),
+];
+
+/// A port at which nothing listens, and which nobody else gets.
+fn refusing() -> (TcpSocket, SocketAddr) {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    let address = socket.local_addr().unwrap();
+    (socket, address)
+}
+
+/// A port whose queue of connections is full, so that no further one is answered; with those in it.
+async fn full() -> (TcpListener, Vec<TcpStream>, SocketAddr) {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    let listener = socket.listen(1).unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut waiting = Vec::new();
+    while let Ok(connected) = tokio::time::timeout(SHORT, TcpStream::connect(address)).await {
+        waiting.push(connected.unwrap());
+    }
+    (listener, waiting, address)
+}
+
+/// Closes every connection at once.
+async fn hanging_up() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move { while listener.accept().await.is_ok() {} });
+    address
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destination_in_trouble_is_told_by_its_code() {
+    let mut world = World::servers().await;
+    let answers = |parts: &'static [&'static str]| {
+        Origin::start(None, move |_| {
+            parts.iter().map(|part| (*part).to_owned()).collect()
+        })
+    };
+    let (_listener, _waiting, full) = full().await;
+    let (_reserved, refusing) = refusing();
+    // The kernel completes the connection; nobody reads what is sent on it.
+    let mute = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let origins = [
+        ("silent", answers(&[]).await),
+        ("garbled", answers(&["SSH-2.0-OpenSSH_9.2p1\r\n\r\n"]).await),
+        ("closing", answers(&[""]).await),
+        (
+            "broken",
+            answers(&["HTTP/1.1 200 OK\r\ncontent-le", ""]).await,
+        ),
+    ];
+    for (name, origin) in &origins {
+        world.origins.push(((*name).to_owned(), origin.address));
+    }
+    for (name, address) in [
+        ("full", full),
+        ("mute", mute.local_addr().unwrap()),
+        ("refusing", refusing),
+        ("hanging-up", hanging_up().await),
+    ] {
+        world.origins.push((name.to_owned(), address));
+    }
+    world
+        .start_agent(&format!("{COMMON}{DESTINATIONS}{TROUBLED}"), POLICIES)
+        .await;
+    world.good().await;
+    let answers = join_all(ROWS.iter().map(|row| {
+        let (world, url) = (&world, format!("{}/", row.host));
+        async move {
+            let began = Instant::now();
+            (world.curl(&[&url]).await, began.elapsed())
+        }
+    }))
+    .await;
+    let records = world.audited_requests().await;
+    for (row, (answer, took)) in ROWS.iter().zip(&answers) {
+        let Row { host, code, .. } = row;
+        assert_eq!(
+            (answer.status, answer.code().as_str()),
+            (row.status, *code),
+            "{host}: {answer:#?}"
+        );
+        let details = format!("details=\"{code}\"");
+        let proxy_status = answer.header("proxy-status").unwrap();
+        assert!(proxy_status.contains(&details), "{host}: {proxy_status}");
+        if row.waits {
+            assert!((SHORT..SOON).contains(took), "{host}: took {took:?}");
+        }
+        let request_id = answer.header("countersign-request-id").unwrap();
+        let record = records
+            .iter()
+            .find(|record| record["request_id"] == request_id)
+            .unwrap();
+        assert_eq!(record["outcome"], *code, "{host}: {record}");
+        assert_eq!(record["decision"], "allow", "{host}: {record}");
+        let arrived = origins
+            .iter()
+            .find(|(name, _)| host.contains(name))
+            .map_or(0, |(_, origin)| origin.heads().len());
+        assert_eq!(arrived, row.arrive, "{host}");
+    }
+    assert_eq!(records.len(), 1 + ROWS.len());
+    world.good().await;
+    reached("troubled_destinations", answers.len());
+}
+
+const QUIET: &str = r#"
+  - {name: quiet, hosts: [quiet.example.test], scheme: http, credentials: [{name: orders-api}], connect_to: "{quiet}", timeouts: {idle: 500ms}}
+  - {name: blind, hosts: [blind.example.test], ports: [7], connect_to: "{quiet}", timeouts: {idle: 500ms}}
+  - {name: busy, hosts: [busy.example.test], scheme: http, credentials: [{name: orders-api}], connect_to: "{busy}", timeouts: {idle: 2s}}
+"#;
+
+const TUNNELS: &str = r#"
+@id("tunnels")
+permit (principal, action == Action::"connect", resource == Destination::"blind")
+when { principal has unix };
+"#;
+
+/// What comes until the connection closes, and when it does.
+async fn rest(io: &mut TcpStream) -> (String, Instant) {
+    let mut rest = Vec::new();
+    let closed = tokio::time::timeout(SOON, io.read_to_end(&mut rest)).await;
+    // Closed in good order or not.
+    let _ = closed.expect("the connection is closed");
+    (String::from_utf8(rest).unwrap(), Instant::now())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_idle_for_too_long_is_cut() {
+    const STREAM: &str = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
+    let mut world = World::servers().await;
+    let quiet = Origin::start(None, |head| {
+        vec![match head.to_ascii_lowercase().contains("upgrade") {
+            true => "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n".to_owned(),
+            false => format!("{STREAM}2\r\nhi\r\n"),
+        }]
+    })
+    .await;
+    // A part in 20 ms, for longer than it may be idle.
+    let busy = Origin::start(None, |_| {
+        let parts = std::iter::repeat_n("1\r\nx\r\n", 150);
+        let whole = std::iter::once(STREAM).chain(parts).chain(["0\r\n\r\n"]);
+        whole.map(str::to_owned).collect()
+    })
+    .await;
+    world.origins.push(("quiet".to_owned(), quiet.address));
+    world.origins.push(("busy".to_owned(), busy.address));
+    world
+        .start_agent(
+            &format!("{COMMON}{DESTINATIONS}{QUIET}"),
+            &format!("{POLICIES}{TUNNELS}"),
+        )
+        .await;
+    let puppet = Puppet::start(&world.target("proxy"), None).await;
+    world.good().await;
+
+    let get = |host: &str, fields: &str| {
+        format!("GET http://{host}/ HTTP/1.1\r\nHost: {host}\r\n{fields}\r\n")
+    };
+    let began = Instant::now();
+    let mut events = puppet.connect().await;
+    events
+        .write_all(get("quiet.example.test", "").as_bytes())
+        .await
+        .unwrap();
+    let head = read_head(&mut events).await;
+    assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+    let mut upgrade = puppet.connect().await;
+    let fields = "Connection: upgrade\r\nUpgrade: websocket\r\n";
+    exchange(&mut upgrade, &get("quiet.example.test", fields))
+        .await
+        .expect(101);
+    let mut blind = puppet.connect().await;
+    open_tunnel(&mut blind, "blind.example.test:7")
+        .await
+        .expect(200);
+    let mut lively = puppet.connect().await;
+    let lively_answer = async {
+        let began = Instant::now();
+        let answer = exchange(&mut lively, &get("busy.example.test", "")).await;
+        (answer.expect(200), began.elapsed())
+    };
+    let mut cut = 0;
+    let ((answer, took), ended) = tokio::join!(
+        lively_answer,
+        join_all([&mut events, &mut upgrade, &mut blind].map(rest))
+    );
+    // What has begun is broken off, never ended as if it were whole.
+    for ((said, at), expected) in ended.iter().zip(["2\r\nhi\r\n", "", ""]) {
+        assert_eq!(said, expected);
+        assert!(*at > began + SHORT, "{:?}", *at - began);
+        cut += 1;
+    }
+    assert_eq!(answer.body, "x".repeat(150));
+    assert!(took > Duration::from_secs(2), "{took:?}");
+    assert_eq!((quiet.heads().len(), busy.heads().len()), (2, 1));
+    world.good().await;
+    reached("idle_cut", cut);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_breaks_off_does_not_look_whole() {
+    let mut world = World::servers().await;
+    let origin = Origin::start(None, |head| {
+        let (fields, part) = match head.split(' ').nth(1) {
+            Some("/length") => ("content-length: 10", "hi"),
+            Some("/chunks") => ("transfer-encoding: chunked", "2\r\nhi\r\n"),
+            _ => return vec![ANSWER.to_owned()],
+        };
+        let head = format!("HTTP/1.1 200 OK\r\n{fields}\r\n\r\n");
+        vec![head, part.to_owned(), String::new()]
+    })
+    .await;
+    world.origins.push(("origin".to_owned(), origin.address));
+    let destination = "  - {name: origin, hosts: [origin.example.test], scheme: http, credentials: [{name: orders-api}], connect_to: \"{origin}\"}\n";
+    world
+        .start_agent(&format!("{COMMON}{DESTINATIONS}{destination}"), POLICIES)
+        .await;
+    let puppet = Puppet::start(&world.target("proxy"), None).await;
+    world.good().await;
+    let mut broken_off = 0;
+    for (path, said) in [
+        ("/", "ok"),
+        ("/length", "hi"),
+        ("/chunks", "2\r\nhi\r\n"),
+        ("/", "ok"),
+    ] {
+        let mut io = puppet.connect().await;
+        let request = format!(
+            "GET http://origin.example.test{path} HTTP/1.1\r\nHost: origin.example.test\r\n\r\n"
+        );
+        if path == "/" {
+            let answer = exchange(&mut io, &request).await.expect(200);
+            assert_eq!(answer.body, said);
+            continue;
+        }
+        io.write_all(request.as_bytes()).await.unwrap();
+        let head = read_head(&mut io).await;
+        assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+        assert_eq!(rest(&mut io).await.0, said, "{path}");
+        broken_off += 1;
+    }
+    assert_eq!(origin.heads().len(), broken_off + 2);
+    world.good().await;
+    reached("broken_off", broken_off);
+}
