@@ -23,6 +23,7 @@ mod identities;
 mod patience;
 mod raw_http;
 mod refusals;
+mod rejected_tokens;
 mod reloads;
 mod streams;
 mod upstreams;
