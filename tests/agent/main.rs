@@ -12,6 +12,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod audit_block;
 mod changes;
 mod clients;
 mod entrances;
