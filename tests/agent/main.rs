@@ -21,6 +21,7 @@ mod hardening;
 mod headers;
 mod hosts;
 mod identities;
+mod limits;
 mod patience;
 mod raw_http;
 mod refusals;

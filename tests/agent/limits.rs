@@ -1,0 +1,157 @@
+//! What one identity may hold of the agent, while its neighbours are served.
+
+use std::time::Duration;
+
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+
+use crate::support::counts::reached;
+use crate::support::eventually;
+use crate::support::origin::Origin;
+use crate::support::puppet::Puppet;
+use crate::support::raw::{exchange, open_tunnel};
+use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World};
+
+const SOON: Duration = Duration::from_secs(20);
+
+const MORE_DESTINATIONS: &str = r#"
+  - {name: silent, hosts: [silent.example.test], scheme: http, credentials: [{name: orders-api}], connect_to: "{silent}"}
+  - {name: blind, hosts: [blind.example.test], ports: [7], connect_to: "{silent}"}
+"#;
+
+const TUNNELS: &str = r#"
+@id("tunnels")
+permit (principal, action == Action::"connect", resource == Destination::"blind")
+when { principal has unix };
+"#;
+
+const PLAIN: &str =
+    "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n";
+
+struct Setting {
+    world: World,
+    silent: Origin,
+    caller: Puppet,
+    /// What makes another identity of a request: a job's token.
+    other: String,
+}
+
+impl Setting {
+    async fn start(limits: &str) -> Self {
+        let mut world = World::servers().await;
+        let silent = Origin::start(None, |_| Vec::new()).await;
+        world.origins.push(("silent".to_owned(), silent.address));
+        world
+            .start_agent(
+                &format!(
+                    "{COMMON}limits: {{per_identity: {limits}}}\n{DESTINATIONS}{MORE_DESTINATIONS}"
+                ),
+                &format!("{POLICIES}{TUNNELS}"),
+            )
+            .await;
+        let caller = Puppet::start(&world.target("proxy"), None).await;
+        let claims = serde_json::json!({"repository": "acme/orders"});
+        let token = world
+            .issuer
+            .mint("job", "countersign", Duration::from_secs(300), &claims)
+            .unwrap();
+        Self {
+            world,
+            silent,
+            caller,
+            other: format!("Proxy-Authorization: Bearer {token}\r\n"),
+        }
+    }
+
+    /// A request that is not answered, once it has arrived.
+    async fn in_flight(&self, caller: &Puppet) -> TcpStream {
+        let before = self.silent.heads().len();
+        let mut io = caller.connect().await;
+        io.write_all(
+            b"GET http://silent.example.test/ HTTP/1.1\r\nHost: silent.example.test\r\n\r\n",
+        )
+        .await
+        .unwrap();
+        eventually(SOON, || async {
+            (self.silent.heads().len() > before).then_some(())
+        })
+        .await;
+        io
+    }
+
+    /// A request over a connection of its own; what it is told, and whether it arrived.
+    async fn ask(&self, fields: &str) -> (u16, String) {
+        let before = self.world.plain_api.seen().len();
+        let mut io = self.caller.connect().await;
+        let answer = exchange(&mut io, &format!("{PLAIN}{fields}\r\n")).await;
+        let arrived = self.world.plain_api.seen().len() - before;
+        assert_eq!(arrived, usize::from(answer.status == 200), "{answer:#?}");
+        (answer.status, answer.code())
+    }
+
+    /// The identity is refused, and its neighbour served, though it comes from the same process.
+    async fn is_refused(&self) -> usize {
+        let (status, code) = self.ask("").await;
+        assert_eq!((status, code.as_str()), (429, "too_many_requests"));
+        assert_eq!(self.ask(&self.other).await.0, 200);
+        let record = self.world.audited_requests().await;
+        let record = &record[record.len() - 2];
+        assert_eq!(record["outcome"], "too_many_requests", "{record}");
+        1
+    }
+
+    async fn is_served_again(&self) {
+        eventually(SOON, || async {
+            (self.ask("").await.0 == 200).then_some(())
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_identity_that_has_all_its_requests_in_flight_is_refused_the_next() {
+    let setting = Setting::start("{requests_in_flight: 3}").await;
+    setting.world.good().await;
+    // Another process of the same user is the same identity.
+    let mut leaving = Puppet::start(&setting.world.target("proxy"), None).await;
+    let _first = setting.in_flight(&leaving).await;
+    let _second = setting.in_flight(&setting.caller).await;
+    assert_eq!(setting.ask("").await.0, 200);
+    // A tunnel is one of them for as long as it is open.
+    let mut tunnel = setting.caller.connect().await;
+    open_tunnel(&mut tunnel, "blind.example.test:7")
+        .await
+        .expect(200);
+    let mut refused = setting.is_refused().await;
+    // What ends makes room for one.
+    drop(tunnel);
+    setting.is_served_again().await;
+    let _third = setting.in_flight(&setting.caller).await;
+    refused += setting.is_refused().await;
+    leaving.kill().await;
+    setting.is_served_again().await;
+    setting.world.good().await;
+    reached("requests_refused", refused);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_identity_that_has_all_its_connections_is_refused_the_next() {
+    let setting = Setting::start("{connections: 2}").await;
+    setting.world.good().await;
+    let mut kept = Vec::new();
+    for _ in 0..2 {
+        let mut io = setting.caller.connect().await;
+        exchange(&mut io, &format!("{PLAIN}\r\n")).await.expect(200);
+        kept.push(io);
+    }
+    let refused = setting.is_refused().await;
+    // Those that it has go on.
+    for io in &mut kept {
+        exchange(io, &format!("{PLAIN}\r\n")).await.expect(200);
+    }
+    kept.pop();
+    setting.is_served_again().await;
+    drop(kept);
+    setting.world.good().await;
+    reached("connections_refused", refused);
+}
