@@ -27,6 +27,7 @@ mod raw_http;
 mod refusals;
 mod rejected_tokens;
 mod reloads;
+mod report_only;
 mod streams;
 mod upstreams;
 
