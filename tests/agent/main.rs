@@ -29,6 +29,8 @@ mod rejected_tokens;
 mod reloads;
 mod report_only;
 mod streams;
+mod traces;
+mod tunnels;
 mod upstreams;
 
 /// Not a test: what the harness starts this binary again for.
