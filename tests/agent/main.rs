@@ -13,6 +13,7 @@
 mod support;
 
 mod audit_block;
+mod callers;
 mod changes;
 mod clients;
 mod entrances;

@@ -219,6 +219,16 @@ pub async fn connect_send_exit(target: &str, request: &str, times: usize, uid: O
     assert!(output.status.success(), "{output:?}");
 }
 
+/// Runs a process that makes a socket, starts another program that holds it too, connects and sends
+/// `request`; what it was answered. `target` is `ADDRESS:PORT`.
+pub async fn share_and_send(target: &str, request: &str) -> String {
+    let mut command = command("share");
+    command.env(TARGET, target).env(SCRIPT, request);
+    let output = command.output().await.unwrap();
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
 /// What the started-again binary does. Called by the test of that name, which does nothing otherwise.
 pub fn puppet_main() {
     let Ok(role) = std::env::var(ROLE) else {
@@ -229,6 +239,7 @@ pub fn puppet_main() {
         "relay" => relay(&target),
         "depart" => depart_as_told(&target),
         "rush" => rush(&target),
+        "share" => share(&target),
         other => panic!("no role `{other}`"),
     }
     std::process::exit(0);
@@ -332,6 +343,28 @@ fn rush(target: &str) {
     // The exit closes them all.
     std::mem::forget(connections);
     std::process::exit(0);
+}
+
+fn share(target: &str) {
+    use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        // Whatever is started holds it.
+        fcntl(&socket, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+        let mut holder = std::process::Command::new("/bin/sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let mut stream = socket.connect(target.parse().unwrap()).await.unwrap();
+        let answer = super::raw::exchange(&mut stream, &std::env::var(SCRIPT).unwrap()).await;
+        println!("{}{}", answer.head, answer.body);
+        holder.kill().unwrap();
+        holder.wait().unwrap();
+    });
 }
 
 /// Whether a path may be run by another user.
