@@ -14,6 +14,7 @@ mod support;
 
 mod audit_block;
 mod callers;
+mod cgroups;
 mod changes;
 mod clients;
 mod entrances;
