@@ -429,15 +429,27 @@ async fn a_token_that_expires_before_the_answer_is_asked_for_again() {
     world
         .start_agent(&format!("{common}{destinations}{destination}"), NEEDS_TOKEN)
         .await;
-    let mint = || {
+    let mint = |lifetime| {
         let claims = serde_json::json!({"repository": "acme/orders"});
         world
             .issuer
-            .mint("job", "countersign", LIFETIME, &claims)
+            .mint("job", "countersign", lifetime, &claims)
             .unwrap()
     };
     let proxy = Puppet::start(&world.target("proxy"), None).await;
     let gateway = Puppet::start(&world.target("silent"), None).await;
+    let good = || async {
+        let before = world.plain_api.seen().len();
+        let request = format!(
+            "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\nProxy-Authorization: Bearer {}\r\n\r\n",
+            mint(Duration::from_secs(300))
+        );
+        exchange(&mut proxy.connect().await, &request)
+            .await
+            .expect(200);
+        assert_eq!(world.plain_api.seen().len(), before + 1);
+    };
+    good().await;
     let mut expired = 0;
     for (caller, uri, header, status, code, challenge) in [
         (
@@ -460,7 +472,7 @@ async fn a_token_that_expires_before_the_answer_is_asked_for_again() {
         let mut io = caller.connect().await;
         let request = format!(
             "GET {uri} HTTP/1.1\r\nHost: silent.example.test\r\n{header}: Bearer {}\r\n\r\n",
-            mint()
+            mint(LIFETIME)
         );
         let answer = exchange(&mut io, &request).await.expect(status);
         assert_eq!(answer.code(), code, "{answer:#?}");
@@ -469,5 +481,6 @@ async fn a_token_that_expires_before_the_answer_is_asked_for_again() {
         // It had been sent.
         assert_eq!(silent.heads().len(), expired);
     }
+    good().await;
     reached("expired_meanwhile", expired);
 }
