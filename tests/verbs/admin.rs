@@ -82,6 +82,14 @@ async fn a_running_agent_is_reloaded_and_its_credentials_revoked() {
     verb(&format!("revoke --lift {id}")).await;
     assert_eq!(code().await, Value::Null);
 
+    // Or by itself, when its time is over.
+    verb("revoke --credential orders-api --for 5s").await;
+    assert_eq!(code().await, "revoked");
+    eventually(Duration::from_secs(30), || async {
+        (code().await == Value::Null).then_some(())
+    })
+    .await;
+
     // All of it is in the audit, which is whole.
     let audit = user
         .path("countersign-dev/audit.jsonl")

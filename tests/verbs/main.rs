@@ -20,5 +20,6 @@ mod exec;
 mod job;
 mod jobs;
 mod program;
+mod signals;
 mod unmatched;
 mod workload_api;
