@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use countersign_attestors::AttestationEnded;
 use serde::{Deserialize, Serialize};
 
-use super::question::{Question, Resource};
+use super::question::Question;
 use crate::refusal::{Refusal, RefusalCode};
 
 /// The outcome of evaluating policies for a question.
@@ -82,6 +82,8 @@ pub enum DenialKind {
         /// Why the token that was presented does not count, where one was.
         invalid: Option<String>,
     },
+    /// Nothing is established about the workload, and what it asks for is for attested workloads only.
+    NoEvidence,
     /// A revocation is in force.
     Revoked {
         /// Its id.
@@ -114,6 +116,7 @@ impl DenialKind {
             Self::EvaluationError { .. } => "evaluation_error",
             Self::AttestationUnavailable { .. } => "attestation_unavailable",
             Self::PresentedEvidenceRequired { .. } => "presented_evidence_required",
+            Self::NoEvidence => "no_evidence",
             Self::Revoked { .. } => "revoked",
             Self::AttestationEnded { .. } => "attestation_ended",
             Self::AmbiguousPath => "ambiguous_path",
@@ -160,9 +163,8 @@ impl Denial {
             DenialKind::AttestationUnavailable { attestors } => Refusal::new(
                 RefusalCode::AttestationUnavailable,
                 format!(
-                    "attestor {} could not run, and policies for `{}` read what it states",
-                    quoted(attestors),
-                    resource_name(question)
+                    "attestor {} could not run, and whether this workload may {question} rests on what it states",
+                    quoted(attestors)
                 ),
             ),
             DenialKind::PresentedEvidenceRequired { issuers, invalid } => Refusal::new(
@@ -178,6 +180,12 @@ impl Denial {
                     ),
                 },
             ),
+            DenialKind::NoEvidence => Refusal::new(
+                RefusalCode::PolicyDenied,
+                format!(
+                    "nothing is known of this workload, and only an attested one may {question}"
+                ),
+            ),
             DenialKind::Revoked { id } => Refusal::new(
                 RefusalCode::Revoked,
                 format!("revocation `{id}` is in force"),
@@ -188,14 +196,6 @@ impl Denial {
                 "the path reads differently raw and decoded, and a policy reads the path",
             ),
         }
-    }
-}
-
-fn resource_name<'a>(question: &Question<'a>) -> &'a str {
-    match question.resource {
-        Resource::Credential { credential, .. } => &credential.name,
-        Resource::Destination(destination) => &destination.name,
-        Resource::Unmatched => super::question::UNMATCHED,
     }
 }
 

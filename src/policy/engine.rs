@@ -13,7 +13,7 @@ use jiff::tz::TimeZone;
 
 use super::decision::{Decision, Denial, DenialKind, Permission};
 use super::principal::{PARENT_ATTRIBUTES, Principal, REPOSITORY_ATTRIBUTE, uid, workload_uid};
-use super::question::{Action, Question, ResourceType, UNMATCHED};
+use super::question::{Action, Question, Resource, ResourceType, UNMATCHED};
 use super::reads::Reads;
 use super::source::{self, ParsedPolicy, PolicyFile};
 use super::{conditions, load, schema};
@@ -427,6 +427,9 @@ impl PolicyEngine {
         let Some(slice) = self.slice(question) else {
             return deny(DenialKind::NoPermit, Vec::new());
         };
+        if let Some(kind) = self.lacks_evidence(facts, question) {
+            return deny(kind, Vec::new());
+        }
         if slice.reads.path
             && question
                 .request
@@ -626,6 +629,29 @@ impl PolicyEngine {
         }
     }
 
+    /// Why a workload of which nothing is established may not send what no destination covers, whatever
+    /// policies permit: a permit that reads nothing would open the agent to whoever reaches it.
+    fn lacks_evidence(&self, facts: &WorkloadFacts, question: &Question<'_>) -> Option<DenialKind> {
+        let is_attested = facts.groups.values().any(|group| !group.is_empty());
+        if is_attested || !matches!(question.resource, Resource::Unmatched) {
+            return None;
+        }
+        let away: Vec<String> = facts
+            .failed_attestors
+            .iter()
+            .filter(|failed| failed.kind == FailureKind::CouldNotRun)
+            .map(|failed| failed.name.clone())
+            .collect();
+        Some(match (away.is_empty(), self.issuer_groups.is_empty()) {
+            (false, _) => DenialKind::AttestationUnavailable { attestors: away },
+            (true, false) => DenialKind::PresentedEvidenceRequired {
+                issuers: self.issuer_groups.iter().cloned().collect(),
+                invalid: why_invalid(facts, &self.issuer_groups),
+            },
+            (true, true) => DenialKind::NoEvidence,
+        })
+    }
+
     /// The attestors that could not run and whose attributes are read.
     fn unavailable(&self, facts: &WorkloadFacts, reads: &Reads) -> Vec<String> {
         let failed = facts
@@ -752,17 +778,9 @@ impl PolicyEngine {
         if issuers.is_empty() {
             return None;
         }
-        let invalid = facts
-            .failed_attestors
-            .iter()
-            .find(|failed| {
-                failed.kind == FailureKind::InvalidEvidence
-                    && (issuers.contains(&failed.name) || failed.name == NO_ISSUER)
-            })
-            .map(|failed| failed.detail.clone());
         Some(DenialKind::PresentedEvidenceRequired {
+            invalid: why_invalid(facts, &issuers),
             issuers: issuers.into_iter().collect(),
-            invalid,
         })
     }
 
@@ -794,6 +812,18 @@ impl LoadedPolicy {
             conditions: std::sync::OnceLock::new(),
         }
     }
+}
+
+/// Why the token that was presented does not count, where it would be one of these issuers'.
+fn why_invalid(facts: &WorkloadFacts, issuers: &BTreeSet<String>) -> Option<String> {
+    facts
+        .failed_attestors
+        .iter()
+        .find(|failed| {
+            failed.kind == FailureKind::InvalidEvidence
+                && (issuers.contains(&failed.name) || failed.name == NO_ISSUER)
+        })
+        .map(|failed| failed.detail.clone())
 }
 
 /// What the satisfied permits allow together; `None` if `@scopes` leaves nothing of what was asked.

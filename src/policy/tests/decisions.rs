@@ -382,6 +382,37 @@ fn traffic_to_no_destination_is_a_question_too() {
 }
 
 #[test]
+fn traffic_to_no_destination_is_for_attested_workloads() {
+    let fixture = Fixture::new();
+    let engine = fixture.engine(
+        r#"@id("out") permit (principal, action == Action::"connect", resource == Destination::"unmatched");"#,
+    );
+    let request = request("GET https://elsewhere.example.net/");
+    let question = unmatched(Some(&request), noon());
+    assert_eq!(outcome(&engine.evaluate(&stranger(), &question)), "allow");
+    let nobody = WorkloadFacts::default();
+    let told = |facts: &WorkloadFacts| match engine.evaluate(facts, &question) {
+        Decision::Deny(denial) => denial.to_refusal(&question),
+        Decision::Allow(_) => panic!("allowed"),
+    };
+    assert_eq!(told(&nobody).code, RefusalCode::ProxyTokenRequired);
+    assert!(told(&nobody).detail.contains("`ci`"));
+    let wrong = with_failure(nobody.clone(), "ci", FailureKind::InvalidEvidence);
+    assert!(told(&wrong).detail.contains("as described"));
+    let away = with_failure(nobody.clone(), "unix", FailureKind::CouldNotRun);
+    assert_eq!(told(&away).code, RefusalCode::AttestationUnavailable);
+    assert!(told(&away).detail.contains("`unix`"));
+    // A configured destination is what its policies say.
+    let public = Question {
+        resource: Resource::Destination(fixture.destination("public")),
+        ..question
+    };
+    let engine = fixture.engine(r#"@id("all") permit (principal, action, resource);"#);
+    assert_eq!(outcome(&engine.evaluate(&nobody, &public)), "allow");
+    assert_ne!(outcome(&engine.evaluate(&nobody, &question)), "allow");
+}
+
+#[test]
 fn the_first_credential_that_is_permitted_is_used() {
     let fixture = Fixture::new();
     let request = request(GET);
