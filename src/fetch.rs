@@ -370,7 +370,12 @@ impl Connector {
         let port = uri.port_u16().unwrap_or(if is_https { 443 } else { 80 });
         let configured = is_configured(&self.settings, &uri);
         let stream = match (&self.settings.outbound_proxy, self.settings.connect_to) {
-            (Some(proxy), _) => connect_through(proxy, &uri, host, port).await?,
+            (Some(proxy), _) => {
+                if !configured {
+                    self.judge_for_proxy(host, port).await?;
+                }
+                connect_through(proxy, &uri, host, port).await?
+            }
             (None, Some(address)) if configured => connect_first(&[address]).await?,
             (None, _) => {
                 let addresses = self.resolve(host, port, configured).await?;
@@ -388,6 +393,21 @@ impl Connector {
             .await
             .map_err(|error| classify_handshake(&error))?;
         Ok(FetchStream::Tls(Box::new(stream)))
+    }
+
+    /// Whether a URL that was learnt may be asked for through the outbound proxy, which connects to
+    /// what we would not. It resolves the name anew; TLS then holds it to the name.
+    async fn judge_for_proxy(&self, host: &str, port: u16) -> Result<(), FetchFailure> {
+        match self.resolve(host, port, false).await {
+            Ok(_) => Ok(()),
+            Err(failure) if failure.kind == FetchFailureKind::Dns => Err(FetchFailure::new(
+                FetchFailureKind::NotAllowed,
+                format!(
+                    "`{host}` is not the configured host, and the address guard cannot judge it: {failure}"
+                ),
+            )),
+            Err(failure) => Err(failure),
+        }
     }
 
     async fn resolve(

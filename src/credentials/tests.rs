@@ -1015,9 +1015,81 @@ async fn a_server_without_metadata_is_asked_at_its_token_endpoint() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_outbound_proxy_tunnels() {
     let bench = Bench::start().await;
+    let (proxy, heads) = outbound_proxy(bench.server.address()).await;
+    let settings = OauthClientCredentials {
+        outbound_proxy: Some(proxy),
+        connect_to: None,
+        ..bench.settings()
+    };
+    bench.configure(&[bench.credential("orders", settings)]);
+    bench.token().await.unwrap();
+    let heads = heads.lock().unwrap();
+    assert!(heads[0].starts_with("CONNECT auth.countersign.test:443 HTTP/1.1\r\n"));
+    assert!(heads.iter().all(|head| !head.contains("assertion")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outbound_proxy_leads_around_no_address_guard() {
+    let bench = Bench::start().await;
+    let (proxy, heads) = outbound_proxy(bench.server.address()).await;
+    let settings = |attempt: &str, allow: &[&str]| OauthClientCredentials {
+        outbound_proxy: Some(proxy.clone()),
+        connect_to: None,
+        parameters: [("try".to_owned(), attempt.to_owned())].into(),
+        allow_addresses: allow.iter().map(|range| range.parse().unwrap()).collect(),
+        ..bench.settings()
+    };
+    let metadata = |endpoint: &str| json!({"issuer": ISSUER, "token_endpoint": endpoint});
+    let learnt = [
+        "https://127.0.0.1:1/token",
+        "https://[::1]:1/token",
+        "https://169.254.169.254/token",
+        "https://[::ffff:169.254.169.254]/token",
+        "https://10.0.0.1/token",
+        "https://localhost:1/token",
+        // Nobody can say where it is: no label is so long.
+        "https://aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa.test/token",
+        "http://8.8.8.8/token",
+    ];
+    for endpoint in learnt {
+        bench.server.set_metadata(metadata(endpoint).to_string());
+        bench.configure(&[bench.credential("orders", settings(endpoint, &[]))]);
+        let refusal = bench.token().await.unwrap_err();
+        assert_eq!(
+            refusal.code,
+            RefusalCode::TokenServerNotAllowed,
+            "{endpoint}"
+        );
+    }
+    assert_eq!(bench.requests(), 0);
+    let asked = |heads: &Mutex<Vec<String>>| heads.lock().unwrap().clone();
+    assert!(
+        asked(&heads)
+            .iter()
+            .all(|head| head.starts_with("CONNECT auth.countersign.test:443 ")),
+        "{:?}",
+        asked(&heads)
+    );
+    // A range that is allowed by name is reached; its certificate is another matter.
+    bench.server.set_metadata(metadata(learnt[0]).to_string());
+    bench.configure(&[bench.credential("orders", settings("allowed", &["127.0.0.0/8"]))]);
+    let refusal = bench.token().await.unwrap_err();
+    assert_eq!(refusal.code, RefusalCode::TokenServerTls);
+    assert!(
+        asked(&heads)
+            .iter()
+            .any(|head| head.starts_with("CONNECT 127.0.0.1:1 "))
+    );
+    let good = metadata(&bench.state.token_endpoint());
+    bench.server.set_metadata(good.to_string());
+    bench.configure(&[bench.credential("orders", settings("good", &[]))]);
+    bench.token().await.unwrap();
+}
+
+/// An HTTP proxy that takes every tunnel to `target`, and the heads that it was asked by.
+async fn outbound_proxy(target: SocketAddr) -> (Url, Arc<Mutex<Vec<String>>>) {
     let proxy = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let proxy_url = Url::parse(&format!("http://{}", proxy.local_addr().unwrap())).unwrap();
-    let target = bench.server.address();
     let heads = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&heads);
     tokio::spawn(async move {
@@ -1036,16 +1108,7 @@ async fn an_outbound_proxy_tunnels() {
             });
         }
     });
-    let settings = OauthClientCredentials {
-        outbound_proxy: Some(proxy_url),
-        connect_to: None,
-        ..bench.settings()
-    };
-    bench.configure(&[bench.credential("orders", settings)]);
-    bench.token().await.unwrap();
-    let heads = heads.lock().unwrap();
-    assert!(heads[0].starts_with("CONNECT auth.countersign.test:443 HTTP/1.1\r\n"));
-    assert!(heads.iter().all(|head| !head.contains("assertion")));
+    (proxy_url, heads)
 }
 
 #[tokio::test(flavor = "multi_thread")]
