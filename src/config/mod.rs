@@ -250,13 +250,8 @@ pub struct OauthClientCredentials {
 pub enum AuthorizationServer {
     /// By metadata (RFC 8414, or OpenID configuration).
     Issuer(ExactUrl),
-    /// By its token endpoint, for servers without metadata; `issuer`, if given, is the assertion's audience.
-    TokenEndpoint {
-        /// The endpoint.
-        token_endpoint: Url,
-        /// The audience of assertions; the token endpoint where absent.
-        issuer: Option<String>,
-    },
+    /// By its token endpoint, for servers without metadata.
+    TokenEndpoint(Url),
 }
 
 /// A URL that keeps the text in which it was written: [`Url`] adds a slash to `https://host`, and an
@@ -306,6 +301,8 @@ pub enum ClientAuthentication {
         key_id: Option<String>,
         /// The `typ` header; default `client-authentication+jwt` (RFC 10070), `JWT` for servers that refuse it.
         assertion_type_header: Option<String>,
+        /// The `aud` claim: the server's issuer identifier (RFC 10070), or what the configuration says instead.
+        audience: String,
     },
     /// The workload's own presented token, byte-identical.
     WorkloadAssertion {

@@ -259,7 +259,8 @@ pub(super) struct Credential {
     /// where `token_endpoint` is absent.
     #[schemars(with = "Option<kind::HttpsUrl>")]
     pub(super) issuer: Option<Text>,
-    /// The token endpoint of a server without metadata; `issuer` is then the audience of assertions.
+    /// The token endpoint of a server without metadata; with `private_key_jwt` `issuer` is written beside it, the
+    /// audience of assertions.
     #[schemars(with = "Option<kind::HttpsUrl>")]
     pub(super) token_endpoint: Option<Text>,
     /// The client id, or a template over attested attributes: `svc-${systemd.system_unit}`.
@@ -324,6 +325,9 @@ pub(super) struct ClientAuthentication {
     /// `private_key_jwt`: the `typ` header; `JWT` for servers that refuse the default.
     #[schemars(extend("default" = "client-authentication+jwt"))]
     pub(super) assertion_type_header: Option<Text>,
+    /// `private_key_jwt`: whom the assertion is for. Default: the credential's `issuer`. Only for old servers
+    /// that demand another audience, such as the URL of their token endpoint.
+    pub(super) audience: Option<Text>,
     /// `workload_assertion`: the name of the configured issuer whose token is used. Default: any.
     pub(super) issuer: Option<Text>,
     /// `client_secret_basic`: the file that holds the secret; one line end at its end is removed.

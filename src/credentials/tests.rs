@@ -131,6 +131,7 @@ impl Bench {
                 algorithm: SigningAlgorithm::Es256,
                 key_id: None,
                 assertion_type_header: None,
+                audience: ISSUER.to_owned(),
             },
             scopes: ["orders.read".to_owned()].into(),
             resources: Vec::new(),
@@ -357,6 +358,7 @@ async fn every_algorithm_and_every_parameter() {
                 algorithm,
                 key_id: Some("chosen".to_owned()),
                 assertion_type_header: Some("JWT".to_owned()),
+                audience: ISSUER.to_owned(),
             },
             resources: vec![
                 ExactUrl::parse("https://a.test").unwrap(),
@@ -523,6 +525,7 @@ async fn identities_do_not_share_tokens_where_the_client_differs() {
             algorithm: SigningAlgorithm::Es256,
             key_id: None,
             assertion_type_header: None,
+            audience: ISSUER.to_owned(),
         },
         ..bench.settings()
     };
@@ -1001,15 +1004,36 @@ async fn the_agents_own_listeners_are_no_authorization_servers() {
 async fn a_server_without_metadata_is_asked_at_its_token_endpoint() {
     let bench = Bench::start().await;
     let settings = OauthClientCredentials {
-        server: ServerSetting::TokenEndpoint {
-            token_endpoint: Url::parse(&bench.state.token_endpoint()).unwrap(),
-            issuer: Some(ISSUER.to_owned()),
-        },
+        server: ServerSetting::TokenEndpoint(Url::parse(&bench.state.token_endpoint()).unwrap()),
         ..bench.settings()
     };
     bench.configure(&[bench.credential("orders", settings)]);
     bench.token().await.unwrap();
     assert_eq!(bench.server.metadata_requests(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_audience_is_only_what_the_configuration_says() {
+    let bench = Bench::start().await;
+    let audience_of = |received: &Received| {
+        let (_, claims) = opened(received.values("client_assertion")[0]);
+        claims["aud"].clone()
+    };
+    bench.token().await.unwrap();
+    assert_eq!(audience_of(&bench.last_received()), ISSUER);
+    // A server that demands its own endpoint's URL, as some did before RFC 10070.
+    let endpoint = bench.state.token_endpoint();
+    let mut settings = bench.settings();
+    if let ClientAuthentication::PrivateKeyJwt { audience, .. } =
+        &mut settings.client_authentication
+    {
+        audience.clone_from(&endpoint);
+    }
+    bench.configure(&[bench.credential("orders", settings)]);
+    // The embedded server is one of those that take their issuer only.
+    let refusal = bench.token().await.unwrap_err();
+    assert_eq!(refusal.code, RefusalCode::InvalidClient);
+    assert_eq!(audience_of(&bench.last_received()), endpoint);
 }
 
 #[tokio::test(flavor = "multi_thread")]

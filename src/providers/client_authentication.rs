@@ -35,6 +35,7 @@ pub(super) struct KeyFile {
     algorithm: SigningAlgorithm,
     key_id: Option<String>,
     typ: String,
+    audience: String,
     parsed: Mutex<Option<Parsed>>,
 }
 
@@ -59,22 +60,23 @@ impl KeyFile {
         algorithm: SigningAlgorithm,
         key_id: Option<&str>,
         typ: Option<&str>,
+        audience: &str,
     ) -> Self {
         Self {
             path: path.to_owned(),
             algorithm,
             key_id: key_id.map(str::to_owned),
             typ: typ.unwrap_or(ASSERTION_TYP).to_owned(),
+            audience: audience.to_owned(),
             parsed: Mutex::new(None),
         }
     }
 
-    /// A new client assertion (RFC 7523 section 3): one issuer as its audience, written as plain text
-    /// because strict servers refuse an array of one; a `jti` of its own for each attempt.
+    /// A new client assertion (RFC 7523 section 3): one audience, written as plain text because strict
+    /// servers refuse an array of one; a `jti` of its own for each attempt.
     pub(super) async fn assertion(
         &self,
         client_id: &str,
-        audience: &str,
         extra_claims: &[(String, Value)],
         now: SystemTime,
     ) -> Result<Zeroizing<String>, MintFailure> {
@@ -83,7 +85,7 @@ impl KeyFile {
         let mut claims = json!({
             "iss": client_id,
             "sub": client_id,
-            "aud": audience,
+            "aud": self.audience,
             "jti": unique_id(),
             "iat": issued_at,
             "exp": issued_at.saturating_add(ASSERTION_LIFETIME.as_secs()),

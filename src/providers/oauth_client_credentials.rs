@@ -63,10 +63,9 @@ struct CachedMetadata {
     fetched_at: Duration,
 }
 
-/// Where requests go, and whom assertions are for.
+/// Where requests go.
 struct Endpoint {
     url: Url,
-    audience: String,
     metadata: Option<Arc<Metadata>>,
 }
 
@@ -114,7 +113,7 @@ impl OauthClientCredentialsProvider {
     ) -> Self {
         let configured = match &settings.server {
             AuthorizationServer::Issuer(issuer) => issuer.url().clone(),
-            AuthorizationServer::TokenEndpoint { token_endpoint, .. } => token_endpoint.clone(),
+            AuthorizationServer::TokenEndpoint(token_endpoint) => token_endpoint.clone(),
         };
         let client = client(FetchSettings {
             configured: [configured].into(),
@@ -134,12 +133,14 @@ impl OauthClientCredentialsProvider {
                 algorithm,
                 key_id,
                 assertion_type_header,
+                audience,
             } => (
                 Authentication::PrivateKeyJwt(KeyFile::new(
                     key_file,
                     *algorithm,
                     key_id.as_deref(),
                     assertion_type_header.as_deref(),
+                    audience,
                 )),
                 None,
             ),
@@ -175,19 +176,11 @@ impl OauthClientCredentialsProvider {
                 self.check_algorithm(&metadata)?;
                 Ok(Endpoint {
                     url: metadata.token_endpoint.clone(),
-                    audience: issuer.as_str().to_owned(),
                     metadata: Some(metadata),
                 })
             }
-            AuthorizationServer::TokenEndpoint {
-                token_endpoint,
-                issuer,
-            } => Ok(Endpoint {
+            AuthorizationServer::TokenEndpoint(token_endpoint) => Ok(Endpoint {
                 url: token_endpoint.clone(),
-                audience: match issuer {
-                    Some(issuer) => issuer.clone(),
-                    None => token_endpoint.to_string(),
-                },
                 metadata: None,
             }),
         }
@@ -267,12 +260,7 @@ impl OauthClientCredentialsProvider {
         }
     }
 
-    async fn proof(
-        &self,
-        client_id: &str,
-        audience: &str,
-        subject: &Subject,
-    ) -> Result<Proof, MintFailure> {
+    async fn proof(&self, client_id: &str, subject: &Subject) -> Result<Proof, MintFailure> {
         let assertion = |assertion: Zeroizing<String>| Proof {
             form: vec![
                 (
@@ -293,7 +281,7 @@ impl OauthClientCredentialsProvider {
                     .collect::<Result<_, MintFailure>>()?;
                 assertion(
                     key_file
-                        .assertion(client_id, audience, &claims, self.server_time())
+                        .assertion(client_id, &claims, self.server_time())
                         .await?,
                 )
             }
@@ -338,9 +326,7 @@ impl OauthClientCredentialsProvider {
         deadline: Deadline,
     ) -> Result<MintedToken, MintFailure> {
         let client_id = request.subject.render(&self.settings.client_id)?;
-        let proof = self
-            .proof(&client_id, &endpoint.audience, &request.subject)
-            .await?;
+        let proof = self.proof(&client_id, &request.subject).await?;
         let mut form = Form::default();
         form.append("grant_type", "client_credentials");
         if !request.scopes.is_empty() {
@@ -525,7 +511,7 @@ impl Provider for OauthClientCredentialsProvider {
             return Ok(false);
         };
         let client_id = subject.render(&self.settings.client_id)?;
-        let proof = self.proof(&client_id, &endpoint.audience, subject).await?;
+        let proof = self.proof(&client_id, subject).await?;
         let mut form = Form::default();
         form.append("token", token.expose_secret());
         form.append("token_type_hint", "access_token");

@@ -9,8 +9,8 @@ use crate::config::load::suggestion;
 use crate::config::raw::Text;
 use crate::config::reader::{Entries, Located};
 use crate::config::{
-    Attestors, AuthorizationServer, ClientAuthentication, CredentialConfig, OauthClientCredentials,
-    Template, TokenSource, raw, text,
+    Attestors, AuthorizationServer, ClientAuthentication, CredentialConfig, ExactUrl,
+    OauthClientCredentials, Template, TokenSource, raw, text,
 };
 
 impl Converter<'_> {
@@ -61,12 +61,11 @@ impl Converter<'_> {
                 "the authorization server is found by it, or by `token_endpoint`",
             );
         }
-        let server = match (token_endpoint, issuer) {
-            (Some(token_endpoint), issuer) => Some(AuthorizationServer::TokenEndpoint {
-                token_endpoint: token_endpoint.url().clone(),
-                issuer: issuer.map(|issuer| issuer.as_str().to_owned()),
-            }),
-            (None, Some(issuer)) => Some(AuthorizationServer::Issuer(issuer)),
+        let server = match (token_endpoint, &issuer) {
+            (Some(token_endpoint), _) => Some(AuthorizationServer::TokenEndpoint(
+                token_endpoint.url().clone(),
+            )),
+            (None, Some(issuer)) => Some(AuthorizationServer::Issuer(issuer.clone())),
             (None, None) => None,
         };
         let client_id = self.parse(&written.client_id, text::template);
@@ -74,8 +73,21 @@ impl Converter<'_> {
             self.template_attributes(client_id, written.client_id.place);
         }
         let method = written.client_authentication.value.method.value;
+        if method == raw::Method::PrivateKeyJwt
+            && written.issuer.is_none()
+            && written.token_endpoint.is_some()
+            && written.client_authentication.value.audience.is_none()
+        {
+            self.missing(
+                "issuer",
+                place,
+                written.client_authentication.value.method.place,
+                "it is the audience of the assertion that `private_key_jwt` signs; a server that demands another has it under `client_authentication.audience`",
+            );
+        }
+        let issuer = issuer.as_ref().map(ExactUrl::as_str);
         let client_authentication =
-            self.client_authentication(written.client_authentication, attestors);
+            self.client_authentication(written.client_authentication, issuer, attestors);
         let scopes = self.parse_all(written.scopes.as_ref(), text::scope);
         let resources = self.parse_all(written.resources.as_ref(), text::resource);
         let audience = self.parse_option(written.audience.as_ref(), text::plain);
@@ -201,6 +213,7 @@ impl Converter<'_> {
             value: written,
             place,
         }: Located<raw::ClientAuthentication>,
+        server_issuer: Option<&str>,
         attestors: &Attestors,
     ) -> Option<ClientAuthentication> {
         let method = written.method.value;
@@ -215,6 +228,7 @@ impl Converter<'_> {
                 written.assertion_type_header.as_ref(),
                 BECAUSE,
             );
+            self.not_applicable("audience", written.audience.as_ref(), BECAUSE);
         }
         if method != raw::Method::WorkloadAssertion {
             self.not_applicable(
@@ -242,11 +256,16 @@ impl Converter<'_> {
                 let key_id = self.parse_option(written.key_id.as_ref(), text::plain);
                 let assertion_type_header =
                     self.parse_option(written.assertion_type_header.as_ref(), text::plain);
+                let audience = match &written.audience {
+                    Some(audience) => self.parse(audience, text::plain),
+                    None => server_issuer.map(str::to_owned),
+                };
                 Some(ClientAuthentication::PrivateKeyJwt {
                     key_file: key_file?,
                     algorithm: written.algorithm?.value,
                     key_id,
                     assertion_type_header,
+                    audience: audience?,
                 })
             }
             raw::Method::WorkloadAssertion => {
