@@ -237,6 +237,9 @@ impl Exchange {
                     Obtained::Minted
                 }
             };
+            if let Some(scopes) = credential.scopes_granted() {
+                record.asked_and_granted.scopes_granted = Arc::clone(scopes);
+            }
             record.token = Some(TokenReference {
                 sha256: credential.token_sha256_shared(),
                 expires_at: credential.expires_at(),

@@ -117,7 +117,7 @@ pub struct TokenReference {
 pub struct AskedAndGranted {
     /// Scopes that the destination's configuration, or the caller of `issue`, asks for.
     pub scopes_asked: Arc<[String]>,
-    /// Scopes after the policies' caps.
+    /// Scopes that the authorization server says it granted, else those after the policies' caps.
     pub scopes_granted: Arc<[String]>,
     /// The audience asked for.
     pub audience_asked: Option<Arc<str>>,

@@ -305,7 +305,7 @@ async fn an_assertion_is_for_the_issuer_alone_and_once() {
     assert!(token.header(InjectionFormat::Raw).is_sensitive());
     assert_eq!(bench.state.issued()[0].jti, jti_of(&token));
     assert_eq!(bench.state.issued()[0].subject, "node-agent");
-    assert_eq!(token.scope(), Some("orders.read"));
+    assert_eq!(**token.scopes().unwrap(), ["orders.read".to_owned()]);
 
     let received = bench.last_received();
     assert_eq!(received.values("grant_type"), ["client_credentials"]);

@@ -20,7 +20,7 @@ pub(super) struct Token {
     bearer: HeaderValue,
     raw: HeaderValue,
     sha256: Arc<str>,
-    scope: Option<String>,
+    scopes: Option<Arc<[String]>>,
     expires_at: SystemTime,
     lifetime: Duration,
     usable_until: Duration,
@@ -49,7 +49,7 @@ impl Token {
             raw: header(bytes.slice(BEARER.len()..))?,
             bearer: header(bytes)?,
             sha256: sha256_hexadecimal(text).into(),
-            scope: minted.scope.clone(),
+            scopes: minted.scope.as_deref().map(scopes_of),
             expires_at: minted.sent_at_wall + lifetime,
             lifetime,
             usable_until: minted.sent_at + usable_for,
@@ -82,8 +82,8 @@ impl Token {
         &self.sha256
     }
 
-    pub(super) fn scope(&self) -> Option<&str> {
-        self.scope.as_deref()
+    pub(super) fn scopes(&self) -> Option<&Arc<[String]>> {
+        self.scopes.as_ref()
     }
 
     pub(super) fn header(&self, format: InjectionFormat) -> &HeaderValue {
@@ -177,9 +177,10 @@ impl Credential {
         self.token.expires_at()
     }
 
-    /// The scope granted, where the authorization server said (RFC 6749 section 5.1).
-    pub fn scope_granted(&self) -> Option<&str> {
-        self.token.scope()
+    /// The scopes that the authorization server says it granted; `None` where it says nothing, for then
+    /// they are those asked for (RFC 6749 section 5.1).
+    pub fn scopes_granted(&self) -> Option<&Arc<[String]>> {
+        self.token.scopes()
     }
 
     /// Whether it may still be sent at the monotonic time `now`.
@@ -222,6 +223,18 @@ pub struct IssuedToken {
     pub upstream: Duration,
     /// The decision that permits it.
     pub grant: Grant,
+}
+
+impl IssuedToken {
+    /// As [`Credential::scopes_granted`].
+    pub fn scopes_granted(&self) -> Option<Arc<[String]>> {
+        self.scope.as_deref().map(scopes_of)
+    }
+}
+
+/// The scopes of a `scope` (RFC 6749 section 3.3).
+fn scopes_of(scope: &str) -> Arc<[String]> {
+    scope.split_ascii_whitespace().map(str::to_owned).collect()
 }
 
 pub(super) fn sha256_hexadecimal(bytes: &[u8]) -> String {

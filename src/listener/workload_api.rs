@@ -301,6 +301,9 @@ impl Caller {
         let response = match issued {
             Ok(issued) => {
                 record.latency.token_endpoint = issued.upstream;
+                if let Some(scopes) = issued.scopes_granted() {
+                    record.asked_and_granted.scopes_granted = scopes;
+                }
                 record.token = Some(TokenReference {
                     sha256: Arc::clone(&issued.token_sha256),
                     expires_at: issued.expires_at,

@@ -26,6 +26,7 @@ mod identities;
 mod limits;
 mod patience;
 mod raw_http;
+mod records;
 mod refusals;
 mod rejected_tokens;
 mod reloads;
