@@ -11,9 +11,9 @@ use crate::admin::{
     ActionRefused, AdminActions, RevocationRequest, audit_value, credentials_value,
 };
 use crate::audit::LifecycleEvent;
-use crate::credentials::{RevokedToken, RevokedTokens};
+use crate::credentials::RevokedTokens;
 use crate::hardening;
-use crate::policy::{Revocation, Revoked, explain};
+use crate::policy::{Revocation, Revoked, TokenHolder, explain};
 use crate::request_id::RequestId;
 
 /// How long revoking upstream may hold the answer up.
@@ -88,11 +88,10 @@ impl AdminActions for App {
 
     async fn revocations(&self) -> Value {
         let snapshot = self.agent.snapshot.load_full();
-        snapshot
-            .policy
-            .revocations()
+        let revocations = snapshot.policy.revocations();
+        revocations
             .iter()
-            .map(|revocation| self.revocation_value(revocation))
+            .map(|revocation| self.revocation_value(revocation, revocations.holder(&revocation.id)))
             .collect()
     }
 
@@ -104,7 +103,13 @@ impl AdminActions for App {
             // One that ends after the end of time has none.
             until: for_how_long.and_then(|length| self.agent.clock.monotonic().checked_add(length)),
         };
-        self.replace_revocations(|revocations| Some(revocations.with(revocation.clone())));
+        let holder = match &revocation.what {
+            Revoked::TokenSha256(sha256) => self.agent.credentials.holder(sha256),
+            Revoked::Workload(_) | Revoked::Credential(_) => None,
+        };
+        self.replace_revocations(|revocations| {
+            Some(revocations.with_holder(revocation.clone(), holder.clone()))
+        });
         let _ = self.agent.audit.lifecycle(LifecycleEvent::Revoked {
             id: revocation.id.clone(),
             what: words(&revocation.what),
@@ -115,16 +120,14 @@ impl AdminActions for App {
             Revoked::Credential(name) => RevokedTokens::Credential(name.clone()),
             Revoked::TokenSha256(sha256) => RevokedTokens::TokenSha256(sha256.clone()),
         };
-        let upstream = tokio::time::timeout(
-            REVOKE_UPSTREAM,
-            self.agent.credentials.revoke_upstream(&tokens),
-        )
-        .await
-        .map(|tokens| tokens.iter().map(token_value).collect::<Vec<_>>())
-        .unwrap_or_default();
-        let mut answer = self.revocation_value(&revocation);
+        let upstream = self
+            .agent
+            .credentials
+            .revoke_upstream(&tokens, REVOKE_UPSTREAM)
+            .await;
+        let mut answer = self.revocation_value(&revocation, holder.as_ref());
         if let Some(members) = answer.as_object_mut() {
-            members.insert("tokens".to_owned(), Value::Array(upstream));
+            members.insert("tokens".to_owned(), json!(upstream));
         }
         Ok(answer)
     }
@@ -161,7 +164,7 @@ impl App {
         self.agent.metrics.active_identities(active);
     }
 
-    fn revocation_value(&self, revocation: &Revocation) -> Value {
+    fn revocation_value(&self, revocation: &Revocation, holder: Option<&TokenHolder>) -> Value {
         let until = revocation.until.map(|until| {
             let left = until.saturating_sub(self.agent.clock.monotonic());
             timestamp(self.agent.clock.wall() + left)
@@ -170,6 +173,9 @@ impl App {
         if let Some(members) = value.as_object_mut() {
             members.insert("id".to_owned(), json!(revocation.id));
             members.insert("until".to_owned(), json!(until));
+            if let Some(holder) = holder {
+                members.insert("holder".to_owned(), json!(holder));
+            }
         }
         value
     }
@@ -215,8 +221,4 @@ fn words(what: &Revoked) -> String {
         Revoked::Credential(name) => format!("credential {name}"),
         Revoked::TokenSha256(sha256) => format!("token {sha256}"),
     }
-}
-
-fn token_value(token: &RevokedToken) -> Value {
-    serde_json::to_value(token).unwrap_or_default()
 }

@@ -22,7 +22,7 @@ pub struct RevokeArguments {
     /// Every use of a credential.
     #[arg(long, group = "what", value_name = "NAME")]
     credential: Option<String>,
-    /// One token, by the SHA-256 of its bytes.
+    /// One token, by the SHA-256 of its bytes; whom it was for gets no other of its credential.
     #[arg(long, group = "what", value_name = "HEX", value_parser = sha256)]
     token_sha256: Option<String>,
     /// Ends the revocation with this id.

@@ -16,15 +16,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
-use countersign_attestors::Clock;
+use countersign_attestors::{Clock, WorkloadFacts};
 use foldhash::fast::RandomState;
+use futures_util::StreamExt;
 use serde::Serialize;
 
 use self::slot::{Ask, Failure, Landing, Purpose, Slot};
 use self::token::{Token, sha256_hexadecimal};
 use crate::config::{Config, CredentialConfig, OauthClientCredentials, TokenSource};
 use crate::fetch::{FetchClient, FetchSettings};
-use crate::policy::{Grant, Selector};
+use crate::policy::{Grant, Selector, TokenHolder};
 use crate::providers::{
     Deadline, MintFailure, MintedToken, Provider, Recovery, TokenRequest, provider,
 };
@@ -45,6 +46,18 @@ const IDLE_WITH_TOKEN: Duration = Duration::from_secs(600);
 /// After a 401 evicted a token, its successors are kept for so long whatever the API says.
 const REJECTION_INTERVAL: Duration = Duration::from_secs(30);
 
+/// How long revoking one token upstream again waits after the first failure; doubled with each.
+const REVOKE_AGAIN: Duration = Duration::from_secs(1);
+
+/// The longest such wait that the server did not ask for.
+const REVOKE_AGAIN_AT_MOST: Duration = Duration::from_secs(60);
+
+/// How many tokens are revoked upstream at one time.
+const REVOKED_AT_ONCE: usize = 16;
+
+/// The most tokens that are known to live upstream.
+const LIVE_TOKENS: usize = 65_536;
+
 /// Shards of the cache, each replaced as a whole when a slot is added, so that readers take no lock.
 const SHARDS: usize = 64;
 
@@ -60,6 +73,16 @@ pub struct Credentials {
     entries: ArcSwap<HashMap<Arc<str>, Arc<Entry>>>,
     hasher: RandomState,
     shards: Vec<Shard>,
+    /// What was minted and has not expired, whether it is in the cache, was replaced there or was
+    /// handed out: all that can be revoked upstream.
+    live: Mutex<Vec<LiveToken>>,
+}
+
+#[derive(Clone)]
+struct LiveToken {
+    slot: Arc<Slot>,
+    token: Arc<Token>,
+    holder: Arc<TokenHolder>,
 }
 
 /// A configured credential and its provider.
@@ -173,8 +196,11 @@ pub enum UpstreamRevocation {
     Revoked,
     /// It serves no revocation: the token lives to its expiry wherever it was copied to.
     NotServed,
-    /// It failed: the token must be taken to be live.
+    /// It failed, and asking again would not help: the token must be taken to be live.
     Failed(String),
+    /// It has not yet: the token must be taken to be live (RFC 7009 section 2.2.1), and the server is
+    /// asked again until the token expires.
+    Pending(String),
 }
 
 impl Credentials {
@@ -193,6 +219,7 @@ impl Credentials {
             entries: ArcSwap::default(),
             hasher: RandomState::default(),
             shards: (0..SHARDS).map(|_| Shard::default()).collect(),
+            live: Mutex::default(),
         });
         let sweeper = Arc::downgrade(&credentials);
         credentials.runtime.spawn(async move {
@@ -368,6 +395,9 @@ impl Credentials {
         match task.await {
             Ok(Ok(minted)) => {
                 slot.forget_failures();
+                if let Some(token) = Token::new(&minted, slot.max_lifetime) {
+                    self.keep_revocable(&slot, &Arc::new(token), holder_of(&slot, Some(ask.facts)));
+                }
                 Ok(minted)
             }
             Ok(Err(failure)) => Err(failure.refusal(ask.credential, self.clock.monotonic())),
@@ -455,62 +485,155 @@ impl Credentials {
         list
     }
 
-    /// Evicts tokens at once, and asks their authorization servers to revoke them.
-    pub async fn revoke_upstream(self: &Arc<Self>, revoked: &RevokedTokens) -> Vec<RevokedToken> {
-        let mut outcomes = Vec::new();
-        for slot in self.all_slots() {
-            let Some(token) = slot.token() else { continue };
-            let is_meant = match revoked {
-                RevokedTokens::Credential(name) => *slot.credential == **name,
-                RevokedTokens::TokenSha256(sha256) => token.sha256().eq_ignore_ascii_case(sha256),
-                RevokedTokens::Workload(selector) => {
-                    let is_shared = slot.request.subject.attributes.is_empty()
-                        && slot.request.subject.presented.is_none();
-                    !is_shared && selector.matches(&slot.facts)
-                }
-            };
-            if !is_meant {
-                continue;
-            }
-            slot.drop_token();
-            outcomes.push((slot, token));
-        }
-        let mut revocations = Vec::new();
-        for (slot, token) in outcomes {
-            let entry = self.entries.load().get(&*slot.credential).map(Arc::clone);
-            let upstream = match entry {
-                Some(entry) => self.revoke_one(entry, &slot, &token).await,
-                None => UpstreamRevocation::NotServed,
-            };
-            revocations.push(RevokedToken {
-                credential: slot.credential.to_string(),
-                token_sha256: token.sha256().to_string(),
-                upstream,
-            });
-        }
-        revocations
+    /// Whom the token with this SHA-256 is for; `None` where no such token of ours lives.
+    pub fn holder(&self, sha256: &str) -> Option<TokenHolder> {
+        let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        live.iter()
+            .find(|known| known.token.sha256().eq_ignore_ascii_case(sha256))
+            .map(|known| TokenHolder::clone(&known.holder))
     }
 
-    async fn revoke_one(
-        &self,
-        entry: Arc<Entry>,
-        slot: &Arc<Slot>,
-        token: &Arc<Token>,
-    ) -> UpstreamRevocation {
-        let (slot, secret) = (Arc::clone(slot), token.secret());
-        let task = self.runtime.spawn(async move {
-            let deadline = Deadline::after(entry.provider.timeout());
-            entry
-                .provider
-                .revoke(&secret, &slot.request.subject, deadline)
-                .await
+    /// Evicts tokens at once, and asks their authorization servers to revoke them: what was replaced or
+    /// handed out as well. Waits for the answers at most `wait`; whoever has not revoked one by then is
+    /// asked on.
+    pub async fn revoke_upstream(
+        self: &Arc<Self>,
+        revoked: &RevokedTokens,
+        wait: Duration,
+    ) -> Vec<RevokedToken> {
+        let meant = self.take_live(revoked);
+        let mut outcomes: Vec<RevokedToken> = meant
+            .iter()
+            .map(|known| RevokedToken {
+                credential: known.slot.credential.to_string(),
+                token_sha256: known.token.sha256().to_string(),
+                upstream: UpstreamRevocation::Pending("no answer yet".to_owned()),
+            })
+            .collect();
+        let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+        let credentials = Arc::clone(self);
+        self.runtime.spawn(async move {
+            let revoking = meant.into_iter().enumerate().map(|(index, known)| {
+                let (credentials, tell) = (Arc::clone(&credentials), tell.clone());
+                async move {
+                    let (upstream, again_after) = credentials.revoke_one(&known).await;
+                    let _ = tell.send((index, upstream));
+                    if let Some(pause) = again_after {
+                        let again = Arc::clone(&credentials).revoke_again(known, pause);
+                        credentials.runtime.spawn(again);
+                    }
+                }
+            });
+            futures_util::stream::iter(revoking)
+                .buffer_unordered(REVOKED_AT_ONCE)
+                .collect::<Vec<()>>()
+                .await;
         });
-        match task.await {
-            Ok(Ok(true)) => UpstreamRevocation::Revoked,
-            Ok(Ok(false)) => UpstreamRevocation::NotServed,
-            Ok(Err(failure)) => UpstreamRevocation::Failed(failure.detail),
-            Err(_) => UpstreamRevocation::Failed("the agent is shutting down".to_owned()),
+        let collect = async {
+            while let Some((index, upstream)) = told.recv().await {
+                if let Some(outcome) = outcomes.get_mut(index) {
+                    outcome.upstream = upstream;
+                }
+            }
+        };
+        let _ = tokio::time::timeout(wait, collect).await;
+        outcomes
+    }
+
+    /// Takes the tokens that are meant out of the cache and out of what is known to live.
+    fn take_live(&self, revoked: &RevokedTokens) -> Vec<LiveToken> {
+        let now = self.clock.monotonic();
+        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        let meant: Vec<LiveToken> = live
+            .extract_if(.., |known| is_meant(revoked, known))
+            .filter(|known| now < known.token.lives_until())
+            .collect();
+        for known in &meant {
+            known.slot.drop_this_token(&known.token);
         }
+        meant
+    }
+
+    /// Asks once; says what came of it, and how long to wait where it is worth asking again.
+    async fn revoke_one(&self, known: &LiveToken) -> (UpstreamRevocation, Option<Duration>) {
+        let entry = self.entries.load().get(&*known.slot.credential).cloned();
+        let Some(entry) = entry else {
+            return (UpstreamRevocation::NotServed, None);
+        };
+        let deadline = Deadline::after(entry.provider.timeout());
+        let subject = &known.slot.request.subject;
+        let revoked = entry
+            .provider
+            .revoke(&known.token.secret(), subject, deadline)
+            .await;
+        match revoked {
+            Ok(true) => (UpstreamRevocation::Revoked, None),
+            Ok(false) => (UpstreamRevocation::NotServed, None),
+            Err(failure) => match failure.recovery {
+                Recovery::Backoff { retry_after } => (
+                    UpstreamRevocation::Pending(failure.detail),
+                    Some(retry_after.unwrap_or_default()),
+                ),
+                Recovery::Hold | Recovery::Permanent => {
+                    (UpstreamRevocation::Failed(failure.detail), None)
+                }
+            },
+        }
+    }
+
+    /// Asks until the server has revoked the token or it has expired.
+    async fn revoke_again(self: Arc<Self>, known: LiveToken, asked_for: Duration) {
+        let (credential, token_sha256) = (&*known.slot.credential, &**known.token.sha256());
+        let (mut asked_for, mut ours) = (asked_for, REVOKE_AGAIN);
+        loop {
+            let pause = ours.mul_f64(0.5 + 0.5 * backoff::random_fraction());
+            let pause = pause.max(asked_for.min(backoff::LONGEST_RETRY_AFTER));
+            if self.clock.monotonic() + pause >= known.token.lives_until() {
+                tracing::warn!(
+                    credential,
+                    token_sha256,
+                    "the token expires before its authorization server would have revoked it"
+                );
+                return;
+            }
+            tokio::time::sleep(pause).await;
+            match self.revoke_one(&known).await {
+                (UpstreamRevocation::Pending(detail), again_after) => {
+                    tracing::warn!(
+                        credential,
+                        token_sha256,
+                        detail,
+                        "token not revoked upstream yet"
+                    );
+                    asked_for = again_after.unwrap_or_default();
+                    ours = (2 * ours).min(REVOKE_AGAIN_AT_MOST);
+                }
+                (outcome, _) => {
+                    tracing::info!(
+                        credential,
+                        token_sha256,
+                        ?outcome,
+                        "revoking upstream ended"
+                    );
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Remembers a token for as long as it lives upstream.
+    fn keep_revocable(&self, slot: &Arc<Slot>, token: &Arc<Token>, holder: TokenHolder) {
+        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        if live.len() >= LIVE_TOKENS {
+            // Those that go first would have lived shortest.
+            live.sort_by_key(|known| std::cmp::Reverse(known.token.lives_until()));
+            live.truncate(LIVE_TOKENS / 2);
+        }
+        live.push(LiveToken {
+            slot: Arc::clone(slot),
+            token: Arc::clone(token),
+            holder: Arc::new(holder),
+        });
     }
 
     /// The slot of `ask`, made where there is none.
@@ -604,6 +727,10 @@ impl Credentials {
     /// Wipes what has expired and drops whom nobody asked for.
     fn sweep(&self) {
         let now = self.clock.monotonic();
+        self.live
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|known| now < known.token.lives_until());
         self.retain(|slot| {
             let idle = now.saturating_sub(slot.last_used());
             let state = slot.state();
@@ -747,6 +874,7 @@ impl Credentials {
             Ok(token) => {
                 let token = Arc::new(token);
                 slot.succeed(&token);
+                self.keep_revocable(slot, &token, holder_of(slot, None));
                 self.refresh_later(slot, token.refresh_at());
                 Ok(token)
             }
@@ -776,6 +904,74 @@ impl std::fmt::Debug for Credentials {
 enum Standing {
     Token(Arc<Token>),
     Failure(Arc<Failure>),
+}
+
+fn is_meant(revoked: &RevokedTokens, known: &LiveToken) -> bool {
+    match revoked {
+        RevokedTokens::Credential(name) => *known.slot.credential == **name,
+        RevokedTokens::TokenSha256(sha256) => known.token.sha256().eq_ignore_ascii_case(sha256),
+        RevokedTokens::Workload(selector) => {
+            !is_shared(&known.slot) && selector.matches(&known.slot.facts)
+        }
+    }
+}
+
+/// Whether workloads share the slot's tokens.
+fn is_shared(slot: &Slot) -> bool {
+    let subject = &slot.request.subject;
+    subject.attributes.is_empty() && subject.presented.is_none()
+}
+
+/// Whom a slot's token is for: what makes its tokens differ from others', and, for one that is handed
+/// out, who it is handed to.
+fn holder_of(slot: &Slot, handed_to: Option<&WorkloadFacts>) -> TokenHolder {
+    let subject = &slot.request.subject;
+    let mut workload: Vec<Selector> = subject
+        .attributes
+        .iter()
+        .map(|((group, name), value)| Selector {
+            group: group.clone(),
+            name: name.clone(),
+            value: value.to_string(),
+        })
+        .collect();
+    match (handed_to, &subject.presented) {
+        (Some(facts), _) => workload.extend(identity_of(facts)),
+        // A job presents another token each time: it is known by whose token it is.
+        (None, Some(_)) => workload.extend(selectors(&slot.facts, &["iss", "sub"])),
+        (None, None) => {}
+    }
+    TokenHolder {
+        credential: slot.credential.to_string(),
+        workload,
+    }
+}
+
+/// What tells a workload from its neighbours, as isolation keys do, whatever its process is.
+fn identity_of(facts: &WorkloadFacts) -> Vec<Selector> {
+    let container = facts.attribute("container", "id").is_some();
+    let names: &[&str] = match container {
+        true => &["id", "iss", "sub"],
+        false => &["uid", "system_unit", "user_unit", "iss", "sub"],
+    };
+    selectors(facts, names)
+}
+
+/// The attributes with these names, in whichever groups they are.
+fn selectors(facts: &WorkloadFacts, names: &[&str]) -> Vec<Selector> {
+    facts
+        .groups
+        .iter()
+        .flat_map(|(group, attributes)| {
+            names.iter().filter_map(move |name| {
+                Some(Selector {
+                    group: group.clone(),
+                    name: (*name).to_owned(),
+                    value: attributes.get(*name)?.to_string(),
+                })
+            })
+        })
+        .collect()
 }
 
 fn ask(grant: &Grant, purpose: Purpose) -> Result<Ask<'_>, Refusal> {

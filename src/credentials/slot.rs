@@ -107,6 +107,17 @@ impl Slot {
         self.current.store(None);
     }
 
+    /// Drops `token`, and no other that may have taken its place.
+    pub(super) fn drop_this_token(&self, token: &Arc<Token>) {
+        let current = self.current.load();
+        if current
+            .as_ref()
+            .is_some_and(|current| Arc::ptr_eq(current, token))
+        {
+            self.current.compare_and_swap(&*current, None);
+        }
+    }
+
     pub(super) fn touch(&self, now: Duration) {
         self.last_used_milliseconds
             .store(milliseconds(now), Ordering::Relaxed);

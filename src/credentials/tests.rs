@@ -169,6 +169,10 @@ impl Bench {
         Ok(token)
     }
 
+    async fn revoke(&self, revoked: &RevokedTokens) -> Vec<RevokedToken> {
+        self.credentials.revoke_upstream(revoked, seconds(30)).await
+    }
+
     fn requests(&self) -> usize {
         self.state.token_requests()
     }
@@ -1198,7 +1202,7 @@ async fn revoked_tokens_are_evicted_and_revoked_upstream() {
     let bench = Bench::start().await;
     let token = bench.token().await.unwrap();
     let by_digest = RevokedTokens::TokenSha256(token.sha256().to_uppercase());
-    let revoked = bench.credentials.revoke_upstream(&by_digest).await;
+    let revoked = bench.revoke(&by_digest).await;
     assert_eq!(revoked.len(), 1);
     assert_eq!(revoked[0].upstream, UpstreamRevocation::Revoked);
     assert!(bench.state.is_revoked(&jti_of(&token)));
@@ -1206,10 +1210,86 @@ async fn revoked_tokens_are_evicted_and_revoked_upstream() {
     assert!(!Arc::ptr_eq(&next, &token));
     let by_name = RevokedTokens::Credential("orders".to_owned());
     bench.server.set(Fault::Refused).await;
-    let revoked = bench.credentials.revoke_upstream(&by_name).await;
-    assert!(matches!(revoked[0].upstream, UpstreamRevocation::Failed(_)));
+    let revoked = bench.revoke(&by_name).await;
+    assert!(matches!(
+        revoked[0].upstream,
+        UpstreamRevocation::Pending(_)
+    ));
     assert!(bench.credentials.list()[0].token_sha256.is_none());
-    assert!(bench.credentials.revoke_upstream(&by_name).await.is_empty());
+    assert!(bench.revoke(&by_name).await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_handed_out_or_replaced_is_revoked_upstream_too() {
+    let bench = Bench::start().await;
+    let replaced = bench.token().await.unwrap();
+    bench.clock.advance(LONG.mul_f64(0.56));
+    assert!(Arc::ptr_eq(&bench.token().await.unwrap(), &replaced));
+    bench.until_requests(2).await;
+    let current = bench.token().await.unwrap();
+    assert!(!Arc::ptr_eq(&current, &replaced));
+    let scopes = ["orders.read".to_owned()];
+    let caller = facts(&[("unix", "uid", AttributeValue::Long(7))]);
+    let ask = Ask {
+        purpose: Purpose::Issue,
+        ..orders(&scopes, &caller)
+    };
+    let issued = bench.credentials.issue_token(&ask).await.unwrap();
+    let issued_sha256 = token_sha256(&issued);
+    // One that was handed out is known by who has it, one that all share by its credential alone.
+    let holder = bench.credentials.holder(&issued_sha256).unwrap();
+    assert_eq!(holder.credential, "orders");
+    assert_eq!(holder.workload, ["unix.uid=7".parse().unwrap()]);
+    let holder = bench.credentials.holder(current.sha256()).unwrap();
+    assert!(holder.workload.is_empty());
+    assert!(bench.credentials.holder(&"0".repeat(64)).is_none());
+
+    let by_name = RevokedTokens::Credential("orders".to_owned());
+    let revoked = bench.revoke(&by_name).await;
+    assert_eq!(revoked.len(), 3, "{revoked:?}");
+    assert!(
+        revoked
+            .iter()
+            .all(|token| token.upstream == UpstreamRevocation::Revoked),
+        "{revoked:?}"
+    );
+    let (_, claims) = opened(issued.access_token.expose_secret());
+    let issued_jti = claims["jti"].as_str().unwrap().to_owned();
+    for jti in [jti_of(&replaced), jti_of(&current), issued_jti] {
+        assert!(bench.state.is_revoked(&jti), "{jti}");
+    }
+    assert!(bench.credentials.holder(&issued_sha256).is_none());
+    // What has expired needs no revocation.
+    bench.token().await.unwrap();
+    bench.clock.advance(LONG);
+    assert!(bench.revoke(&by_name).await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_in_trouble_is_asked_again_to_revoke() {
+    let bench = Bench::start().await;
+    let token = bench.token().await.unwrap();
+    let again = Some("1".to_owned());
+    bench.server.let_metadata_fail();
+    bench.server.set(Fault::Status(503, again)).await;
+    let by_name = RevokedTokens::Credential("orders".to_owned());
+    let revoked = bench.revoke(&by_name).await;
+    assert!(
+        matches!(&revoked[0].upstream, UpstreamRevocation::Pending(detail) if detail.contains("503")),
+        "{revoked:?}"
+    );
+    assert!(!bench.state.is_revoked(&jti_of(&token)));
+    bench.server.set(Fault::None).await;
+    let deadline = Instant::now() + seconds(60);
+    while !bench.state.is_revoked(&jti_of(&token)) {
+        assert!(Instant::now() < deadline, "it was not asked again");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // Who refuses the client is not asked again.
+    bench.token().await.unwrap();
+    bench.server.set(Fault::Error(400, "invalid_request")).await;
+    let revoked = bench.revoke(&by_name).await;
+    assert!(matches!(revoked[0].upstream, UpstreamRevocation::Failed(_)));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1283,7 +1363,7 @@ async fn faults_are_told_as_the_table_says() {
         assert!(matches!(
             bench
                 .credentials
-                .revoke_upstream(&RevokedTokens::Credential("orders".to_owned()))
+                .revoke_upstream(&RevokedTokens::Credential("orders".to_owned()), seconds(10))
                 .await
                 .as_slice(),
             [_]

@@ -25,6 +25,7 @@ pub(super) struct Token {
     lifetime: Duration,
     usable_until: Duration,
     refresh_at: Duration,
+    lives_until: Duration,
 }
 
 impl Token {
@@ -53,6 +54,7 @@ impl Token {
             expires_at: minted.sent_at_wall + lifetime,
             lifetime,
             usable_until: minted.sent_at + usable_for,
+            lives_until: minted.sent_at + minted.expires_in,
             refresh_at: minted.sent_at + lifetime.mul_f64(0.50 + 0.05 * random_fraction()),
         })
     }
@@ -63,6 +65,11 @@ impl Token {
 
     pub(super) fn is_due(&self, now: Duration) -> bool {
         now >= self.refresh_at
+    }
+
+    /// When its authorization server lets it expire, whatever policy allows.
+    pub(super) fn lives_until(&self) -> Duration {
+        self.lives_until
     }
 
     pub(super) fn refresh_at(&self) -> Duration {

@@ -34,7 +34,7 @@ pub use engine::PolicyEngine;
 pub use grant::{Grant, Lease, LeaseEnded};
 pub use principal::UNKNOWN_ENVIRONMENT;
 pub use question::{Action, OwnedQuestion, OwnedResource, Question, Resource, UNMATCHED};
-pub use revocations::{Revocation, Revocations, Revoked, Selector, SelectorError};
+pub use revocations::{Revocation, Revocations, Revoked, Selector, SelectorError, TokenHolder};
 pub use ring::{DecisionRing, RING_CAPACITY, RecordedDecision};
 pub use selection::{Refused, first_permitted, questions, route, unmatched};
 pub use snapshot::PolicySnapshot;

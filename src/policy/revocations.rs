@@ -14,7 +14,23 @@ use super::question::{Question, Resource};
 /// [`PolicySnapshot`](super::PolicySnapshot).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Revocations {
-    entries: Vec<Arc<Revocation>>,
+    entries: Vec<Arc<Entry>>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Entry {
+    revocation: Revocation,
+    holder: Option<TokenHolder>,
+}
+
+/// Whom a revoked token was for: while the revocation is in force they get no other of its credential,
+/// for one that was stolen says nothing good of where its successors go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct TokenHolder {
+    /// The credential.
+    pub credential: String,
+    /// What a workload must have to be meant, all of it; every workload where tokens are shared.
+    pub workload: Vec<Selector>,
 }
 
 /// One revocation.
@@ -36,7 +52,7 @@ pub enum Revoked {
     Workload(Selector),
     /// Every use of a credential, by name.
     Credential(String),
-    /// One issued token, by the SHA-256 of its bytes in lower-case hexadecimal.
+    /// One token, by the SHA-256 of its bytes in lower-case hexadecimal; see [`TokenHolder`].
     TokenSha256(String),
 }
 
@@ -122,15 +138,30 @@ impl Revocations {
 
     /// All of them, oldest first.
     pub fn iter(&self) -> impl Iterator<Item = &Revocation> {
-        self.entries.iter().map(AsRef::as_ref)
+        self.entries.iter().map(|entry| &entry.revocation)
     }
 
     /// The set with one more.
     #[must_use]
     pub fn with(&self, revocation: Revocation) -> Self {
+        self.with_holder(revocation, None)
+    }
+
+    /// The set with one more, of a token that was for `holder`.
+    #[must_use]
+    pub fn with_holder(&self, revocation: Revocation, holder: Option<TokenHolder>) -> Self {
         let mut entries = self.entries.clone();
-        entries.push(Arc::new(revocation));
+        entries.push(Arc::new(Entry { revocation, holder }));
         Self { entries }
+    }
+
+    /// Whom the token was for that the revocation with this id is about, where that is known.
+    pub fn holder(&self, id: &str) -> Option<&TokenHolder> {
+        let entry = self
+            .entries
+            .iter()
+            .find(|entry| entry.revocation.id == id)?;
+        entry.holder.as_ref()
     }
 
     /// The set without the one of this id; `None` if there is none.
@@ -138,7 +169,7 @@ impl Revocations {
         let entries: Vec<_> = self
             .entries
             .iter()
-            .filter(|entry| entry.id != id)
+            .filter(|entry| entry.revocation.id != id)
             .cloned()
             .collect();
         (entries.len() < self.entries.len()).then_some(Self { entries })
@@ -149,7 +180,7 @@ impl Revocations {
         let entries: Vec<_> = self
             .entries
             .iter()
-            .filter(|entry| entry.until.is_none_or(|until| now < until))
+            .filter(|entry| entry.revocation.until.is_none_or(|until| now < until))
             .cloned()
             .collect();
         (entries.len() < self.entries.len()).then_some(Self { entries })
@@ -168,13 +199,26 @@ impl Revocations {
         facts: &WorkloadFacts,
         question: &Question<'_>,
     ) -> Option<&Revocation> {
-        self.iter().find(|entry| match &entry.what {
-            Revoked::Workload(selector) => selector.matches(facts),
-            Revoked::Credential(name) => matches!(
+        let asks_for = |name: &str| {
+            matches!(
                 question.resource,
-                Resource::Credential { credential, .. } if *credential.name == **name
-            ),
-            Revoked::TokenSha256(_) => false,
-        })
+                Resource::Credential { credential, .. } if *credential.name == *name
+            )
+        };
+        let covering = self
+            .entries
+            .iter()
+            .find(|entry| match &entry.revocation.what {
+                Revoked::Workload(selector) => selector.matches(facts),
+                Revoked::Credential(name) => asks_for(name),
+                Revoked::TokenSha256(_) => entry.holder.as_ref().is_some_and(|holder| {
+                    asks_for(&holder.credential)
+                        && holder
+                            .workload
+                            .iter()
+                            .all(|selector| selector.matches(facts))
+                }),
+            });
+        covering.map(|entry| &entry.revocation)
     }
 }

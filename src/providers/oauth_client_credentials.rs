@@ -17,7 +17,7 @@ use zeroize::Zeroizing;
 
 use super::client_authentication::{ASSERTION_TYPE, KeyFile, basic_header, claim_value};
 use super::metadata::{Metadata, discover};
-use super::token_response::{TokenResponse, parse_token_response};
+use super::token_response::{TokenResponse, parse_retry_after, parse_token_response};
 use super::{
     Deadline, MintFailure, MintedToken, PresentedFrom, Provider, Recovery, Subject, SubjectParts,
     TokenRequest, attributes_of,
@@ -525,7 +525,13 @@ impl Provider for OauthClientCredentialsProvider {
                     "the revocation endpoint answered status {}",
                     status.as_u16()
                 ),
-                Recovery::Backoff { retry_after: None },
+                match status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
+                    // Section 2.2.1: the token still exists, and may be tried again.
+                    true => Recovery::Backoff {
+                        retry_after: parse_retry_after(&answer.headers, self.clock.wall()),
+                    },
+                    false => Recovery::Permanent,
+                },
             )),
         }
     }

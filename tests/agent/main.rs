@@ -31,6 +31,7 @@ mod refusals;
 mod rejected_tokens;
 mod reloads;
 mod report_only;
+mod revocations;
 mod streams;
 mod traces;
 mod tunnels;

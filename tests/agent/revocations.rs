@@ -1,0 +1,87 @@
+//! What an operator revokes through the admin actions of a running agent.
+
+use countersign::admin::{AdminActions, RevocationRequest};
+use countersign::policy::Revoked;
+use serde_json::{Value, json};
+
+use crate::support::counts::reached;
+use crate::support::curl::curl;
+use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World};
+
+const ORDERS: &str = "https://orders.example.test/v1/orders";
+
+const ISSUE: &str = r#"
+@id("issues")
+permit (principal, action == Action::"issue", resource)
+when { principal has unix };
+"#;
+
+/// Revokes a token for as long as it takes to lift it, and returns the answer.
+async fn revoke(world: &World, sha256: &str) -> Value {
+    let request = RevocationRequest {
+        what: Revoked::TokenSha256(sha256.to_owned()),
+        for_seconds: None,
+    };
+    world.app().revoke(request).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whom_a_revoked_token_was_for_gets_no_other() {
+    let mut world = World::servers().await;
+    let configuration = format!("{COMMON}{DESTINATIONS}").replace(
+        "listeners:\n",
+        "listeners:\n  - {name: api, type: workload_api, bind: \"127.0.0.1:0\"}\n",
+    );
+    world
+        .start_agent(&configuration, &format!("{POLICIES}{ISSUE}"))
+        .await;
+    world.good().await;
+    let api = format!("http://{}/v1/token", world.address("api"));
+    let issue = async |credential: &str| {
+        let ask = json!({"credential": credential}).to_string();
+        curl(&["-X", "POST", "-d", &ask, &api]).await
+    };
+    assert_eq!(issue("orders-api").await.status, 200);
+    let lines = world.audit().await;
+    let token_of = |kind: &str| {
+        let line = lines.iter().find(|line| line["kind"] == kind).unwrap();
+        line["token"]["sha256"].as_str().unwrap().to_owned()
+    };
+    let mut refused = 0;
+    for kind in ["request", "token_issue"] {
+        let token = token_of(kind);
+        let seen = world.api.seen().len();
+        let answer = revoke(&world, &token).await;
+        assert_eq!(answer["tokens"][0]["token_sha256"], *token, "{answer}");
+        assert_eq!(answer["tokens"][0]["upstream"], "revoked", "{answer}");
+        assert_eq!(answer["holder"]["credential"], "orders-api", "{answer}");
+        // The next request is refused, and neither is another token minted for it.
+        let minted = world.authorization_server.state().issued().len();
+        let answer = world.curl(&[ORDERS]).await;
+        assert_eq!((answer.status, answer.code()), (403, "revoked".to_owned()));
+        let answer = issue("orders-api").await;
+        assert_eq!((answer.status, answer.code()), (403, "revoked".to_owned()));
+        // It outlives a reload.
+        world.app().reload().await.unwrap();
+        assert_eq!(world.curl(&[ORDERS]).await.code(), "revoked");
+        refused += 3;
+        assert_eq!(world.authorization_server.state().issued().len(), minted);
+        assert_eq!(world.api.seen().len(), seen, "the origin saw a request");
+        // Another credential is another matter.
+        assert_eq!(issue("billing-api").await.status, 200);
+        world
+            .app()
+            .lift(answer_id(&world).await.as_str())
+            .await
+            .unwrap();
+        world.good().await;
+        assert_eq!(issue("orders-api").await.status, 200);
+    }
+    reached("revoked_by_token", refused);
+}
+
+/// The id of the one revocation in force.
+async fn answer_id(world: &World) -> String {
+    let revocations = world.app().revocations().await;
+    revocations[0]["id"].as_str().unwrap().to_owned()
+}
