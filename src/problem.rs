@@ -1,5 +1,5 @@
 //! Refusals on the wire: `application/problem+json` (RFC 9457) with `Proxy-Status` (RFC 9209), the
-//! gRPC form, and the reason phrase, which is all that some clients show of a refused CONNECT.
+//! forms of gRPC and git, and the reason phrase, which is all that some clients show of a refusal.
 
 use bytes::Bytes;
 use http::header::{
@@ -28,12 +28,14 @@ const REASON_PHRASE_CHARACTERS: usize = 240;
 pub enum Surface {
     /// A proxy request in absolute form, or one inside an intercepted tunnel.
     Proxy,
-    /// CONNECT: many clients hide the body, so code and cause are in the reason phrase too.
+    /// CONNECT: many clients hide the body, and show the reason phrase alone.
     Connect,
     /// A gateway, or the agent's own API: an origin server to the caller.
     Gateway,
     /// gRPC on any of them: trailers-only.
     Grpc,
+    /// git on any of them but CONNECT: it shows a body that is text, and no other.
+    Git,
 }
 
 /// The members of a problem (RFC 9457 section 3.1) and ours.
@@ -65,6 +67,7 @@ pub fn response(refusal: &Refusal, request_id: RequestId, surface: Surface) -> R
         .replace("REQUEST_ID", &request_id.to_string());
     let mut response = match surface {
         Surface::Grpc => trailers_only(refusal, &next),
+        Surface::Git => text(refusal, &next),
         Surface::Proxy | Surface::Connect | Surface::Gateway => {
             let problem = Problem {
                 r#type: documentation(properties.code),
@@ -75,12 +78,11 @@ pub fn response(refusal: &Refusal, request_id: RequestId, surface: Surface) -> R
                 next,
                 nearest: refusal.nearest.as_deref(),
             };
-            let mut response = problem_response(properties.status, &problem);
-            challenge(&mut response);
-            response
+            problem_response(properties.status, &problem)
         }
     };
-    if surface == Surface::Connect
+    challenge(&mut response);
+    if surface != Surface::Grpc
         && let Some(phrase) = reason_phrase(refusal)
     {
         response.extensions_mut().insert(phrase);
@@ -156,6 +158,20 @@ fn reason_phrase(refusal: &Refusal) -> Option<ReasonPhrase> {
     ReasonPhrase::try_from(phrase.as_bytes()).ok()
 }
 
+/// `CODE: DETAIL` and the next step, a line each.
+fn text(refusal: &Refusal, next: &str) -> Response<Bytes> {
+    let text = format!(
+        "{}: {}\nnext: {next}\n",
+        refusal.code.as_str(),
+        refusal.detail
+    );
+    let mut response = Response::new(Bytes::from(text));
+    *response.status_mut() = refusal.code.properties().status;
+    let content_type = HeaderValue::from_static("text/plain; charset=utf-8");
+    response.headers_mut().insert(CONTENT_TYPE, content_type);
+    response
+}
+
 /// Trailers-Only (gRPC over HTTP/2, "Responses"): one header block with the status in it.
 fn trailers_only(refusal: &Refusal, next: &str) -> Response<Bytes> {
     /// `Percent-Encoded`: everything but space to `~`, less `%`.
@@ -215,6 +231,7 @@ mod tests {
                 Surface::Connect,
                 Surface::Gateway,
                 Surface::Grpc,
+                Surface::Git,
             ] {
                 let (response, id) = answered(&refusal, surface);
                 assert_eq!(response.headers()["countersign-request-id"], id.to_string());
@@ -240,26 +257,33 @@ mod tests {
                         "{message}"
                     );
                     assert!(response.body().is_empty());
+                    assert!(response.extensions().get::<ReasonPhrase>().is_none());
+                    answers += 1;
+                    continue;
+                }
+                assert_eq!(response.status(), properties.status);
+                let phrase = response.extensions().get::<ReasonPhrase>().unwrap();
+                let phrase = std::str::from_utf8(phrase.as_bytes()).unwrap();
+                assert!(phrase.starts_with(&format!("{}: ", properties.code)));
+                assert!(phrase.ends_with("?ber ?? limit 100%"), "{phrase}");
+                if surface == Surface::Git {
+                    let content_type = &response.headers()["content-type"];
+                    assert_eq!(content_type, "text/plain; charset=utf-8");
+                    let body = std::str::from_utf8(response.body()).unwrap();
+                    assert!(body.starts_with(&format!("{}: {}", properties.code, refusal.detail)));
+                    assert!(body.contains("\nnext: ") && !body.contains("REQUEST_ID"));
                 } else {
-                    assert_eq!(response.status(), properties.status);
                     let body: serde_json::Value = serde_json::from_slice(response.body()).unwrap();
                     assert_eq!(body["code"], properties.code);
                     assert_eq!(body["status"], properties.status.as_u16());
                     assert_eq!(body["request_id"], id.to_string());
                     assert!(!body["next"].as_str().unwrap().contains("REQUEST_ID"));
                     assert!(body["type"].as_str().unwrap().starts_with("https://"));
-                    let phrase = response.extensions().get::<ReasonPhrase>();
-                    assert_eq!(phrase.is_some(), surface == Surface::Connect);
-                    if let Some(phrase) = phrase {
-                        let phrase = std::str::from_utf8(phrase.as_bytes()).unwrap();
-                        assert!(phrase.starts_with(&format!("{}: ", properties.code)));
-                        assert!(phrase.ends_with("?ber ?? limit 100%"), "{phrase}");
-                    }
                 }
                 answers += 1;
             }
         }
-        assert_eq!(answers, 4 * RefusalCode::ALL.len());
+        assert_eq!(answers, 5 * RefusalCode::ALL.len());
     }
 
     #[test]

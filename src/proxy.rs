@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use countersign_attestors::{AttestedWorkload, PresentedToken};
-use http::header::{ALT_SVC, AUTHORIZATION, HeaderName, WWW_AUTHENTICATE};
-use http::{Method, Request, Response, StatusCode, Version};
+use http::header::{ALT_SVC, AUTHORIZATION, HeaderName, USER_AGENT, WWW_AUTHENTICATE};
+use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use hyper::body::{Body, Incoming};
 use hyper_util::rt::TokioIo;
 use tokio::task::spawn_local;
@@ -145,11 +145,19 @@ fn surface_of(connection: &Connection, request: &Request<Incoming>) -> Surface {
         _ if is_grpc(request.headers()) => Surface::Grpc,
         (_, &Method::CONNECT) => Surface::Connect,
         (Some(_), _) => Surface::Gateway,
+        _ if is_git(request.headers()) => Surface::Git,
         (None, _) => Surface::Proxy,
     }
 }
 
 /// What a request was answered with.
+/// Whether git sent it, by the name that it gives itself.
+fn is_git(headers: &HeaderMap) -> bool {
+    headers
+        .get(USER_AGENT)
+        .is_some_and(|agent| agent.as_bytes().starts_with(b"git/"))
+}
+
 enum Answer {
     /// A response, to be recorded.
     Response(Response<ResponseBody>),

@@ -240,13 +240,11 @@ async fn refusals_are_problems_and_reach_no_origin() {
             answer.headers("countersign-request-id"),
             [body["request_id"].as_str().unwrap()]
         );
-        if head.starts_with("CONNECT") && !in_tunnel {
-            assert!(
-                answer.reason.starts_with(&format!("{code}: ")),
-                "{head}: {}",
-                answer.reason
-            );
-        }
+        assert!(
+            answer.reason.starts_with(&format!("{code}: ")),
+            "{head}: {}",
+            answer.reason
+        );
         refused += 1;
     }
     assert!(world.api.seen().is_empty(), "{:#?}", world.api.seen());
