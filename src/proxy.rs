@@ -22,6 +22,7 @@ use crate::exchange::Exchange;
 use crate::inject::{
     NotInjected, UpstreamRequest, is_grpc, is_reported, strip_hop_by_hop, token_revoked,
 };
+use crate::listener::linger::read_on;
 use crate::listener::serve::serve_tunnel;
 use crate::policy::{
     Action, DecisionCache, Denial, Grant, Lease, LeaseEnded, Question, Refused, first_permitted,
@@ -144,13 +145,12 @@ fn surface_of(connection: &Connection, request: &Request<Incoming>) -> Surface {
     match (&connection.entry.gateway, request.method()) {
         _ if is_grpc(request.headers()) => Surface::Grpc,
         (_, &Method::CONNECT) => Surface::Connect,
-        (Some(_), _) => Surface::Gateway,
         _ if is_git(request.headers()) => Surface::Git,
+        (Some(_), _) => Surface::Gateway,
         (None, _) => Surface::Proxy,
     }
 }
 
-/// What a request was answered with.
 /// Whether git sent it, by the name that it gives itself.
 fn is_git(headers: &HeaderMap) -> bool {
     headers
@@ -158,6 +158,7 @@ fn is_git(headers: &HeaderMap) -> bool {
         .is_some_and(|agent| agent.as_bytes().starts_with(b"git/"))
 }
 
+/// What a request was answered with.
 enum Answer {
     /// A response, to be recorded.
     Response(Response<ResponseBody>),
@@ -261,10 +262,17 @@ async fn forward(
 
     for _ in 0..DECISIONS_PER_REQUEST {
         stay_in_gateway(connection, &snapshot, &asked)?;
+        let decided = worker.decide(&snapshot, &workload, &asked, exchange);
         let Permitted {
             verdict,
             destination,
-        } = worker.decide(&snapshot, &workload, &asked, exchange)?;
+        } = match decided {
+            Ok(permitted) => permitted,
+            Err(refusal) => {
+                read_on(&worker.agent, *request);
+                return Err(refusal);
+            }
+        };
         stream.may_idle(idle_of(destination.as_ref()));
         if !replayable {
             stream.leads_to(destination.as_ref());

@@ -1,7 +1,8 @@
 //! Closes a caller's connection so that the last answer arrives (RFC 9112 section 9.6).
 //!
 //! A caller that is refused in the middle of what it sends goes on sending. Were the socket closed
-//! with bytes of it unread, the kernel would reset the connection and the caller lose the answer.
+//! with bytes of it unread, the kernel would reset the connection and the caller lose the answer. A
+//! stream of HTTP/2 is reset likewise, and curl reports that, not the answer.
 
 use std::io;
 use std::pin::Pin;
@@ -9,11 +10,16 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use http::{Request, Version};
+use http_body_util::BodyExt;
+use hyper::body::Body;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::Sleep;
+use tokio::task::spawn_local;
+use tokio::time::{Sleep, timeout};
 
 use crate::agent::Agent;
 use crate::listener::interim::Interim;
+use crate::streams::RequestBody;
 
 /// How long the rest of what a caller sends is read and thrown away.
 const LONGEST: Duration = Duration::from_secs(2);
@@ -117,4 +123,30 @@ impl<Io: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Lingering<Io> {
         }
         Poll::Ready(Ok(()))
     }
+}
+
+/// Of a refused request over HTTP/2, whose stream would be reset with its body dropped (RFC 9113
+/// section 8.1), reads what the caller still sends and throws it away.
+pub fn read_on(agent: &Agent, request: Request<RequestBody>) {
+    let version = request.version();
+    let mut body = request.into_body();
+    if version != Version::HTTP_2 || body.is_end_stream() {
+        return;
+    }
+    let mut draining = agent.draining.subscribe();
+    spawn_local(async move {
+        let rest = async {
+            let mut bytes_left = MOST_BYTES;
+            while bytes_left > 0
+                && let Some(Ok(frame)) = body.frame().await
+            {
+                let bytes = frame.data_ref().map_or(0, bytes::Bytes::len);
+                bytes_left = bytes_left.saturating_sub(bytes);
+            }
+        };
+        tokio::select! {
+            _ = draining.wait_for(|draining| *draining) => {}
+            _ = timeout(LONGEST, rest) => {}
+        }
+    });
 }

@@ -1,8 +1,17 @@
 //! What is refused, how it is said, and that the origin saw nothing of it.
 
+use std::convert::Infallible;
 use std::time::Duration;
 
+use bytes::Bytes;
+use futures_util::stream;
+use http::Request;
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::Frame;
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::mpsc;
 
 use crate::support::counts::reached;
 use crate::support::origin::Origin;
@@ -455,4 +464,36 @@ async fn heads_that_cannot_be_read_are_refused_and_recorded() {
     assert_eq!(world.plain_api.seen().len(), 4, "the good ones only");
     world.good().await;
     reached("unreadable_heads", refused);
+}
+
+/// Over HTTP/2 the stream of such a caller is read to its end, and not reset.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_stream_is_not_reset_while_the_caller_sends() {
+    let world = World::start().await;
+    world.good().await;
+    let seen = world.api.seen().len();
+    let io = tokio::net::TcpStream::connect(world.address("gateway"))
+        .await
+        .unwrap();
+    let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(io))
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    let (chunks, queue) = mpsc::channel::<Bytes>(1);
+    let body = StreamBody::new(stream::unfold(queue, |mut queue| async move {
+        let chunk = queue.recv().await?;
+        Some((Ok::<_, Infallible>(Frame::data(chunk)), queue))
+    }));
+    let denied = Request::delete("http://gateway/v1/orders").body(Box::pin(body));
+    let response = sender.send_request(denied.unwrap()).await.unwrap();
+    assert_eq!(response.status(), 403);
+    let answer = response.into_body().collect().await.unwrap().to_bytes();
+    assert!(String::from_utf8_lossy(&answer).contains("policy_denied"));
+    for chunk in 0..8 {
+        // Refused where the stream was reset, for nobody takes what is sent then.
+        let sent = chunks.send(Bytes::from(vec![b'x'; 64 * 1024])).await;
+        assert!(sent.is_ok(), "the stream was reset before chunk {chunk}");
+    }
+    assert_eq!(world.api.seen().len(), seen);
+    world.good().await;
 }
