@@ -17,7 +17,7 @@ pub(super) const SECRETS: [&str; 2] = [REQUEST_URL_VARIABLE, REQUEST_TOKEN_VARIA
 const ADD: [&str; 2] = ["NODE_EXTRA_CA_CERTS", "DENO_CERT"];
 
 /// Clients that trust these certificates instead.
-const REPLACE: [&str; 8] = [
+const REPLACE: [&str; 9] = [
     "SSL_CERT_FILE",
     "CURL_CA_BUNDLE",
     "REQUESTS_CA_BUNDLE",
@@ -25,6 +25,8 @@ const REPLACE: [&str; 8] = [
     "AWS_CA_BUNDLE",
     "GIT_SSL_CAINFO",
     "CARGO_HTTP_CAINFO",
+    // Of a `cafile` in an .npmrc, beside which npm does not look at what Node adds.
+    "npm_config_cafile",
     "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
 ];
 
