@@ -16,57 +16,10 @@
 import { readFileSync } from 'node:fs';
 import { createServer as createHttpServer } from 'node:http';
 import { createSecureServer } from 'node:http2';
-import { createRemoteJWKSet, jwtVerify } from 'jose';
+import { receiver, refuse, say } from './received.mjs';
 
 const settings = JSON.parse(readFileSync(process.argv[2], 'utf8'));
-const say = (event) => process.stdout.write(`${JSON.stringify(event)}\n`);
-const jwks = createRemoteJWKSet(new URL(settings.jwks_uri));
-
-// All the values of a header, also where it came more than once: the joined form hides the second `Authorization`.
-function headerValues(request, name) {
-  const values = [];
-  for (let index = 0; index < request.rawHeaders.length; index += 2) {
-    if (request.rawHeaders[index].toLowerCase() === name) values.push(request.rawHeaders[index + 1]);
-  }
-  return values;
-}
-
-async function verify(token) {
-  try {
-    const { payload, protectedHeader } = await jwtVerify(token, jwks, {
-      issuer: settings.issuer,
-      audience: settings.audience,
-      requiredClaims: ['exp', 'jti'],
-    });
-    return { ok: true, payload, algorithm: protectedHeader.alg };
-  } catch (error) {
-    return { ok: false, cause: error.code ?? error.message };
-  }
-}
-
-async function receive(request, transport) {
-  const authorization = headerValues(request, 'authorization');
-  const token = authorization.length === 1 ? /^Bearer (.+)$/.exec(authorization[0])?.[1] : undefined;
-  const verified = token ? await verify(token) : { ok: false, cause: `${authorization.length} authorization headers` };
-  const seen = {
-    event: 'request',
-    transport,
-    http_version: request.httpVersion,
-    method: request.method,
-    path: request.url,
-    authority: request.headers[':authority'] ?? request.headers.host,
-    header_names: [...new Set(request.rawHeaders.filter((_, index) => index % 2 === 0).map((name) => name.toLowerCase()))],
-    authorization,
-    caller_authorization_arrived: authorization.some((value) => value.includes('callers-own')),
-    token,
-    verified: verified.ok,
-    cause: verified.cause,
-    jti: verified.payload?.jti,
-    client_id: verified.payload?.client_id ?? verified.payload?.azp,
-  };
-  say(seen);
-  return { seen, verified };
-}
+const receive = receiver(settings);
 
 function echo({ seen, verified }) {
   const { payload } = verified;
@@ -86,12 +39,9 @@ function echo({ seen, verified }) {
 }
 
 async function answerHttp(request, response, transport) {
-  const received = await receive(request, transport);
+  const received = await receive(request, transport, settings.audience);
   request.resume();
-  if (!received.verified.ok) {
-    response.writeHead(401, { 'www-authenticate': 'Bearer error="invalid_token"', 'content-type': 'application/json' });
-    return response.end(JSON.stringify({ error: 'invalid_token', cause: received.verified.cause }));
-  }
+  if (!received.verified.ok) return refuse(response, received.verified);
   response.writeHead(200, { 'content-type': 'application/json' });
   return response.end(JSON.stringify(echo(received)));
 }
@@ -105,7 +55,7 @@ function frame(value) {
 }
 
 async function answerGrpc(request, response) {
-  const received = await receive(request, 'grpc');
+  const received = await receive(request, 'grpc', settings.audience);
   const chunks = [];
   for await (const chunk of request) chunks.push(chunk);
   const finish = (status, message) => {

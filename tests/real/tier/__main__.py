@@ -1,4 +1,4 @@
-"""Runs the tests of the servers named as arguments and compares their number with `expected-counts`.
+"""Runs the tests of the names given as arguments and compares their number with `expected-counts`.
 
 Closing line: `N passed, N failed`. Exit code 0 only where every test that should run ran and passed.
 """
@@ -7,10 +7,14 @@ import signal
 import sys
 import unittest
 
-from . import keycloak, oidc_provider
+from . import exec_clients, keycloak, oidc_provider
 from .processes import HERE
 
-SERVERS = {"oidc-provider": oidc_provider.OidcProviderTest, "keycloak": keycloak.KeycloakTest}
+TESTS = {
+    "oidc-provider": oidc_provider.OidcProviderTest,
+    "keycloak": keycloak.KeycloakTest,
+    "clients": exec_clients.ExecClientsTest,
+}
 
 
 class Result(unittest.TextTestResult):
@@ -33,7 +37,7 @@ def main(names: list[str]) -> int:
     passed = failed = 0
     for name in names:
         print(f"== {name}", flush=True)
-        suite = unittest.defaultTestLoader.loadTestsFromTestCase(SERVERS[name])
+        suite = unittest.defaultTestLoader.loadTestsFromTestCase(TESTS[name])
         result = unittest.TextTestRunner(stream=sys.stdout, verbosity=2, resultclass=Result).run(suite)
         expected = expected_count(name)
         if result.testsRun != expected or result.passed + len(result.failures) + len(result.errors) < expected:

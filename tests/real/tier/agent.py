@@ -82,6 +82,27 @@ class Surroundings:
     api_https_port: int
 
 
+@dataclasses.dataclass
+class Origin:
+    """A destination of the agent's, on a loopback port, and the credential that requests to it get."""
+
+    name: str
+    host: str
+    port: int
+    credential: str
+    scheme: str = "https"
+    audience: str = AUDIENCE
+
+    def destination(self, ca_file: pathlib.Path) -> str:
+        trusted = f"\n    ca_file: {ca_file}" if self.scheme == "https" else ""
+        return f"""  - name: {self.name}
+    hosts: [{self.host}]
+    scheme: {self.scheme}
+    credentials: [{{name: {self.credential}}}]{trusted}
+    connect_to: "127.0.0.1:{self.port}"
+    allow_addresses: [127.0.0.0/8]"""
+
+
 class Configuration:
     """One agent's configuration and policies, in a directory of their own."""
 
@@ -96,9 +117,18 @@ class Configuration:
         self.audit = directory / "audit.jsonl"
         policies = directory / "policies"
         policies.mkdir(parents=True)
-        template = KERNEL_POLICIES if key_file else PRESENTED_POLICIES
-        (policies / "orders.cedar").write_text(template.format(uid=os.getuid(), repository=REPOSITORY, branch=BRANCH))
+        for name, template in self.policies(key_file).items():
+            (policies / name).write_text(template.format(uid=os.getuid(), repository=REPOSITORY, branch=BRANCH))
         self.file.write_text(self.text(surroundings, key_file, ci_issuer))
+
+    def policies(self, key_file: pathlib.Path | None) -> dict[str, str]:
+        return {"orders.cedar": KERNEL_POLICIES if key_file else PRESENTED_POLICIES}
+
+    def origins(self, surroundings: Surroundings) -> list[Origin]:
+        return [
+            Origin("orders", SECURE_HOST, surroundings.api_https_port, "orders-api"),
+            Origin("orders-in-clear", PLAIN_HOST, surroundings.api_http_port, "orders-api", "http"),
+        ]
 
     def text(self, surroundings: Surroundings, key_file: pathlib.Path | None, ci_issuer: str | None) -> str:
         tier_ca = surroundings.certificates.authority_file
@@ -118,6 +148,21 @@ class Configuration:
         audiences: ["{surroundings.issuer}"]
         claims: {{repository_id: string, ref: string}}
         ca_file: {tier_ca}"""
+        origins = self.origins(surroundings)
+        audiences = {origin.credential: origin.audience for origin in origins}
+        credentials = "\n".join(
+            f"""  - name: {credential}
+    type: oauth_client_credentials
+    issuer: {surroundings.issuer}
+    client_id: {client}
+    client_authentication: {authentication}
+    scopes: [{SCOPE}]
+    resources: [{audience}]
+    ca_file: {tier_ca}
+    timeout: 10s"""
+            for credential, audience in audiences.items()
+        )
+        destinations = "\n".join(origin.destination(tier_ca) for origin in origins)
         return f"""version: 1
 listeners:
   - {{name: workloads, type: forward_proxy, bind: "127.0.0.1:{self.proxy_port}"}}
@@ -125,28 +170,9 @@ listeners:
 attestors:
 {attestors}
 credentials:
-  - name: orders-api
-    type: oauth_client_credentials
-    issuer: {surroundings.issuer}
-    client_id: {client}
-    client_authentication: {authentication}
-    scopes: [{SCOPE}]
-    resources: [{AUDIENCE}]
-    ca_file: {tier_ca}
-    timeout: 10s
+{credentials}
 destinations:
-  - name: orders
-    hosts: [{SECURE_HOST}]
-    credentials: [{{name: orders-api}}]
-    ca_file: {tier_ca}
-    connect_to: "127.0.0.1:{surroundings.api_https_port}"
-    allow_addresses: [127.0.0.0/8]
-  - name: orders-in-clear
-    hosts: [{PLAIN_HOST}]
-    scheme: http
-    credentials: [{{name: orders-api}}]
-    connect_to: "127.0.0.1:{surroundings.api_http_port}"
-    allow_addresses: [127.0.0.0/8]
+{destinations}
 interception:
   ca: {{source: generated, state_directory: {self.directory / "ca"}}}
   ca_certificate_file: {self.authority_file}

@@ -1,5 +1,6 @@
 """The two authorization servers of the tier, each with what its own log says of the tokens it issued."""
 
+import collections.abc
 import json
 import pathlib
 import re
@@ -19,11 +20,13 @@ NODE_CLIENT = "node-agent"
 class OidcProvider:
     """npm `oidc-provider`: FAPI 2.0 profile, ES256, resource indicators."""
 
-    def __init__(self, directory: pathlib.Path, certificates: Certificates, jwks: dict) -> None:
+    def __init__(
+        self, directory: pathlib.Path, certificates: Certificates, jwks: dict, audiences: collections.abc.Sequence[str] = (AUDIENCE,)
+    ) -> None:
         settings = {
             **certificates.of_server(),
             "clients": [{"client_id": NODE_CLIENT, "jwks": jwks, "scope": SCOPE}],
-            "resources": [AUDIENCE],
+            "resources": list(audiences),
             "scope": SCOPE,
             "access_token_lifetime": 60,
         }

@@ -8,7 +8,7 @@ import unittest
 
 from .agent import PLAIN_HOST, SECURE_HOST, Agent, Clients, Configuration, Surroundings
 from .authorization_servers import AUDIENCE, NODE_CLIENT
-from .processes import AGENT, Certificates, client_key, node_server
+from .processes import AGENT, Certificates, Process, client_key, node_server
 
 SECURE_ORDERS = f"https://{SECURE_HOST}/v1/orders"
 PLAIN_ORDERS = f"http://{PLAIN_HOST}/v1/orders"
@@ -16,6 +16,8 @@ PLAIN_ORDERS = f"http://{PLAIN_HOST}/v1/orders"
 
 class Server(unittest.TestCase):
     """An authorization server, the API that trusts it, and an agent that holds a key registered there."""
+
+    host_names = ["localhost", SECURE_HOST]
 
     @classmethod
     def start_authorization_server(cls):
@@ -28,33 +30,58 @@ class Server(unittest.TestCase):
         directory = tempfile.TemporaryDirectory(prefix="countersign-real-", ignore_cleanup_errors=True)
         cls.addClassCleanup(directory.cleanup)
         cls.directory = pathlib.Path(directory.name)
-        cls.certificates = Certificates.make(cls.directory, ["localhost", SECURE_HOST])
+        cls.certificates = Certificates.make(cls.directory, cls.host_names)
         cls.key_file = cls.directory / "client.pem"
         cls.jwks = client_key(cls.key_file)
         cls.authorization_server = cls.start_authorization_server()
         cls.addClassCleanup(cls.authorization_server.stop)
-        settings = {
-            **cls.certificates.of_server(),
-            "issuer": cls.authorization_server.issuer,
-            "jwks_uri": cls.authorization_server.jwks_uri,
-            "audience": AUDIENCE,
-        }
-        cls.api = node_server(
-            "api", "api/server.mjs", cls.directory, settings, {"NODE_EXTRA_CA_CERTS": str(cls.certificates.authority_file)}
-        )
-        cls.addClassCleanup(cls.api.stop)
+        cls.api = cls.start_origin("api", {"audience": AUDIENCE})
         ports = cls.api.ready()
         cls.surroundings = Surroundings(
             cls.certificates, cls.authorization_server.issuer, ports["http_port"], ports["https_port"]
         )
+        cls.start_more_origins()
         cls.agent = cls.start_agent("agent", cls.key_file)
-        cls.clients = Clients(cls.agent)
+        cls.clients = cls.clients_of(cls.agent)
+
+    @classmethod
+    def start_origin(cls, name: str, settings: dict) -> Process:
+        """Starts `NAME/server.mjs`, which demands tokens of the authorization server and says what it received."""
+        settings = {
+            **cls.certificates.of_server(),
+            "issuer": cls.authorization_server.issuer,
+            "jwks_uri": cls.authorization_server.jwks_uri,
+            **settings,
+        }
+        trusted = {"NODE_EXTRA_CA_CERTS": str(cls.certificates.authority_file)}
+        origin = node_server(name, f"{name}/server.mjs", cls.directory, settings, trusted)
+        cls.addClassCleanup(origin.stop)
+        return origin
+
+    @classmethod
+    def start_more_origins(cls) -> None:
+        """Starts what the class needs beside the API."""
+
+    @classmethod
+    def configure_agent(cls, directory: pathlib.Path, key_file: pathlib.Path) -> Configuration:
+        return Configuration(directory, cls.surroundings, key_file)
+
+    @classmethod
+    def clients_of(cls, agent: Agent) -> Clients:
+        return Clients(agent)
 
     @classmethod
     def start_agent(cls, name: str, key_file: pathlib.Path) -> Agent:
-        agent = Agent(Configuration(cls.directory / name, cls.surroundings, key_file))
+        agent = Agent(cls.configure_agent(cls.directory / name, key_file))
         cls.addClassCleanup(agent.stop)
         return agent
+
+    @classmethod
+    def clients_of_a_swapped_key(cls) -> Clients:
+        name = f"swapped-{secrets.token_hex(4)}"
+        key_file = cls.directory / f"{name}.pem"
+        client_key(key_file)
+        return cls.clients_of(cls.start_agent(name, key_file))
 
     def setUp(self) -> None:
         self.seen_before = len(self.received())
@@ -218,12 +245,6 @@ class Cases:
             result = unittest.TestResult()
             case.run(result)
             self.assertEqual((result.testsRun, len(result.failures)), (1, 1), f"{name}: {result}")
-
-    def clients_of_a_swapped_key(self) -> Clients:
-        name = f"swapped-{secrets.token_hex(4)}"
-        key_file = self.directory / f"{name}.pem"
-        client_key(key_file)
-        return Clients(self.start_agent(name, key_file))
 
     def test_the_audit_is_whole_and_names_no_token(self) -> None:
         answer = self.clients.curl("GET", SECURE_ORDERS)
