@@ -135,7 +135,7 @@ impl ActionRefused {
 #[async_trait]
 pub trait AdminActions: Send + Sync + 'static {
     /// Why new requests would not be served; empty when they would.
-    fn not_ready(&self) -> Vec<String>;
+    fn not_ready(&self) -> Vec<&'static str>;
 
     /// The metrics, in the OpenMetrics text format.
     fn metrics(&self) -> String;
@@ -395,15 +395,7 @@ async fn route(
         }
         "/readyz" => {
             only(Method::GET)?;
-            let reasons = actions.not_ready();
-            let status = match reasons.is_empty() {
-                true => StatusCode::OK,
-                false => StatusCode::SERVICE_UNAVAILABLE,
-            };
-            return Ok(json_response(
-                status,
-                &json!({"ready": reasons.is_empty(), "reasons": reasons}),
-            ));
+            return Ok(readiness(&actions.not_ready()));
         }
         "/metrics" => {
             only(Method::GET)?;
@@ -472,6 +464,18 @@ async fn route(
             Err(nothing_here())
         }
     }
+}
+
+/// 200, or 503 with the reasons.
+pub(crate) fn readiness(reasons: &[&str]) -> Response<Bytes> {
+    let status = match reasons.is_empty() {
+        true => StatusCode::OK,
+        false => StatusCode::SERVICE_UNAVAILABLE,
+    };
+    json_response(
+        status,
+        &json!({"ready": reasons.is_empty(), "reasons": reasons}),
+    )
 }
 
 async fn read<T: serde::de::DeserializeOwned>(body: Incoming) -> Result<T, ActionRefused> {

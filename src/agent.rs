@@ -43,6 +43,18 @@ pub struct Agent {
 }
 
 impl Agent {
+    /// Why new requests would not be served; empty when they would.
+    pub fn not_ready(&self) -> Vec<&'static str> {
+        let mut reasons = Vec::new();
+        if *self.draining.borrow() {
+            reasons.push("the agent is shutting down");
+        }
+        if !self.audit.is_accepting() {
+            reasons.push("audit records cannot be written");
+        }
+        reasons
+    }
+
     /// What a denied caller is told: the nearest miss too, in `dev`.
     pub fn denied(&self, denial: &Denial, question: &Question<'_>) -> Refusal {
         let mut refusal = denial.to_refusal(question);

@@ -18,7 +18,7 @@ use crate::client::{AgentAddress, Answer, ask};
 #[derive(Default)]
 struct Noted {
     asked: Mutex<Vec<String>>,
-    not_ready: Mutex<Vec<String>>,
+    not_ready: Mutex<Vec<&'static str>>,
 }
 
 impl Noted {
@@ -29,7 +29,7 @@ impl Noted {
 
 #[async_trait]
 impl AdminActions for Noted {
-    fn not_ready(&self) -> Vec<String> {
+    fn not_ready(&self) -> Vec<&'static str> {
         self.not_ready.lock().unwrap().clone()
     }
 
@@ -151,7 +151,7 @@ async fn every_path_does_what_it_says() {
         .not_ready
         .lock()
         .unwrap()
-        .push("the listener `workloads` is not bound".to_owned());
+        .push("the listener `workloads` is not bound");
     let answer = running.ask(Method::GET, "/readyz", None).await;
     assert_eq!(answer.status, 503);
     assert_eq!(

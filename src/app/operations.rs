@@ -28,15 +28,8 @@ const RENEW: Duration = Duration::from_secs(3600);
 
 #[async_trait]
 impl AdminActions for App {
-    fn not_ready(&self) -> Vec<String> {
-        let mut reasons = Vec::new();
-        if *self.agent.draining.borrow() {
-            reasons.push("the agent is shutting down".to_owned());
-        }
-        if !self.agent.audit.is_accepting() {
-            reasons.push("audit records cannot be written".to_owned());
-        }
-        reasons
+    fn not_ready(&self) -> Vec<&'static str> {
+        self.agent.not_ready()
     }
 
     fn metrics(&self) -> String {

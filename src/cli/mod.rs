@@ -3,11 +3,13 @@
 pub mod admin;
 pub mod audit;
 pub mod ca;
+pub mod completions;
 pub mod credentials;
 pub mod dev;
 pub mod exec;
 pub mod failure;
 pub mod keys;
+pub mod man;
 pub mod output;
 pub mod own_agent;
 pub mod policy;
@@ -18,6 +20,7 @@ pub mod schema;
 pub mod status;
 pub mod token;
 pub mod validate;
+pub mod wait;
 pub mod whoami;
 pub mod workload;
 
@@ -48,6 +51,8 @@ enum Verb {
     Token(token::TokenArguments),
     /// Shows how the agent sees the caller, and by which evidence.
     Whoami(whoami::WhoamiArguments),
+    /// Blocks until an agent is ready.
+    Wait(wait::WaitArguments),
     /// Writes the certificates that clients of the proxy load to standard output.
     Ca(ca::CaArguments),
     /// Reads a configuration and its policies and says everything that is wrong with them.
@@ -66,6 +71,10 @@ enum Verb {
     Keys(keys::KeysArguments),
     /// Verifies and shows audit files.
     Audit(audit::AuditArguments),
+    /// Writes what a shell needs to complete verbs and options to standard output.
+    Completions(completions::CompletionsArguments),
+    /// Writes the manual page, in roff, to standard output.
+    Man(man::ManArguments),
 }
 
 /// Runs the verb that the process's arguments name.
@@ -87,6 +96,7 @@ pub fn main() -> ExitCode {
         Verb::Exec(arguments) => exec::run(&arguments),
         Verb::Token(arguments) => token::run(&arguments, &mut out),
         Verb::Whoami(arguments) => whoami::run(&arguments, &mut out),
+        Verb::Wait(arguments) => wait::run(&arguments, &mut out),
         Verb::Ca(arguments) => ca::run(&arguments, &mut out),
         Verb::Validate(arguments) => validate::run(&arguments, &mut out, &mut errors),
         Verb::Schema(arguments) => schema::run(&arguments, &mut out),
@@ -96,5 +106,7 @@ pub fn main() -> ExitCode {
         Verb::Revoke(arguments) => revoke::run(&arguments, &mut out, &mut errors),
         Verb::Keys(arguments) => keys::run(&arguments, &mut out, &mut errors),
         Verb::Audit(arguments) => audit::run(&arguments, &mut out, &mut errors),
+        Verb::Completions(arguments) => completions::run(&arguments, &mut out),
+        Verb::Man(arguments) => man::run(&arguments, &mut out),
     }
 }

@@ -98,7 +98,7 @@ fn sha256(text: &str) -> Result<String, String> {
 }
 
 /// Reads `90s`, `10m`, `1h`, `2d`.
-fn seconds(text: &str) -> Result<u64, String> {
+pub(super) fn seconds(text: &str) -> Result<u64, String> {
     let problem = || format!("`{text}` is no duration: write `30s`, `10m`, `1h` or `2d`");
     let (number, unit) = text
         .char_indices()

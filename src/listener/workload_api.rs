@@ -2,7 +2,7 @@
 //!
 //! `POST /v1/token` hands out a token where policy permits `issue`; `GET /v1/whoami` says how the caller
 //! is seen; `GET /v1/explain/ID` why a request of the caller's was decided as it was; `GET /v1/proxy`
-//! what a client of the proxy needs to know. It is not the data path: it runs on the control runtime.
+//! what a client of the proxy needs to know; `GET /readyz` whether requests would be served. It is not the data path: it runs on the control runtime.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -28,7 +28,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::Mutex;
 
 use super::Socket;
-use crate::admin::ActionRefused;
+use crate::admin::{ActionRefused, readiness};
 use crate::agent::Agent;
 use crate::audit::record::{AskedAndGranted, DecisionReference, TokenReference, workload_summary};
 use crate::audit::{AttestedRecord, Latency, Obtained, Record, TokenIssueRecord};
@@ -125,12 +125,12 @@ impl Caller {
             "/v1/token" => Method::POST,
             _ => Method::GET,
         };
-        let is_known = matches!(path, "/v1/token" | "/v1/whoami" | "/v1/proxy")
+        let is_known = matches!(path, "/v1/token" | "/v1/whoami" | "/v1/proxy" | "/readyz")
             || path.starts_with("/v1/explain/");
         if !is_known {
             return ActionRefused::not_found(
                 "the workload API does not serve this path",
-                "use /v1/token, /v1/whoami, /v1/proxy or /v1/explain/ID",
+                "use /v1/token, /v1/whoami, /v1/proxy, /v1/explain/ID or /readyz",
             )
             .to_response();
         }
@@ -150,6 +150,7 @@ impl Caller {
             }
             "/v1/whoami" => self.whoami(&head.headers).await,
             "/v1/proxy" => json_response(StatusCode::OK, &self.proxy()),
+            "/readyz" => readiness(&self.agent.not_ready()),
             _ => {
                 let id = path.strip_prefix("/v1/explain/").unwrap_or_default();
                 self.explain(&head.headers, id).await

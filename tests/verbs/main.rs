@@ -20,6 +20,8 @@ mod exec;
 mod job;
 mod jobs;
 mod program;
+mod shells;
 mod signals;
 mod unmatched;
+mod waiting;
 mod workload_api;
