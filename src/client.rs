@@ -140,6 +140,21 @@ impl Answer {
         serde_json::from_slice(&self.body).unwrap_or(Value::Null)
     }
 
+    /// What a `/readyz` that answers no gives as its reasons, in one line.
+    pub fn not_ready(&self) -> String {
+        let body = self.json();
+        let reasons = body.get("reasons").and_then(Value::as_array);
+        let reasons: Vec<&str> = reasons
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .collect();
+        match reasons.is_empty() {
+            true => self.problem(),
+            false => reasons.join("; "),
+        }
+    }
+
     /// What a problem says, in one line: `CODE: DETAIL (NEXT)`, of which an answer may leave out the code and the next step.
     pub fn problem(&self) -> String {
         let problem = self.json();

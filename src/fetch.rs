@@ -35,6 +35,7 @@ use url::Url;
 use zeroize::Zeroizing;
 
 use crate::address::AddressGuard;
+use crate::config::OidcIssuer;
 
 /// The largest answer that is read.
 pub const ANSWER_LIMIT_BYTES: usize = 64 * 1024;
@@ -55,6 +56,19 @@ pub struct FetchSettings {
     pub outbound_proxy: Option<Url>,
     /// Ranges exempt from the address guard.
     pub allow_addresses: Vec<IpNet>,
+}
+
+impl FetchSettings {
+    /// How the documents of an OIDC issuer are reached.
+    pub fn of_issuer(issuer: &OidcIssuer) -> Self {
+        Self {
+            configured: BTreeSet::from([issuer.issuer.url().clone()]),
+            ca_file: issuer.ca_file.clone(),
+            connect_to: issuer.connect_to,
+            outbound_proxy: None,
+            allow_addresses: issuer.allow_addresses.clone(),
+        }
+    }
 }
 
 /// A client. Cheap to clone; may be called from any runtime, the work is done on the one given to

@@ -9,6 +9,11 @@ use std::path::PathBuf;
 use crate::evidence::EvidenceError;
 use crate::workload::AttestationEnded;
 
+/// Other systems have no cgroups.
+pub fn has_cgroup2() -> bool {
+    false
+}
+
 #[derive(Debug)]
 pub(crate) enum Peer {}
 

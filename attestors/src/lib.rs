@@ -37,7 +37,7 @@ pub use clock::{Clock, SystemClock};
 pub use evidence::{EvidenceError, PeerEvidence, PresentedToken};
 pub use fetch::{Fetch, FetchError};
 pub use oidc::{InvalidIssuerSettings, KeySetStatus, OidcAttestor, OidcIssuerSettings};
-pub use platform::Process;
+pub use platform::{Process, has_cgroup2};
 pub use systemd::SystemdAttestor;
 pub use unix::UnixAttestor;
 pub use workload::{

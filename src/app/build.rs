@@ -159,13 +159,7 @@ impl SnapshotBuilder {
 
     fn oidc_attestor(&self, issuer: &OidcIssuer) -> Result<OidcAttestor, Diagnostics> {
         let fetch = FetchClient::new(
-            FetchSettings {
-                configured: BTreeSet::from([issuer.issuer.url().clone()]),
-                ca_file: issuer.ca_file.clone(),
-                connect_to: issuer.connect_to,
-                outbound_proxy: None,
-                allow_addresses: issuer.allow_addresses.clone(),
-            },
+            FetchSettings::of_issuer(issuer),
             Arc::clone(&self.own_listeners),
             self.control.clone(),
         );

@@ -1,7 +1,7 @@
 //! `countersign ca`: the public certificates that clients of the proxy load. Never a key.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use super::failure::Failure;
@@ -47,7 +47,7 @@ pub fn run(arguments: &CaArguments, out: &mut dyn Write) -> ExitCode {
 
 fn certificates(arguments: &CaArguments) -> Result<Vec<u8>, Failure> {
     let root = match &arguments.config {
-        Some(path) => root_of(path)?,
+        Some(path) => root_of(&Config::load(path)?)?,
         None => control_runtime()?.block_on(async {
             let agent = Agent::named(arguments.agent.clone(), None).await?;
             agent.proxy().await?.ca_certificate.ok_or_else(|| {
@@ -66,12 +66,11 @@ fn certificates(arguments: &CaArguments) -> Result<Vec<u8>, Failure> {
 }
 
 /// The root in the files that a configuration names.
-fn root_of(path: &Path) -> Result<String, Failure> {
-    let config = Config::load(path)?;
-    let interception = config.interception.ok_or_else(|| {
+pub(super) fn root_of(config: &Config) -> Result<String, Failure> {
+    let interception = config.interception.as_ref().ok_or_else(|| {
         Failure::unavailable(format!(
             "`{}` intercepts nothing: it has no certificate authority",
-            path.display()
+            config.path.display()
         ))
     })?;
     let file = match (&interception.source, &interception.ca_certificate_file) {

@@ -6,6 +6,7 @@ pub mod ca;
 pub mod completions;
 pub mod credentials;
 pub mod dev;
+pub mod doctor;
 pub mod exec;
 pub mod failure;
 pub mod keys;
@@ -51,6 +52,8 @@ enum Verb {
     Token(token::TokenArguments),
     /// Shows how the agent sees the caller, and by which evidence.
     Whoami(whoami::WhoamiArguments),
+    /// Looks for what commonly breaks, and says what to do about it.
+    Doctor(doctor::DoctorArguments),
     /// Blocks until an agent is ready.
     Wait(wait::WaitArguments),
     /// Writes the certificates that clients of the proxy load to standard output.
@@ -96,6 +99,7 @@ pub fn main() -> ExitCode {
         Verb::Exec(arguments) => exec::run(&arguments),
         Verb::Token(arguments) => token::run(&arguments, &mut out),
         Verb::Whoami(arguments) => whoami::run(&arguments, &mut out),
+        Verb::Doctor(arguments) => doctor::run(&arguments, &mut out),
         Verb::Wait(arguments) => wait::run(&arguments, &mut out),
         Verb::Ca(arguments) => ca::run(&arguments, &mut out),
         Verb::Validate(arguments) => validate::run(&arguments, &mut out, &mut errors),

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use http::{HeaderMap, Method};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::failure::Failure;
 use super::output::OutputFormat;
@@ -83,19 +83,7 @@ async fn until_ready(arguments: &WaitArguments) -> Result<AgentAddress, Failure>
 async fn why_not_ready(address: &AgentAddress) -> Option<String> {
     match ask(address, Method::GET, "/readyz", HeaderMap::new(), None).await {
         Ok(answer) if answer.status.is_success() => None,
-        Ok(answer) => {
-            let body = answer.json();
-            let reasons = body.get("reasons").and_then(Value::as_array);
-            let reasons: Vec<&str> = reasons
-                .into_iter()
-                .flatten()
-                .filter_map(Value::as_str)
-                .collect();
-            Some(match reasons.is_empty() {
-                true => answer.problem(),
-                false => reasons.join("; "),
-            })
-        }
+        Ok(answer) => Some(answer.not_ready()),
         Err(error) => Some(error.to_string()),
     }
 }

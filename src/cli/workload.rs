@@ -11,7 +11,7 @@ use super::failure::Failure;
 use super::own_agent::OwnAgent;
 use super::presented::{Issuer, Presenter};
 use super::run::control_runtime;
-use crate::client::{AgentAddress, ask};
+use crate::client::{AgentAddress, Answer, ask};
 
 /// Which agent, and which token.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -86,19 +86,12 @@ impl Agent {
         body: Option<&Value>,
     ) -> Result<Value, Failure> {
         let answer = ask(self.address(), method, path, headers, body).await?;
-        match answer.status.is_success() {
-            true => Ok(answer.json()),
-            false => Err(Failure::refused(&answer)),
-        }
+        accepted(&answer)
     }
 
     /// What a client of its proxy needs to know.
     pub async fn proxy(&self) -> Result<Proxy, Failure> {
-        let answer = self
-            .ask_with(Method::GET, "/v1/proxy", HeaderMap::new(), None)
-            .await?;
-        serde_json::from_value(answer)
-            .map_err(|error| Failure::unavailable(format!("the agent's answer is odd: {error}")))
+        proxy_of(self.address()).await
     }
 
     /// Ends one's own.
@@ -107,6 +100,20 @@ impl Agent {
             agent.stop().await;
         }
     }
+}
+
+fn accepted(answer: &Answer) -> Result<Value, Failure> {
+    match answer.status.is_success() {
+        true => Ok(answer.json()),
+        false => Err(Failure::refused(answer)),
+    }
+}
+
+/// What a client of an agent's proxy needs to know.
+pub async fn proxy_of(agent: &AgentAddress) -> Result<Proxy, Failure> {
+    let answer = ask(agent, Method::GET, "/v1/proxy", HeaderMap::new(), None).await?;
+    serde_json::from_value(accepted(&answer)?)
+        .map_err(|error| Failure::unavailable(format!("the agent's answer is odd: {error}")))
 }
 
 /// The answer of `/v1/proxy`.

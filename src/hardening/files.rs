@@ -136,7 +136,7 @@ fn places(path: &Path) -> Vec<PathBuf> {
 }
 
 /// A directory itself, and a file's directory; of a file in the root directory only the file.
-pub(super) fn directory_of(path: &Path) -> PathBuf {
+pub(crate) fn directory_of(path: &Path) -> PathBuf {
     if path.is_dir() {
         return path.to_owned();
     }

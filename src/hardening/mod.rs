@@ -31,6 +31,7 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior,
 use serde_json::{Value, json};
 
 use self::files::Files;
+pub(crate) use self::files::directory_of;
 use crate::config::{AuditSink, Bind, CaSource, Checked, Config};
 use crate::diagnostics::{Diagnostic, Diagnostics};
 
@@ -86,7 +87,7 @@ impl Needs {
             });
             needs.writes.insert(match is_special {
                 true => path.to_owned(),
-                false => files::directory_of(path),
+                false => directory_of(path),
             });
         }
         for listener in &config.listeners {
@@ -116,7 +117,7 @@ impl Needs {
 }
 
 /// The files, sockets and directories that an agent makes.
-fn written(config: &Config) -> impl Iterator<Item = &Path> {
+pub(crate) fn written(config: &Config) -> impl Iterator<Item = &Path> {
     let sinks = config.audit.sinks.iter().filter_map(|sink| match sink {
         AuditSink::File { path, .. } => Some(path.as_path()),
         AuditSink::Stdout => None,
@@ -140,7 +141,8 @@ fn written(config: &Config) -> impl Iterator<Item = &Path> {
         .chain(config.admin.socket.as_deref())
 }
 
-fn state_directory(config: &Config) -> Option<&Path> {
+/// The directory that the agent makes where there is none.
+pub(crate) fn state_directory(config: &Config) -> Option<&Path> {
     match &config.interception.as_ref()?.source {
         CaSource::Generated { state_directory } => Some(state_directory),
         CaSource::Files { .. } | CaSource::Memory => None,

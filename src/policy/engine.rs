@@ -21,7 +21,7 @@ use crate::config::{Config, EnvironmentRule, TemplatePart, TokenSource};
 use crate::diagnostics::{Diagnostics, position};
 
 /// `environment` of a resource whose configuration does not say.
-const UNKNOWN_RESOURCE_ENVIRONMENT: &str = "unknown";
+pub(super) const UNKNOWN_RESOURCE_ENVIRONMENT: &str = "unknown";
 
 /// The name under which a token that is of no configured issuer is recorded as failed.
 const NO_ISSUER: &str = "oidc";
@@ -30,10 +30,10 @@ const NO_ISSUER: &str = "oidc";
 #[derive(Debug)]
 pub struct PolicyEngine {
     version: Arc<str>,
-    policies: Vec<Arc<LoadedPolicy>>,
+    pub(super) policies: Vec<Arc<LoadedPolicy>>,
     by_id: HashMap<PolicyId, Arc<LoadedPolicy>>,
-    credentials: HashMap<String, LoadedResource>,
-    destinations: HashMap<String, LoadedResource>,
+    pub(super) credentials: HashMap<String, LoadedResource>,
+    pub(super) destinations: HashMap<String, LoadedResource>,
     environments: Vec<EnvironmentRule>,
     repository_hosts: BTreeMap<String, String>,
     issuer_groups: BTreeSet<String>,
@@ -62,9 +62,9 @@ pub(super) struct LoadedPolicy {
 }
 
 #[derive(Debug)]
-struct LoadedResource {
+pub(super) struct LoadedResource {
     entity: Entity,
-    slices: BTreeMap<Action, Arc<Slice>>,
+    pub(super) slices: BTreeMap<Action, Arc<Slice>>,
 }
 
 /// The policies that can apply to one resource and action.

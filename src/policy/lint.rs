@@ -325,7 +325,8 @@ impl Findings<'_> {
     }
 }
 
-fn split_and<'a>(expression: &'a Value, parts: &mut Vec<&'a Value>) {
+/// The expressions that `&&` joins.
+pub(super) fn split_and<'a>(expression: &'a Value, parts: &mut Vec<&'a Value>) {
     match expression.get("&&") {
         Some(operands) => {
             for side in ["left", "right"] {

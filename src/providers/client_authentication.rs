@@ -100,6 +100,11 @@ impl KeyFile {
             .map_err(|error| key_unavailable(&self.path, &error.to_string()))
     }
 
+    /// Whether the key can be used now.
+    pub(super) async fn check(&self) -> Result<(), MintFailure> {
+        self.key().await.map(drop)
+    }
+
     async fn key(&self) -> Result<Arc<SigningKey>, MintFailure> {
         let content = read_secret(&self.path).await?;
         let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &content);

@@ -1,6 +1,6 @@
 //! Authorization-server metadata (RFC 8414) and OpenID configuration (OpenID Connect Discovery 1.0).
 
-use http::StatusCode;
+use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 use url::Url;
 
@@ -47,13 +47,13 @@ pub(super) fn well_known_urls(issuer: &Url) -> Vec<Url> {
     urls
 }
 
-/// Finds an issuer's metadata. A document that names another issuer is never used.
+/// Finds an issuer's metadata, and the headers with which it came. A document that names another issuer is never used.
 pub(super) async fn discover(
     client: &FetchClient,
     issuer: &ExactUrl,
     deadline: Deadline,
     now: std::time::SystemTime,
-) -> Result<Metadata, MintFailure> {
+) -> Result<(Metadata, HeaderMap), MintFailure> {
     let mut last_answer = String::new();
     for url in well_known_urls(issuer.url()) {
         let answer = client
@@ -63,7 +63,10 @@ pub(super) async fn discover(
         let status = answer.status;
         if status == StatusCode::OK {
             match serde_json::from_slice::<Document>(&answer.body) {
-                Ok(document) => return accept(document, issuer),
+                Ok(document) => {
+                    let metadata = accept(document, issuer)?;
+                    return Ok((metadata, answer.headers));
+                }
                 // A server may answer every path with a page of its own.
                 Err(_) => last_answer = format!("`{url}` answered no metadata"),
             }

@@ -36,6 +36,10 @@ pub trait Provider: Send + Sync + std::fmt::Debug {
         deadline: Deadline,
     ) -> Result<MintedToken, MintFailure>;
 
+    /// Looks for what would keep a token from being obtained: keys that cannot be used, a server that
+    /// does not answer, clocks that differ. Obtains none. Empty where nothing is found.
+    async fn probe(&self, deadline: Deadline) -> Vec<MintFailure>;
+
     /// Revokes a token where the source serves that; `false` where it does not.
     async fn revoke(
         &self,

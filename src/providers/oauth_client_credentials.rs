@@ -202,7 +202,7 @@ impl OauthClientCredentialsProvider {
             discover(&self.client, issuer, deadline, self.clock.wall()).await,
             cached,
         ) {
-            (Ok(metadata), _) => {
+            (Ok((metadata, _)), _) => {
                 let metadata = Arc::new(metadata);
                 *self.metadata.lock().unwrap_or_else(PoisonError::into_inner) =
                     Some(CachedMetadata {
@@ -419,18 +419,51 @@ impl OauthClientCredentialsProvider {
     }
 
     fn learn_skew(&self, headers: &HeaderMap) {
-        let date = headers
-            .get(DATE)
-            .and_then(|value| value.to_str().ok())
-            .and_then(|text| httpdate::parse_http_date(text).ok());
-        let Some(date) = date else { return };
-        let ahead = match date.duration_since(self.clock.wall()) {
+        if let Some(ahead) = self.seconds_ahead(headers) {
+            self.server_ahead_seconds.store(ahead, Ordering::Relaxed);
+        }
+    }
+
+    /// The server's wall clock less ours, by the `Date` of an answer.
+    fn seconds_ahead(&self, headers: &HeaderMap) -> Option<i64> {
+        let date = headers.get(DATE)?.to_str().ok()?;
+        let date = httpdate::parse_http_date(date).ok()?;
+        Some(match date.duration_since(self.clock.wall()) {
             Ok(ahead) => i64::try_from(ahead.as_secs()).unwrap_or(i64::MAX),
             Err(behind) => i64::try_from(behind.duration().as_secs())
                 .unwrap_or(i64::MAX)
                 .saturating_neg(),
-        };
-        self.server_ahead_seconds.store(ahead, Ordering::Relaxed);
+        })
+    }
+
+    /// Whether the client can prove who it is; a workload's own token is the workload's matter.
+    async fn check_key(&self) -> Result<(), MintFailure> {
+        match (&self.authentication, &self.settings.client_authentication) {
+            (Authentication::PrivateKeyJwt(key_file), _) => key_file.check().await,
+            (_, ClientAuthentication::ClientSecretBasic { secret_file }) => {
+                basic_header("", secret_file).await.map(drop)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The headers of an answer of the server's to a request for nothing but its documents.
+    async fn ask_nothing(&self, deadline: Deadline) -> Result<HeaderMap, MintFailure> {
+        match &self.settings.server {
+            AuthorizationServer::Issuer(issuer) => {
+                let (metadata, headers) =
+                    discover(&self.client, issuer, deadline, self.clock.wall()).await?;
+                self.check_algorithm(&metadata)?;
+                Ok(headers)
+            }
+            // Whatever it answers to a GET (RFC 6749 section 3.2), it is there.
+            AuthorizationServer::TokenEndpoint { token_endpoint, .. } => self
+                .client
+                .get(token_endpoint, deadline.remaining())
+                .await
+                .map(|answer| answer.headers)
+                .map_err(|failure| MintFailure::of_fetch("the token endpoint", &failure)),
+        }
     }
 
     /// A refused client whose clock is far off is told of the clock: that is what to mend.
@@ -443,16 +476,20 @@ impl OauthClientCredentialsProvider {
         {
             return failure;
         }
-        let direction = if ahead > 0 { "behind" } else { "ahead of" };
-        MintFailure::new(
-            RefusalCode::ClockSkew,
-            format!(
-                "this node's clock is {} s {direction} the authorization server's",
-                ahead.unsigned_abs()
-            ),
-            Recovery::Hold,
-        )
+        skewed(ahead)
     }
+}
+
+fn skewed(ahead: i64) -> MintFailure {
+    let direction = if ahead > 0 { "behind" } else { "ahead of" };
+    MintFailure::new(
+        RefusalCode::ClockSkew,
+        format!(
+            "this node's clock is {} s {direction} the authorization server's",
+            ahead.unsigned_abs()
+        ),
+        Recovery::Hold,
+    )
 }
 
 #[async_trait]
@@ -494,6 +531,19 @@ impl Provider for OauthClientCredentialsProvider {
             self.forget_metadata();
         }
         outcome.map_err(|failure| self.name_skew(failure))
+    }
+
+    async fn probe(&self, deadline: Deadline) -> Vec<MintFailure> {
+        let mut failures: Vec<MintFailure> = self.check_key().await.err().into_iter().collect();
+        match self.ask_nothing(deadline).await {
+            Ok(headers) => failures.extend(
+                self.seconds_ahead(&headers)
+                    .filter(|ahead| ahead.unsigned_abs() > SKEW_LIMIT_SECONDS)
+                    .map(skewed),
+            ),
+            Err(failure) => failures.push(failure),
+        }
+        failures
     }
 
     async fn revoke(

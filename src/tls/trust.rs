@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
 use rustls::pki_types::CertificateDer;
@@ -62,6 +63,14 @@ pub fn roots_in(path: &Path) -> Result<Vec<CertificateDer<'static>>, TrustError>
         true => Err(error("holds no certificate".to_owned())),
         false => Ok(certificates),
     }
+}
+
+/// When a certificate's validity ends (RFC 5280 section 4.1.2.5); `None` where it cannot be read.
+pub fn expiry(certificate: &CertificateDer<'_>) -> Option<SystemTime> {
+    let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
+    // One that ended before 1970 has ended.
+    let seconds = u64::try_from(certificate.validity().not_after.timestamp()).unwrap_or(0);
+    UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
 }
 
 /// A TLS client that trusts the roots in `ca_file`, or the system's where there is none, and

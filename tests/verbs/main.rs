@@ -16,6 +16,7 @@ mod support;
 mod admin;
 mod ca;
 mod dev;
+mod doctor;
 mod exec;
 mod job;
 mod jobs;

@@ -96,14 +96,16 @@ pub async fn finish(mut command: Command) -> Finished {
         .await
         .expect("the program ends")
         .unwrap();
-    finished(output)
+    Finished::from(output)
 }
 
-fn finished(output: Output) -> Finished {
-    Finished {
-        code: output.status.code().unwrap_or(-1),
-        out: String::from_utf8_lossy(&output.stdout).into_owned(),
-        errors: String::from_utf8_lossy(&output.stderr).into_owned(),
+impl From<Output> for Finished {
+    fn from(output: Output) -> Self {
+        Self {
+            code: output.status.code().unwrap_or(-1),
+            out: String::from_utf8_lossy(&output.stdout).into_owned(),
+            errors: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
     }
 }
 

@@ -28,6 +28,11 @@ pub(super) fn processes(cgroup_id: u64) -> io::Result<Vec<u32>> {
         .collect())
 }
 
+/// Whether callers on TCP can be looked for in the cgroup in which their socket was made.
+pub fn is_mounted() -> bool {
+    mount_point().is_ok()
+}
+
 /// The cgroup-v2 file system, opened once. It is not always at `/sys/fs/cgroup`.
 fn mount_point() -> io::Result<&'static File> {
     static MOUNT: OnceLock<File> = OnceLock::new();

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, sockopt};
 
+pub use cgroup_directory::is_mounted as has_cgroup2;
 pub use process::Process;
 #[cfg(feature = "test-support")]
 pub(crate) use process::parse_status;

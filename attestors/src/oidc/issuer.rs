@@ -63,7 +63,7 @@ pub(super) struct Issuer {
 }
 
 /// A fetched key set.
-struct Loaded {
+pub(super) struct Loaded {
     keys: KeySet,
     at: Duration,
 }
@@ -223,7 +223,7 @@ impl Issuer {
         }
     }
 
-    async fn load(&self) -> Result<Arc<Loaded>, String> {
+    pub(super) async fn load(&self) -> Result<Arc<Loaded>, String> {
         match self.fetch_keys().await {
             Ok(keys) => {
                 self.schedule().failure = None;

@@ -131,6 +131,14 @@ impl OidcAttestor {
         self.issuer.status()
     }
 
+    /// Fetches the issuer's keys now, and keeps them.
+    ///
+    /// # Errors
+    /// What is wrong with the issuer's documents, or with the way to them.
+    pub async fn fetch_keys(&self) -> Result<(), String> {
+        self.issuer.load().await.map(drop)
+    }
+
     async fn verify(&self, token: &UnverifiedToken<'_>) -> Result<Verified, NoKey> {
         // What costs nothing comes first, so that a token which is wrong anyway causes no fetch.
         let verified = self.read_claims(&token.claims).map_err(NoKey::Invalid)?;

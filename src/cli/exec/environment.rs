@@ -14,10 +14,10 @@ use crate::tls::stores::{TRUST_STORE_PASSWORD, bundle_or_ours, pkcs12};
 pub(super) const SECRETS: [&str; 2] = [REQUEST_URL_VARIABLE, REQUEST_TOKEN_VARIABLE];
 
 /// Clients that add these certificates to the ones that they trust.
-const ADD: [&str; 2] = ["NODE_EXTRA_CA_CERTS", "DENO_CERT"];
+pub(in crate::cli) const ADD: [&str; 2] = ["NODE_EXTRA_CA_CERTS", "DENO_CERT"];
 
 /// Clients that trust these certificates instead.
-const REPLACE: [&str; 9] = [
+pub(in crate::cli) const REPLACE: [&str; 9] = [
     "SSL_CERT_FILE",
     "CURL_CA_BUNDLE",
     "REQUESTS_CA_BUNDLE",
@@ -31,7 +31,8 @@ const REPLACE: [&str; 9] = [
 ];
 
 /// Both spellings: curl reads `http_proxy` in lower case only, others in upper case only.
-const PROXY: [&str; 4] = ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"];
+pub(in crate::cli) const PROXY: [&str; 4] =
+    ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"];
 
 /// Where a command's clients are led.
 #[derive(Debug)]

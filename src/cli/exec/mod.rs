@@ -19,6 +19,7 @@ use nix::unistd::Pid;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use self::environment::Environment;
+pub(super) use self::environment::{ADD, PROXY, REPLACE};
 use self::relay::Relay;
 use super::failure::Failure;
 use super::own_agent::PrivateDirectory;
