@@ -3,9 +3,12 @@
 use std::time::Duration;
 
 use crate::dev::Dev;
+use crate::doctor::configuration;
 use crate::exec::Running;
 use crate::program::{User, finish};
 use crate::support::counts::reached;
+use crate::support::eventually;
+use crate::support::world::{POLICIES, World};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn it_ends_when_the_agent_is_ready_and_says_why_it_is_not() {
@@ -54,16 +57,27 @@ async fn it_ends_when_the_agent_is_ready_and_says_why_it_is_not() {
         .await
         .expect(64);
 
-    // An agent that refuses requests says why, and the caller is told.
-    running.world.app().agent().draining.send_replace(true);
-    let finished = ask("1s").await.expect(69);
+    // An agent that refuses requests says why, and the caller is told. Nothing fits on this device.
+    let mut broken = World::servers().await;
+    broken
+        .start_agent(&configuration("/dev/full"), POLICIES)
+        .await;
+    let not_ready = || {
+        let reasons = broken.app().agent().not_ready();
+        async move { (!reasons.is_empty()).then_some(()) }
+    };
+    eventually(Duration::from_secs(60), not_ready).await;
+    let address = format!("unix:{}", broken.path("api.sock").display());
+    let finished = running
+        .user
+        .run(&["wait", "--agent", &address, "--timeout", "10s"])
+        .await
+        .expect(69);
     assert!(
-        finished.errors.contains("no agent is reached")
-            || finished.errors.contains("is shutting down"),
+        finished.errors.contains("audit records cannot be written"),
         "{finished:#?}"
     );
     refused += 1;
-    running.world.app().agent().draining.send_replace(false);
     ask("30s").await.expect(0);
     running.world.good().await;
     reached("waits_in_vain", refused);
