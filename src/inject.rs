@@ -19,7 +19,7 @@ use http::{HeaderMap, Request};
 
 use crate::config::{Destination, Mode};
 use crate::credentials::Credential;
-use crate::policy::{Denial, DenialKind, Grant, LeaseEnded, PolicySnapshot, Revocation};
+use crate::policy::{Action, Denial, DenialKind, Grant, LeaseEnded, PolicySnapshot, Revocation};
 use crate::refusal::{Refusal, RefusalCode};
 use crate::request::EgressRequest;
 use crate::streams::RequestBody;
@@ -142,6 +142,12 @@ pub fn pass(
     current: &Arc<PolicySnapshot>,
     wall: SystemTime,
 ) -> Result<UpstreamRequest, NotInjected> {
+    if grant.action() != Action::Connect {
+        return Err(NotInjected::Refused(Refusal::new(
+            RefusalCode::PolicyDenied,
+            "what was granted is not a connection",
+        )));
+    }
     request = check_lease(grant, request, current, wall)?;
     let upgrade = strip_hop_by_hop(request.headers_mut());
     Ok(UpstreamRequest { request, upgrade })

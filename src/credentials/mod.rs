@@ -25,7 +25,7 @@ use self::slot::{Ask, Failure, Landing, Purpose, Slot};
 use self::token::{Token, sha256_hexadecimal};
 use crate::config::{Config, CredentialConfig, OauthClientCredentials, TokenSource};
 use crate::fetch::{FetchClient, FetchSettings};
-use crate::policy::{Grant, Selector, TokenHolder};
+use crate::policy::{Action, Grant, Selector, TokenHolder};
 use crate::providers::{
     Deadline, MintFailure, MintedToken, Provider, Recovery, TokenRequest, provider,
 };
@@ -357,6 +357,12 @@ impl Credentials {
 
     /// A token to be handed out: minted for this call, one call after another for each key.
     pub async fn issue(self: &Arc<Self>, grant: Grant) -> Result<IssuedToken, Refusal> {
+        if grant.action() != Action::Issue {
+            return Err(Refusal::new(
+                RefusalCode::PolicyDenied,
+                "what was granted is not a token to hand out",
+            ));
+        }
         let started = Instant::now();
         let minted = self.issue_token(&ask(&grant, Purpose::Issue)?).await?;
         let lifetime = grant

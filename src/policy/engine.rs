@@ -490,6 +490,11 @@ impl PolicyEngine {
             cedar_policy::Decision::Allow => match permission(&deciding, question, principal) {
                 Some(mut permission) => {
                     permission.attributes_read = self.values_read(facts, &names);
+                    permission.valid_until = permission
+                        .valid_until
+                        .into_iter()
+                        .chain(self.same_time_until(&slice.reads, question.wall))
+                        .min();
                     Decision::Allow(Arc::new(permission))
                 }
                 None => deny(DenialKind::NoPermit, Vec::new()),
@@ -616,6 +621,24 @@ impl PolicyEngine {
             pairs.push(("local".to_owned(), record));
         }
         Context::from_pairs(pairs).map_err(|error| error.to_string())
+    }
+
+    /// Until when the policies that read the time read the same: the end of the second where one reads
+    /// `context.time`, else of the hour where one reads `context.local`.
+    fn same_time_until(&self, reads: &Reads, wall: SystemTime) -> Option<SystemTime> {
+        let left = match (reads.time, reads.local) {
+            (true, _) => 1,
+            (false, true) => {
+                let instant = jiff::Timestamp::try_from(wall).ok()?;
+                let local = instant.to_zoned(self.time_zone.clone());
+                let past =
+                    u64::try_from(i32::from(local.minute()) * 60 + i32::from(local.second()));
+                3600_u64.saturating_sub(past.ok()?)
+            }
+            (false, false) => return None,
+        };
+        let seconds = wall.duration_since(SystemTime::UNIX_EPOCH).ok()?.as_secs();
+        SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds + left))
     }
 
     /// Weekday (Monday is 1) and hour on the node's clock.

@@ -163,8 +163,8 @@ pub enum LeaseEnded {
     /// Policies were reloaded, or something was revoked: decide again.
     #[error("the policies were replaced since the decision")]
     SnapshotReplaced,
-    /// The permits that allowed it expired: decide again.
-    #[error("the policies that allowed this have expired")]
+    /// The permits that allowed it expired, or read a time that has passed: decide again.
+    #[error("the policies that allowed this have expired, or read the time")]
     PolicyExpired,
     /// The workload is no longer what was attested.
     #[error(transparent)]

@@ -457,7 +457,7 @@ impl OauthClientCredentialsProvider {
                 Ok(headers)
             }
             // Whatever it answers to a GET (RFC 6749 section 3.2), it is there.
-            AuthorizationServer::TokenEndpoint { token_endpoint, .. } => self
+            AuthorizationServer::TokenEndpoint(token_endpoint) => self
                 .client
                 .get(token_endpoint, deadline.remaining())
                 .await

@@ -742,3 +742,46 @@ fn the_version_is_that_of_the_files() {
     assert_ne!(one.version(), other.version());
     assert_eq!(one.version().len(), 16);
 }
+
+#[test]
+fn a_lease_under_policies_that_read_the_time_ends_with_what_they_read() {
+    let fixture = Fixture::new();
+    let request = request(GET);
+    let mut question = fixture.inject("orders-api", &[], &request);
+    question.wall = noon() + Duration::from_millis(20 * 60 * 1000 + 300);
+    let workload = attested(orders());
+    let rows = [
+        ("context has request", None),
+        (
+            r#"context.time < datetime("2027-01-01")"#,
+            Some(Duration::from_secs(20 * 60 + 1)),
+        ),
+        ("context.local.hour < 18", Some(Duration::from_secs(3600))),
+    ];
+    for (condition, until) in rows {
+        let policies = format!(
+            r#"@id("timed") permit (principal, action, resource) when {{ principal has unix && {condition} }};"#
+        );
+        let engine = fixture
+            .engine(&policies)
+            .in_time_zone(jiff::tz::TimeZone::UTC);
+        let snapshot = PolicySnapshot::new(Arc::new(engine), Arc::default());
+        let lease = snapshot
+            .decide(&workload, &question)
+            .unwrap()
+            .lease()
+            .clone();
+        let day = noon() + Duration::from_secs(24 * 3600);
+        let Some(until) = until else {
+            assert_eq!(lease.check(&snapshot, day), Ok(()), "{condition}");
+            continue;
+        };
+        let just_before = noon() + until - Duration::from_millis(1);
+        assert_eq!(lease.check(&snapshot, just_before), Ok(()), "{condition}");
+        assert_eq!(
+            lease.check(&snapshot, noon() + until),
+            Err(LeaseEnded::PolicyExpired),
+            "{condition}"
+        );
+    }
+}
