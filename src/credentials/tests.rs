@@ -229,6 +229,15 @@ async fn authorization_server(
     (state, server)
 }
 
+fn for_audience(mut settings: OauthClientCredentials, whom: &str) -> OauthClientCredentials {
+    if let ClientAuthentication::PrivateKeyJwt { audience, .. } =
+        &mut settings.client_authentication
+    {
+        whom.clone_into(audience);
+    }
+    settings
+}
+
 fn client(client_id: &str, key: &SigningKey) -> Client {
     let key = VerifyingKey::from_jwk(&key.public_jwk().unwrap()).unwrap();
     Client {
@@ -902,7 +911,7 @@ async fn an_assertion_never_bears_another_servers_issuer() {
     let settings = OauthClientCredentials {
         server: ServerSetting::Issuer(ExactUrl::parse(hostile_issuer).unwrap()),
         connect_to: Some(hostile.address()),
-        ..bench.settings()
+        ..for_audience(bench.settings(), hostile_issuer)
     };
     bench.configure(&[
         bench.credential("orders", bench.settings()),
@@ -1027,12 +1036,7 @@ async fn another_audience_is_only_what_the_configuration_says() {
     assert_eq!(audience_of(&bench.last_received()), ISSUER);
     // A server that demands its own endpoint's URL, as some did before RFC 10070.
     let endpoint = bench.state.token_endpoint();
-    let mut settings = bench.settings();
-    if let ClientAuthentication::PrivateKeyJwt { audience, .. } =
-        &mut settings.client_authentication
-    {
-        audience.clone_from(&endpoint);
-    }
+    let settings = for_audience(bench.settings(), &endpoint);
     bench.configure(&[bench.credential("orders", settings)]);
     // The embedded server is one of those that take their issuer only.
     let refusal = bench.token().await.unwrap_err();
