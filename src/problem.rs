@@ -191,7 +191,11 @@ fn trailers_only(refusal: &Refusal, next: &str) -> Response<Bytes> {
 /// The gRPC status code (`grpc/doc/statuscodes.md`) that says what the HTTP status says.
 pub fn grpc_status(code: RefusalCode) -> u16 {
     match code.properties().status {
-        StatusCode::BAD_REQUEST | StatusCode::MISDIRECTED_REQUEST => 3, // INVALID_ARGUMENT
+        // INVALID_ARGUMENT
+        StatusCode::BAD_REQUEST
+        | StatusCode::MISDIRECTED_REQUEST
+        | StatusCode::URI_TOO_LONG
+        | StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => 3,
         StatusCode::UNAUTHORIZED | StatusCode::PROXY_AUTHENTICATION_REQUIRED => 16, // UNAUTHENTICATED
         StatusCode::FORBIDDEN => 7,           // PERMISSION_DENIED
         StatusCode::METHOD_NOT_ALLOWED => 12, // UNIMPLEMENTED
