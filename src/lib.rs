@@ -58,3 +58,12 @@ pub mod upstream;
 // The servers under `tests/support` name this crate as tests outside of it do.
 #[cfg(test)]
 extern crate self as countersign;
+
+#[cfg(test)]
+#[path = "../tests/support/counts.rs"]
+#[allow(
+    dead_code,
+    unreachable_pub,
+    reason = "shared with tests that keep their figures beside them"
+)]
+mod counts;

@@ -264,11 +264,13 @@ fn readings(path: &str) -> (Option<String>, Option<String>) {
     let Some(decoded) = decode_repeatedly(path) else {
         return (differing(&by_segment), unknown);
     };
-    // A separator that only some servers see decides what a dot segment takes away.
+    // A separator that only some servers see decides what a dot segment takes away, and whether one of
+    // parameters alone is the last.
     let is_separator = ['/', '\\'];
     let some_separators_are_hidden =
         decoded.matches(is_separator).count() != path.matches('/').count();
-    if some_separators_are_hidden && decoded.split(is_separator).any(is_dot_segment) {
+    let may_go = |segment: &str| is_dot_segment(segment) || segment.starts_with(';');
+    if some_separators_are_hidden && decoded.split(is_separator).any(may_go) {
         return (differing(&by_segment), unknown);
     }
     let fully_decoded = normalise(&decoded);
@@ -276,13 +278,15 @@ fn readings(path: &str) -> (Option<String>, Option<String>) {
     (differing(&by_segment), (!same).then_some(fully_decoded))
 }
 
-/// Decodes until nothing changes; `None` for what no server would decode as often.
+/// Decodes until nothing changes; `None` for what no server would decode as often, and where a round leaves
+/// no UTF-8, of which servers make what they like.
 fn decode_repeatedly(path: &str) -> Option<String> {
     let mut current = path.to_owned();
     for _ in 0..=DECODING_ROUNDS {
         match percent_decode_str(&current).decode_utf8() {
             Ok(decoded) if decoded != current => current = decoded.into_owned(),
-            _ => return Some(current),
+            Ok(_) => return Some(current),
+            Err(_) => return None,
         }
     }
     None
@@ -605,6 +609,11 @@ mod tests {
             "/v1/a\\b/../../admin",
             "/v1/a%5cb/../../admin",
             "/v1/a%2fb/..%3b/../admin",
+            // The second round leaves no UTF-8, and another slash.
+            "/v1/%252f..%2f%25admin",
+            // The collection or the empty name in it.
+            "/v1/;\\",
+            "/v1/;%2f",
         ] {
             assert!(!is_covered(escaping), "{escaping}");
             assert!(RequestPath::parse(escaping).is_ambiguous(), "{escaping}");

@@ -45,6 +45,11 @@ const AGE_JITTER: Duration = Duration::from_secs(60);
 /// How long a connection that was given back may take to be free.
 const READY: Duration = Duration::from_millis(100);
 const HTTP2_PING_INTERVAL: Duration = Duration::from_secs(20);
+/// How much of an HTTP/2 response may wait for a caller that does not read it.
+const STREAM_WINDOW: u32 = 1024 * 1024;
+/// How much of all responses on one connection. Windows that adapt are the same for both, so that one
+/// caller that does not read holds up whatever else its identity asks for.
+const CONNECTION_WINDOW: u32 = 64 * STREAM_WINDOW;
 
 /// The verified TLS of one destination.
 #[derive(Debug, Clone)]
@@ -508,7 +513,8 @@ where
         let (sender, connection) = http2::Builder::new(LocalExecutor)
             .timer(TokioTimer::new())
             .keep_alive_interval(HTTP2_PING_INTERVAL)
-            .adaptive_window(true)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
             .handshake(io)
             .await
             .map_err(|error| protocol_refusal(way, &error))?;

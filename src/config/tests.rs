@@ -1,10 +1,12 @@
 //! Whole configurations: those that load, and a table of those that must not.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use super::*;
+use crate::counts::reached_in;
 use crate::diagnostics::Diagnostics;
 
 const WHOLE: &str = include_str!("../../tests/corpora/config/whole.yaml");
@@ -340,9 +342,11 @@ fn wrong_configurations_are_refused_with_every_problem_in_its_place() {
         }
     }
     load(directory.path(), WHOLE).unwrap();
-    println!("{} wrong configurations", cases.len());
-    assert!(cases.len() >= 100, "cases are missing");
     assert!(wrong.is_empty(), "found instead:\n{}", wrong.join("\n"));
+    let expected = cases.iter().flat_map(|case| &case.expect);
+    let codes: BTreeSet<_> = expected.filter_map(|line| line.split(' ').next()).collect();
+    reached_in("corpora", "wrong_configurations", cases.len());
+    reached_in("corpora", "wrong_configurations_codes", codes.len());
 }
 
 /// Loads a text and checks what holds for every text: an answer, and each problem in a place of the file.

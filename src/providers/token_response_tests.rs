@@ -3,6 +3,7 @@ use proptest::prelude::*;
 use secrecy::ExposeSecret;
 
 use super::*;
+use crate::counts::reached_in;
 
 /// A case of `tests/corpora/token-responses.yaml`.
 #[derive(serde::Deserialize)]
@@ -67,8 +68,9 @@ fn answers_mean_what_the_corpus_says() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    println!("{} token responses", cases.len());
-    assert!(cases.len() >= 240, "cases are missing");
+    reached_in("corpora", "token_responses", cases.len());
+    let classes = corpus.matches("\n## ").count();
+    reached_in("corpora", "token_responses_classes", classes);
 }
 
 #[test]

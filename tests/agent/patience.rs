@@ -80,8 +80,10 @@ async fn whoever_says_nothing_is_closed() {
         "",
         "G",
         "PRI * HTTP/2.0\r\n",
-        // The whole preface, an empty SETTINGS frame with it, and no request.
+        "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        // SETTINGS, and HEADERS whose block of fields does not end.
         "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0",
+        "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0\0\0\x05\x01\x01\0\0\0\x01\0\x01x\x01y",
         "GET http://plain.example.test/v1/orders HTTP/1.1\r\n",
         "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\nX: ",
     ] {

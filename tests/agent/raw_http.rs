@@ -1,14 +1,13 @@
 //! HTTP/1 byte by byte, as no client should send it: what the agent answers, and what the origin saw.
 
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
 
 use crate::support::counts::reached;
 use crate::support::puppet::Puppet;
-use crate::support::raw::{read_head, read_response};
+use crate::support::raw::read_response;
+use crate::support::strict_origin::StrictOrigin;
 use crate::support::world::{COMMON, DESTINATIONS, World};
 
 const CORPUS: &str = include_str!("../corpora/raw-http1.txt");
@@ -93,124 +92,6 @@ fn bytes(input: &str) -> Vec<u8> {
     bytes
 }
 
-/// An origin that reads by the letter of RFC 9112: what it saw as `METHOD PATH` and `+N` for a body.
-#[derive(Clone, Default)]
-struct Origin {
-    seen: Arc<Mutex<Vec<String>>>,
-}
-
-impl Origin {
-    async fn start(&self) -> std::net::SocketAddr {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let origin = self.clone();
-        tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                let origin = origin.clone();
-                tokio::spawn(async move { origin.serve(stream).await });
-            }
-        });
-        address
-    }
-
-    async fn serve(&self, mut stream: TcpStream) {
-        loop {
-            let head = read_head(&mut stream).await;
-            if head.is_empty() {
-                return;
-            }
-            let (mut seen, lower) = (request_line(&head), head.to_ascii_lowercase());
-            check_head(&lower);
-            let is_chunked = lower.contains("\r\ntransfer-encoding: chunked\r\n");
-            let length = lower
-                .split_once("\r\ncontent-length: ")
-                .and_then(|(_, rest)| rest.split_once("\r\n"))
-                .map(|(length, _)| length.parse::<usize>().expect("a length"));
-            assert!(!(is_chunked && length.is_some()), "framed twice: {head}");
-            let body = match (is_chunked, length) {
-                (true, _) => read_chunks(&mut stream).await,
-                (false, length) => read_exactly(&mut stream, length.unwrap_or(0)).await,
-            };
-            match body {
-                Some(0) => {}
-                Some(length) => seen.push_str(&format!("+{length}")),
-                // A body that was cut off, and with it its connection, is no request.
-                None => return,
-            }
-            self.seen.lock().unwrap().push(seen);
-            let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
-            let answer = match lower.starts_with("head ") {
-                true => &answer[..answer.len() - 2],
-                false => answer,
-            };
-            if stream.write_all(answer).await.is_err() {
-                return;
-            }
-        }
-    }
-
-    /// What was seen since the last time that this was asked.
-    fn take(&self) -> String {
-        let seen = std::mem::take(&mut *self.seen.lock().unwrap());
-        match seen.is_empty() {
-            true => "-".to_owned(),
-            false => seen.join(", "),
-        }
-    }
-}
-
-fn request_line(head: &str) -> String {
-    let line = head.lines().next().unwrap_or_default();
-    let line = line.strip_suffix(" HTTP/1.1").expect("a request line");
-    match line.len() > 80 {
-        true => format!("{}...", &line[..80]),
-        false => line.to_owned(),
-    }
-}
-
-/// One credential, ours; one host; nothing of the hop before; no line that some reader would split.
-fn check_head(lower: &str) {
-    assert_eq!(lower.matches("\r\nauthorization:").count(), 1, "{lower}");
-    assert!(lower.contains("\r\nauthorization: bearer ey"), "{lower}");
-    assert_eq!(lower.matches("\r\nhost:").count(), 1, "{lower}");
-    assert!(!lower.contains("\r\nproxy-"), "{lower}");
-    let ends = lower.matches("\r\n").count();
-    assert_eq!(lower.matches('\r').count(), ends, "{lower:?}");
-    assert_eq!(lower.matches('\n').count(), ends, "{lower:?}");
-    assert!(
-        !lower.contains("\r\n ") && !lower.contains("\r\n\t"),
-        "{lower:?}"
-    );
-}
-
-async fn read_exactly(stream: &mut TcpStream, length: usize) -> Option<usize> {
-    let mut body = vec![0; length];
-    stream.read_exact(&mut body).await.ok()
-}
-
-async fn read_chunks(stream: &mut TcpStream) -> Option<usize> {
-    let mut total = 0;
-    loop {
-        let size = read_line(stream).await?;
-        let size = usize::from_str_radix(&size, 16).expect("a chunk's size and nothing else");
-        if size == 0 {
-            while !read_line(stream).await?.is_empty() {}
-            return Some(total);
-        }
-        total += read_exactly(stream, size).await?;
-        assert_eq!(read_line(stream).await?, "");
-    }
-}
-
-async fn read_line(stream: &mut TcpStream) -> Option<String> {
-    let mut line = Vec::new();
-    while !line.ends_with(b"\r\n") {
-        line.push(stream.read_u8().await.ok()?);
-    }
-    line.truncate(line.len() - 2);
-    String::from_utf8(line).ok()
-}
-
 /// Sends a good request and, on the same connection, an input; then ends this side and reads the statuses
 /// of the answers to the input. What begins a connection comes without the good request, and this side
 /// ends once an answer has come.
@@ -264,18 +145,24 @@ async fn statuses(puppet: &Puppet, text: &str) -> String {
     }
 }
 
-fn after_the_good_one(seen: &str) -> &str {
-    let after = seen
-        .strip_prefix("GET /good")
-        .unwrap_or_else(|| panic!("the good request did not come first: {seen}"));
-    after.strip_prefix(", ").unwrap_or("-")
+/// What the origin saw of an input; the good request that came before it is not the input's.
+fn seen_of(input: &str, origin: &StrictOrigin) -> String {
+    let mut seen = origin.take();
+    if !input.starts_with("{first}") {
+        assert_eq!(seen.remove(0), "GET /good", "the good request comes first");
+    }
+    match seen.is_empty() {
+        true => "-".to_owned(),
+        false => seen.join(", "),
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn raw_requests_are_answered_and_seen_as_the_corpus_says() {
     let mut world = World::servers().await;
-    let origin = Origin::default();
-    world.origins.push(("raw".to_owned(), origin.start().await));
+    let origin = StrictOrigin::default();
+    let address = origin.start_http1().await;
+    world.origins.push(("raw".to_owned(), address));
     world
         .start_agent(&format!("{COMMON}{DESTINATIONS}{ORIGINS}"), POLICIES)
         .await;
@@ -285,13 +172,8 @@ async fn raw_requests_are_answered_and_seen_as_the_corpus_says() {
     let mut wrong = Vec::new();
     for case in &cases {
         let found = statuses(&puppet, case.input).await;
-        // The good request is not the case's.
-        let seen = origin.take();
-        let seen = match case.input.starts_with("{first}") {
-            true => seen.as_str(),
-            false => after_the_good_one(&seen),
-        };
-        if (found.as_str(), seen) != (case.statuses, case.seen) {
+        let seen = seen_of(case.input, &origin);
+        if (found.as_str(), seen.as_str()) != (case.statuses, case.seen) {
             wrong.push(format!("{}: {found} | {seen} | {}", case.line, case.input));
         }
     }

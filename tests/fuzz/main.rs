@@ -12,6 +12,7 @@
 
 #[path = "../support/counts.rs"]
 mod counts;
+mod grammars;
 mod mutations;
 mod targets;
 

@@ -17,9 +17,11 @@ pub mod counts;
 pub mod curl;
 pub mod faults;
 pub mod faulty_authorization_server;
+pub mod http2_frames;
 pub mod origin;
 pub mod puppet;
 pub mod raw;
+pub mod strict_origin;
 pub mod world;
 
 use std::future::Future;
