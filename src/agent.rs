@@ -6,6 +6,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
+use crate::attestor_states::AttestorStates;
 use crate::audit::Audit;
 use crate::clock::Clock;
 use crate::config::Bind;
@@ -26,6 +27,8 @@ pub struct Agent {
     pub audit: Audit,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// Which attestors run.
+    pub attestors: AttestorStates,
     /// The time.
     pub clock: Arc<dyn Clock>,
     /// The runtime of everything that is not the data path: names, token endpoints, procfs.

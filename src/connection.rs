@@ -201,17 +201,10 @@ impl Caller {
             return Ok(session.clone());
         }
         let facts = workload.facts();
-        for group in facts.groups.keys() {
-            agent.metrics.attestation(group, "attested");
-        }
-        for failed in &facts.failed_attestors {
-            agent
-                .metrics
-                .attestation(&failed.name, failed.kind.as_str());
-        }
+        let time = agent.clock.wall();
+        agent.attestors.note(facts, time);
         let holding = agent.limits.of(workload.isolation_key());
         let connection = holding.connection(limits)?;
-        let time = agent.clock.wall();
         let session = Session {
             generation,
             id: SessionId::new(time),

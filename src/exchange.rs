@@ -16,7 +16,7 @@ use crate::connection::Connection;
 use crate::credentials::{self, Credential};
 use crate::inject::{NotInjected, UpstreamRequest, inject, pass, report};
 use crate::limits::Held;
-use crate::policy::{Denial, DenialKind, Grant, Lease, Question, Resource};
+use crate::policy::{Denial, Grant, Lease, Question, Resource};
 use crate::problem::{self, Surface};
 use crate::proxy::{Verdict, Worker};
 use crate::refusal::Refusal;
@@ -164,9 +164,6 @@ impl Exchange {
                 ..DecisionReference::of_denial(denial)
             });
         });
-        if let DenialKind::Revoked { .. } = denial.kind {
-            self.agent.metrics.revoked_token_use();
-        }
         self.agent.metrics.decision(decided.as_str());
         self.remember(snapshot, workload, question, Err(denial));
     }
@@ -285,6 +282,9 @@ impl Exchange {
         record.status = status;
         record.outcome = outcome.code;
         record.internal = outcome.internal;
+        if record.decision.is_none() {
+            self.agent.metrics.decision(Decided::Error.as_str());
+        }
         let latency = &mut record.latency;
         latency.total = self.agent.clock.monotonic().saturating_sub(self.began_at);
         latency.ours = latency

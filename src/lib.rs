@@ -17,13 +17,14 @@
 //!
 //! Around it: [`cli`] reads arguments, [`config`] reads files, [`app`] builds, binds and reloads an
 //! [`agent`] under immutable [`snapshot`]s, [`tls`] holds the interception authority, [`admin`] and
-//! [`client`] are two ends of the admin socket, [`telemetry`] counts and logs, [`hardening`] takes from the
+//! [`client`] are two ends of the admin socket, [`telemetry`] counts and logs, [`attestor_states`] knows which attestor could not run, [`hardening`] takes from the
 //! agent what it does not need, [`dev`] is the embedded authorization server and API.
 
 pub mod address;
 pub mod admin;
 pub mod agent;
 pub mod app;
+pub mod attestor_states;
 pub mod audit;
 pub mod cli;
 pub mod client;

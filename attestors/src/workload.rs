@@ -27,6 +27,18 @@ impl WorkloadFacts {
         self.groups.get(group)?.get(name)
     }
 
+    /// The attestors that established something. The one of processes states their container too.
+    pub fn attestors(&self) -> impl Iterator<Item = &str> {
+        const OF_PROCESSES: [&str; 2] = ["container", "unix"];
+        let unix = OF_PROCESSES
+            .iter()
+            .any(|group| self.groups.contains_key(*group))
+            .then_some("unix");
+        let others = self.groups.keys().map(String::as_str);
+        unix.into_iter()
+            .chain(others.filter(|group| !OF_PROCESSES.contains(group)))
+    }
+
     /// A short name for people: `ci sub repo:acme/orders`, `unit orders.service`,
     /// `container 4b825dc642cb`, `uid 1000 (ana)`, `unknown`. Nothing is keyed by it.
     pub fn subject(&self) -> String {

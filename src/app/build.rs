@@ -6,12 +6,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use async_trait::async_trait;
 use countersign_attestors::{
-    Attestor, AttributeSelection, Catalog, Fetch, FetchError, OidcAttestor, SystemdAttestor,
-    UnixAttestor,
+    Attestor, AttributeSelection, Catalog, OidcAttestor, SystemdAttestor, UnixAttestor,
 };
-use url::Url;
 
 use crate::address::AddressGuard;
 use crate::clock::Clock;
@@ -163,19 +160,12 @@ impl SnapshotBuilder {
             Arc::clone(&self.own_listeners),
             self.control.clone(),
         );
-        OidcAttestor::new(
-            issuer.settings(),
-            Arc::new(CountedFetch {
-                fetch,
-                issuer: issuer.name.clone(),
-                metrics: Arc::clone(&self.metrics),
-            }),
-            Arc::clone(&self.clock),
+        OidcAttestor::new(issuer.settings(), Arc::new(fetch), Arc::clone(&self.clock)).map_err(
+            |error| {
+                let detail = format!("issuer `{}`: {error}", issuer.name);
+                Diagnostic::error("issuer_unusable", &self.config.path, detail).into()
+            },
         )
-        .map_err(|error| {
-            let detail = format!("issuer `{}`: {error}", issuer.name);
-            Diagnostic::error("issuer_unusable", &self.config.path, detail).into()
-        })
     }
 
     fn interception(&self) -> Result<Option<Arc<InterceptionAuthority>>, Diagnostics> {
@@ -301,20 +291,4 @@ fn have_same_attestors(one: &Issuers, other: &Issuers) -> bool {
             .iter()
             .zip(other)
             .all(|((_, one), (_, other))| Arc::ptr_eq(one, other))
-}
-
-/// Tells the metrics when an issuer's documents were fetched.
-struct CountedFetch {
-    fetch: FetchClient,
-    issuer: String,
-    metrics: Arc<Metrics>,
-}
-
-#[async_trait]
-impl Fetch for CountedFetch {
-    async fn get(&self, url: &Url) -> Result<Vec<u8>, FetchError> {
-        let document = Fetch::get(&self.fetch, url).await?;
-        self.metrics.jwks_refreshed(&self.issuer);
-        Ok(document)
-    }
 }

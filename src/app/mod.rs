@@ -20,6 +20,7 @@ use self::build::{SnapshotBuilder, build_off_thread};
 use self::listeners::Listeners;
 use crate::admin::{AdminActions, AdminServer};
 use crate::agent::Agent;
+use crate::attestor_states::AttestorStates;
 use crate::audit::{Audit, AuditWriter, LifecycleEvent};
 use crate::clock::Clock;
 use crate::config::{self, Bind, Config, Listener, ListenerKind};
@@ -154,6 +155,7 @@ impl App {
             snapshot: ArcSwap::from_pointee(snapshot),
             credentials,
             audit,
+            attestors: AttestorStates::new(Arc::clone(&metrics)),
             metrics,
             clock,
             control,

@@ -155,6 +155,11 @@ impl App {
     fn observe(&self) {
         let active = self.agent.limits.active();
         self.agent.metrics.active_identities(active);
+        let snapshot = self.agent.snapshot.load_full();
+        let ages = snapshot.issuers.iter().filter_map(|(issuer, attestor)| {
+            Some((issuer.name.as_str(), attestor.key_set_status().age?))
+        });
+        self.agent.metrics.jwks_ages(ages);
     }
 
     fn revocation_value(&self, revocation: &Revocation, holder: Option<&TokenHolder>) -> Value {

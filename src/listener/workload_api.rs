@@ -31,7 +31,7 @@ use super::Socket;
 use crate::admin::{ActionRefused, readiness};
 use crate::agent::Agent;
 use crate::audit::record::{AskedAndGranted, DecisionReference, TokenReference, workload_summary};
-use crate::audit::{AttestedRecord, Latency, Obtained, Record, TokenIssueRecord};
+use crate::audit::{AttestedRecord, Decided, Latency, Obtained, Record, TokenIssueRecord};
 use crate::config::{Bind, Config, CredentialConfig, ListenerKind, TokenSource};
 use crate::connection::evidence_refusal;
 use crate::credentials::IssuedToken;
@@ -321,6 +321,9 @@ impl Caller {
                 problem::response(&refusal, request_id, Surface::Gateway)
             }
         };
+        if record.decision.is_none() {
+            agent.metrics.decision(Decided::Error.as_str());
+        }
         record.latency.total = agent.clock.monotonic().saturating_sub(began_at);
         record.latency.ours = record
             .latency
@@ -410,6 +413,7 @@ impl Caller {
     fn begin_session(&self, workload: &AttestedWorkload) -> Result<SessionId, Refusal> {
         let time = self.agent.clock.wall();
         let session = SessionId::new(time);
+        self.agent.attestors.note(workload.facts(), time);
         self.agent
             .audit
             .record(Record::Attested(Box::new(AttestedRecord {

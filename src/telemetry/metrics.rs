@@ -117,9 +117,10 @@ struct Age {
 }
 
 impl Age {
-    fn touch(&self) {
-        self.last
-            .store(milliseconds(&*self.clock), Ordering::Relaxed);
+    fn set(&self, age: Duration) {
+        let age = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+        let last = milliseconds(&*self.clock).saturating_sub(age);
+        self.last.store(last, Ordering::Relaxed);
     }
 }
 
@@ -151,7 +152,7 @@ impl MetricConstructor<Age> for NewAge {
             clock: Arc::clone(&self.0),
             last: Arc::default(),
         };
-        age.touch();
+        age.set(Duration::ZERO);
         age
     }
 }
@@ -474,7 +475,7 @@ impl Metrics {
         let jwks_age = Family::new_with_constructor(NewAge(clock));
         registry.register_with_unit(
             "jwks_age",
-            "Time since the issuer's key set was last fetched",
+            "Age of the issuer's key set in use",
             Unit::Seconds,
             jwks_age.clone(),
         );
@@ -514,7 +515,7 @@ impl Metrics {
         let active_identities = Gauge::default();
         registry.register(
             "active_identities",
-            "Identities with a connection or a cached token",
+            "Identities with an open connection",
             active_identities.clone(),
         );
         let reloads = Family::default();
@@ -678,11 +679,6 @@ impl Metrics {
         };
     }
 
-    /// A request was refused because what it rests on is revoked.
-    pub fn revoked_token_use(&self) {
-        self.revoked_token_uses.inc();
-    }
-
     /// A decision was made; `effect` is one of [`EFFECTS`].
     pub fn decision(&self, effect: &str) {
         if let Some(counter) = self.decisions.get(effect) {
@@ -705,19 +701,25 @@ impl Metrics {
 
     /// A request was refused.
     pub fn refusal(&self, code: RefusalCode) {
+        if code == RefusalCode::Revoked {
+            self.revoked_token_uses.inc();
+        }
         if let Some(counter) = self.refusals.get(&code) {
             counter.inc();
         }
     }
 
-    /// An issuer's key set was fetched just now.
-    pub fn jwks_refreshed(&self, issuer: &str) {
-        self.jwks_age
-            .get_or_create_owned(&[("issuer", issuer.into())])
-            .touch();
+    /// How old the issuers' key sets are; those of others are forgotten.
+    pub fn jwks_ages<'a>(&self, ages: impl IntoIterator<Item = (&'a str, Duration)>) {
+        self.jwks_age.clear();
+        for (issuer, age) in ages {
+            self.jwks_age
+                .get_or_create_owned(&[("issuer", issuer.into())])
+                .set(age);
+        }
     }
 
-    /// How many identities have a connection or a cached token.
+    /// How many identities have an open connection.
     pub fn active_identities(&self, count: usize) {
         self.active_identities
             .set(i64::try_from(count).unwrap_or(i64::MAX));
@@ -805,12 +807,12 @@ mod tests {
         metrics.upstream_status("orders-api", StatusCode::UNAUTHORIZED);
         metrics.upstream_status("orders-api", StatusCode::FORBIDDEN);
         metrics.upstream_status("orders-api", StatusCode::OK);
-        metrics.revoked_token_use();
+        metrics.refusal(RefusalCode::Revoked);
         metrics.decision("allow");
         metrics.decision_cache(3, 1);
         metrics.attestation("unix", "attested");
         metrics.refusal(RefusalCode::PolicyDenied);
-        metrics.jwks_refreshed("ci");
+        metrics.jwks_ages([("ci", Duration::ZERO)]);
         metrics.active_identities(4);
         metrics.reload(true, UNIX_EPOCH + Duration::from_secs(1_800_000_000));
         metrics.reload(false, UNIX_EPOCH + Duration::from_secs(1_900_000_000));
@@ -905,19 +907,20 @@ mod tests {
     #[test]
     fn ages_grow_and_begin_anew() {
         let metrics = Metrics::new(Arc::new(SystemClock::new()));
-        metrics.jwks_refreshed("ci");
+        metrics.jwks_ages([("ci", Duration::ZERO), ("gone", Duration::ZERO)]);
         let age = || -> f64 {
             let text = metrics.encode();
             let line = text
                 .lines()
-                .find(|line| line.starts_with("countersign_jwks_age_seconds{"))
+                .find(|line| line.starts_with("countersign_jwks_age_seconds{issuer=\"ci\"}"))
                 .unwrap();
             line.split(' ').next_back().unwrap().parse().unwrap()
         };
         std::thread::sleep(Duration::from_millis(60));
         let before = age();
         assert!(before >= 0.05, "{before}");
-        metrics.jwks_refreshed("ci");
+        metrics.jwks_ages([("ci", Duration::ZERO)]);
         assert!(age() < before);
+        assert!(!metrics.encode().contains("issuer=\"gone\""));
     }
 }

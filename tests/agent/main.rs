@@ -25,6 +25,7 @@ mod hosts;
 mod http2_attacks;
 mod identities;
 mod limits;
+mod observed;
 mod patience;
 mod raw_http;
 mod records;
