@@ -10,7 +10,7 @@ use hyper::ext::ReasonPhrase;
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use serde::Serialize;
 
-use crate::refusal::{Refusal, RefusalCode};
+use crate::refusal::{Cause, Refusal, RefusalCode};
 use crate::request_id::{REQUEST_ID_HEADER, RequestId};
 
 /// The media type of a problem (RFC 9457 section 3).
@@ -44,6 +44,8 @@ struct Problem<'a> {
     r#type: String,
     code: &'a str,
     status: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cause: Option<&'static str>,
     request_id: String,
     detail: &'a str,
     next: String,
@@ -73,6 +75,7 @@ pub fn response(refusal: &Refusal, request_id: RequestId, surface: Surface) -> R
                 r#type: documentation(properties.code),
                 code: properties.code,
                 status: properties.status.as_u16(),
+                cause: properties.cause.map(Cause::as_str),
                 request_id: request_id.to_string(),
                 detail: &refusal.detail,
                 next,
@@ -280,6 +283,8 @@ mod tests {
                     let body: serde_json::Value = serde_json::from_slice(response.body()).unwrap();
                     assert_eq!(body["code"], properties.code);
                     assert_eq!(body["status"], properties.status.as_u16());
+                    let cause = properties.cause.map(Cause::as_str);
+                    assert_eq!(body["cause"].as_str(), cause);
                     assert_eq!(body["request_id"], id.to_string());
                     assert!(!body["next"].as_str().unwrap().contains("REQUEST_ID"));
                     assert!(body["type"].as_str().unwrap().starts_with("https://"));
@@ -288,6 +293,25 @@ mod tests {
             }
         }
         assert_eq!(answers, 5 * RefusalCode::ALL.len());
+    }
+
+    #[test]
+    fn every_trouble_of_another_server_has_one_of_four_causes() {
+        // What is wrong with the agent itself, or what it was not able to look at, is none of them.
+        const OWN: [RefusalCode; 3] = [
+            RefusalCode::AttestationUnavailable,
+            RefusalCode::AuditUnavailable,
+            RefusalCode::ShuttingDown,
+        ];
+        let mut causes = BTreeSet::new();
+        for code in RefusalCode::ALL {
+            let properties = code.properties();
+            let is_trouble = matches!(properties.status.as_u16(), 502..=504);
+            if is_trouble && !OWN.contains(code) {
+                causes.insert(properties.cause.expect(properties.code).as_str());
+            }
+        }
+        assert_eq!(causes.len(), 4, "{causes:?}");
     }
 
     #[test]

@@ -59,10 +59,10 @@ impl Refusal {
     }
 }
 
-/// The four causes of trouble with a token, for dashboards.
+/// The four causes of trouble with an authorization server or a destination, for dashboards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Cause {
-    /// The agent's configuration for the authorization server is wrong.
+    /// The agent's configuration for the server is wrong.
     ClientMisconfiguration,
     /// The authorization server refused.
     AuthorizationServerDenial,
@@ -93,7 +93,7 @@ pub struct Properties {
     pub code: &'static str,
     /// The `Proxy-Status` error (RFC 9209 section 2.3).
     pub proxy_error: &'static str,
-    /// The cause label, where a token is concerned.
+    /// The cause label, where an authorization server or a destination is concerned.
     pub cause: Option<Cause>,
     /// The next step.
     pub next: &'static str,
@@ -234,23 +234,28 @@ refusal_codes! {
     CredentialExpired = SERVICE_UNAVAILABLE, "credential_expired", "destination_unavailable", Some(Cause::ExpiredCredential),
         "try again after `Retry-After`";
     /// The destination's name does not resolve.
-    UpstreamNameUnresolved = BAD_GATEWAY, "upstream_name_unresolved", "dns_error", None,
+    UpstreamNameUnresolved = BAD_GATEWAY, "upstream_name_unresolved", "dns_error", Some(Cause::Network),
         "check the host's name, or set the destination's `connect_to`";
     /// The destination refuses or resets connections.
-    UpstreamUnreachable = BAD_GATEWAY, "upstream_unreachable", "connection_refused", None,
+    UpstreamUnreachable = BAD_GATEWAY, "upstream_unreachable", "connection_refused", Some(Cause::Network),
         "check that the destination is up and reachable from this node";
     /// The destination's certificate does not verify; nothing was sent.
-    UpstreamTls = BAD_GATEWAY, "upstream_tls", "tls_certificate_error", None,
+    UpstreamTls = BAD_GATEWAY, "upstream_tls", "tls_certificate_error", Some(Cause::ClientMisconfiguration),
         "check the destination's `ca_file` against its certificate";
     /// The destination did not accept a connection, or did not answer, in time.
-    UpstreamTimeout = GATEWAY_TIMEOUT, "upstream_timeout", "http_response_timeout", None,
+    UpstreamTimeout = GATEWAY_TIMEOUT, "upstream_timeout", "http_response_timeout", Some(Cause::Network),
         "try again; raise the destination's `timeouts` if it is always this slow";
     /// The destination broke off, or its answer is not HTTP.
-    UpstreamProtocol = BAD_GATEWAY, "upstream_protocol", "http_protocol_error", None,
+    UpstreamProtocol = BAD_GATEWAY, "upstream_protocol", "http_protocol_error", Some(Cause::Network),
         "check what answers at the destination";
 }
 
 impl RefusalCode {
+    /// The code with this name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|code| code.as_str() == name)
+    }
+
     /// The stable code.
     pub const fn as_str(self) -> &'static str {
         self.properties().code

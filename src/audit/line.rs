@@ -14,6 +14,7 @@ use crate::audit::record::{
     AskedAndGranted, AttestedRecord, Decided, DecisionReference, Latency, LifecycleEvent,
     LifecycleRecord, Record, RequestRecord, TokenIssueRecord, TokenReference,
 };
+use crate::refusal::{Cause, RefusalCode};
 use crate::request_id::{SessionId, TraceId};
 
 /// Appends the record's members, from the first quotation mark to the closing brace.
@@ -250,6 +251,10 @@ fn append_outcome(
 ) {
     line.number("status", status.as_u16().into());
     line.text("outcome", outcome);
+    // Most are; the rest can be looked up.
+    let refused = (outcome != "ok").then(|| RefusalCode::named(outcome));
+    let cause = refused.flatten().and_then(|code| code.properties().cause);
+    line.text_if_any("cause", cause.map(Cause::as_str));
     line.text_if_any("internal", internal);
     line.object("latency_us", |line| {
         line.number("total", microseconds(latency.total));
