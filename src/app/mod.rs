@@ -30,6 +30,7 @@ use crate::hardening;
 use crate::limits::IdentityLimits;
 use crate::listener::Workers;
 use crate::policy::{DecisionRing, Revocations};
+use crate::snapshot::Snapshot;
 use crate::telemetry::metrics::Metrics;
 
 /// How long open requests may take to end after SIGTERM.
@@ -141,7 +142,7 @@ impl App {
             control.clone(),
             Arc::clone(&clock),
             Arc::clone(&metrics),
-            token_events(),
+            token_events(audit.clone()),
         );
         credentials.configure(&config, &own_listeners);
         let _ = audit.lifecycle(LifecycleEvent::Start {
@@ -149,6 +150,7 @@ impl App {
             configuration_sha256: configuration_sha256(&config),
             policy_version: snapshot.policy.engine().version().to_string(),
         });
+        record_interception(&audit, None, &snapshot);
         metrics.reload(true, clock.wall());
 
         let agent = Arc::new(Agent {
@@ -280,6 +282,7 @@ impl App {
             configuration_sha256: configuration_sha256(&config),
             policy_version: policy_version.clone(),
         });
+        record_interception(&self.agent.audit, Some(&previous), &snapshot);
         tracing::info!(policy_version, "reloaded");
         Ok(())
     }
@@ -344,9 +347,10 @@ impl LastReload {
     }
 }
 
-/// Logs what happens to tokens; request records say which request used which.
-fn token_events() -> TokenEvents {
-    Arc::new(|event| match event {
+/// Logs what happens to tokens; request records say which request used which. Keys are of the agent's own
+/// life.
+fn token_events(audit: Audit) -> TokenEvents {
+    Arc::new(move |event| match event {
         TokenEvent::Minted {
             credential,
             identity,
@@ -374,6 +378,12 @@ fn token_events() -> TokenEvents {
             internal,
             "token not minted"
         ),
+        TokenEvent::KeyReplaced { credential, key_id } => {
+            let _ = audit.lifecycle(LifecycleEvent::ClientKeyReplaced {
+                credential: credential.to_owned(),
+                key_id: key_id.to_owned(),
+            });
+        }
         TokenEvent::Rejected {
             credential,
             token_sha256,
@@ -383,6 +393,22 @@ fn token_events() -> TokenEvents {
             "token rejected by its destination"
         ),
     })
+}
+
+/// Records under which certificates connections are intercepted, where they are others than before.
+fn record_interception(audit: &Audit, previous: Option<&Snapshot>, now: &Snapshot) {
+    let Some(authority) = &now.interception else {
+        return;
+    };
+    let before = previous.and_then(|previous| previous.interception.as_ref());
+    if before.is_some_and(|before| before.has_same_certificates(authority)) {
+        return;
+    }
+    let (root_sha256, intermediate_sha256) = authority.certificate_sha256();
+    let _ = audit.lifecycle(LifecycleEvent::InterceptionAuthority {
+        root_sha256,
+        intermediate_sha256,
+    });
 }
 
 fn worker_count(config: &Config) -> usize {

@@ -313,6 +313,14 @@ enum EventLine<'a> {
     RevocationLifted {
         id: &'a str,
     },
+    ClientKeyReplaced {
+        credential: &'a str,
+        key_id: &'a str,
+    },
+    InterceptionAuthority {
+        root_sha256: &'a str,
+        intermediate_sha256: &'a str,
+    },
     AuditRepaired {
         file: Displayed<std::path::Display<'a>>,
         bytes_cut: u64,
@@ -355,6 +363,16 @@ impl<'a> LifecycleLine<'a> {
                 until: until.map(Timestamp),
             },
             LifecycleEvent::RevocationLifted { id } => EventLine::RevocationLifted { id },
+            LifecycleEvent::ClientKeyReplaced { credential, key_id } => {
+                EventLine::ClientKeyReplaced { credential, key_id }
+            }
+            LifecycleEvent::InterceptionAuthority {
+                root_sha256,
+                intermediate_sha256,
+            } => EventLine::InterceptionAuthority {
+                root_sha256,
+                intermediate_sha256,
+            },
             LifecycleEvent::AuditRepaired { path, bytes_cut } => EventLine::AuditRepaired {
                 file: Displayed(path.display()),
                 bytes_cut: *bytes_cut,

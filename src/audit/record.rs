@@ -331,6 +331,20 @@ pub enum LifecycleEvent {
         /// Its id.
         id: String,
     },
+    /// A client key was found to be another than before.
+    ClientKeyReplaced {
+        /// The credential that signs with it.
+        credential: String,
+        /// The new key's id.
+        key_id: String,
+    },
+    /// Clients' connections are intercepted under these certificates from now on.
+    InterceptionAuthority {
+        /// SHA-256 of the root certificate, hexadecimal.
+        root_sha256: String,
+        /// SHA-256 of the certificate that leaves are signed under, hexadecimal.
+        intermediate_sha256: String,
+    },
     /// A torn tail was cut from an audit file.
     AuditRepaired {
         /// The file.

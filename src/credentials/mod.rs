@@ -136,6 +136,13 @@ pub enum TokenEvent<'a> {
         /// What only the log says.
         internal: Option<&'a str>,
     },
+    /// The key that a credential's assertions are signed with is another than before.
+    KeyReplaced {
+        /// The credential.
+        credential: &'a str,
+        /// The new key's id.
+        key_id: &'a str,
+    },
     /// An API refused a token with 401, and it was evicted.
     Rejected {
         /// The credential.
@@ -835,6 +842,12 @@ impl Credentials {
             .mint(&slot.request, slot.is_untroubled(), deadline)
             .await;
         let upstream = started.elapsed();
+        if let Some(key_id) = entry.provider.take_replaced_key() {
+            (self.events)(TokenEvent::KeyReplaced {
+                credential: &slot.credential,
+                key_id: &key_id,
+            });
+        }
         let failure = minted.as_ref().err().map(|failure| failure.code);
         self.metrics
             .token_request(&slot.credential, failure, upstream);

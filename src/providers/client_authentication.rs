@@ -37,6 +37,8 @@ pub(super) struct KeyFile {
     typ: String,
     audience: String,
     parsed: Mutex<Option<Parsed>>,
+    /// The id of the key that took another's place, until somebody asked.
+    replaced_by: Mutex<Option<String>>,
 }
 
 struct Parsed {
@@ -69,6 +71,7 @@ impl KeyFile {
             typ: typ.unwrap_or(ASSERTION_TYP).to_owned(),
             audience: audience.to_owned(),
             parsed: Mutex::new(None),
+            replaced_by: Mutex::new(None),
         }
     }
 
@@ -105,6 +108,14 @@ impl KeyFile {
         self.key().await.map(drop)
     }
 
+    /// As [`Provider::take_replaced_key`](super::Provider::take_replaced_key).
+    pub(super) fn take_replaced(&self) -> Option<String> {
+        self.replaced_by
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+    }
+
     async fn key(&self) -> Result<Arc<SigningKey>, MintFailure> {
         let content = read_secret(&self.path).await?;
         let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &content);
@@ -124,6 +135,10 @@ impl KeyFile {
         content_sha256.copy_from_slice(digest.as_ref());
         if parsed.is_some() {
             tracing::info!(file = %self.path.display(), key_id = key.key_id(), "the client key was replaced");
+            *self
+                .replaced_by
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner) = Some(key.key_id().to_owned());
         }
         *parsed = Some(Parsed {
             content_sha256,

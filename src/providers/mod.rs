@@ -48,6 +48,9 @@ pub trait Provider: Send + Sync + std::fmt::Debug {
         deadline: Deadline,
     ) -> Result<bool, MintFailure>;
 
+    /// The id of the key that the last assertions are signed with, once after it took another's place.
+    fn take_replaced_key(&self) -> Option<String>;
+
     /// The longest that one [`Provider::mint`] may take.
     fn timeout(&self) -> Duration;
 }

@@ -498,6 +498,13 @@ impl Provider for OauthClientCredentialsProvider {
         &self.subject_parts
     }
 
+    fn take_replaced_key(&self) -> Option<String> {
+        match &self.authentication {
+            Authentication::PrivateKeyJwt(key_file) => key_file.take_replaced(),
+            Authentication::WorkloadAssertion | Authentication::ClientSecretBasic => None,
+        }
+    }
+
     fn timeout(&self) -> Duration {
         self.settings.timeout
     }

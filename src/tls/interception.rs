@@ -29,6 +29,7 @@ use zeroize::Zeroizing;
 
 use super::{ALPN_HTTP1, ALPN_HTTP2};
 use crate::config::{CaSource, Interception};
+use crate::providers::hexadecimal;
 
 const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 const INTERMEDIATE_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -215,6 +216,21 @@ impl InterceptionAuthority {
     /// The hosts that leaves may be minted for, in order.
     pub fn hosts(&self) -> &[String] {
         &self.hosts
+    }
+
+    /// The SHA-256, in hexadecimal, of the root and of the certificate that leaves are signed under.
+    pub fn certificate_sha256(&self) -> (String, String) {
+        let of = |der: &[u8]| {
+            hexadecimal(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, der).as_ref())
+        };
+        let root = CertificateDer::from_pem_slice(self.root_pem.as_bytes());
+        (
+            root.map(|root| of(&root)).unwrap_or_default(),
+            self.chain
+                .first()
+                .map(|first| of(first))
+                .unwrap_or_default(),
+        )
     }
 
     /// Whether both sign under the same certificates.

@@ -1,7 +1,11 @@
-//! What operators are shown of attestors and key sets.
+//! What operators are shown of attestors, key sets, listeners, keys and certificates.
+
+use std::os::unix::fs::PermissionsExt;
 
 use countersign::admin::AdminActions;
-use serde_json::json;
+use countersign::config::SigningAlgorithm;
+use countersign::jwt::SigningKey;
+use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
 use crate::support::curl::curl;
@@ -126,5 +130,71 @@ async fn the_age_of_keys_is_shown_and_what_was_not_decided_is_counted() {
     let nowhere = "GET http://nowhere.example.test/ HTTP/1.1\r\nHost: nowhere.example.test\r\n\r\n";
     exchange(&mut io, nowhere).await.expect(403);
     assert_eq!(metric(&world.app().metrics(), error), Some(1.0));
+    world.good().await;
+}
+
+/// The events with this name, in order.
+async fn events(world: &World, name: &str) -> Vec<Value> {
+    let lines = world.audit().await;
+    lines
+        .into_iter()
+        .filter(|line| line["event"] == name)
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_and_certificates_that_are_replaced_are_recorded() {
+    let world = World::start().await;
+    world.good().await;
+    let certificates = events(&world, "interception_authority").await;
+    assert_eq!(certificates.len(), 1, "{certificates:#?}");
+    let digest = |event: &Value, name: &str| event[name].as_str().unwrap().to_owned();
+    assert_eq!(digest(&certificates[0], "root_sha256").len(), 64);
+
+    // A reload that changes nothing has replaced nothing; another host is another intermediate.
+    world.app().reload().await.unwrap();
+    assert_eq!(events(&world, "interception_authority").await.len(), 1);
+    let more = DESTINATIONS.replace(
+        "hosts: [orders.example.test]",
+        "hosts: [orders.example.test, more.example.test]",
+    );
+    world.write("countersign.yaml", &world.fill(&format!("{COMMON}{more}")));
+    world.app().reload().await.unwrap();
+    let certificates = events(&world, "interception_authority").await;
+    assert_eq!(certificates.len(), 2, "{certificates:#?}");
+    let of = |name: &str| [&certificates[0], &certificates[1]].map(|event| digest(event, name));
+    let [before, after] = of("root_sha256");
+    assert_eq!(before, after);
+    let [before, after] = of("intermediate_sha256");
+    assert_ne!(before, after);
+    world.good().await;
+
+    // A key that the server does not know, and the first again.
+    assert!(events(&world, "client_key_replaced").await.is_empty());
+    let first = std::fs::read_to_string(world.path("client.key")).unwrap();
+    let (other, pem) = SigningKey::generate(SigningAlgorithm::Es256).unwrap();
+    let orders = "https://orders.example.test/v1/orders";
+    for (content, status) in [(pem.as_str(), 502), (first.as_str(), 200)] {
+        world.write("client.key", content);
+        std::fs::set_permissions(world.path("client.key"), PermissionsExt::from_mode(0o600))
+            .unwrap();
+        // Another configuration of the credential forgets its tokens; another key alone does not.
+        let timeout = format!("timeout: {}ms", 2000 + u32::from(status == 502));
+        let changed = format!("{COMMON}{more}").replace("timeout: 2s", &timeout);
+        if status == 502 {
+            let tokens =
+                countersign::credentials::RevokedTokens::Credential("orders-api".to_owned());
+            let agent = world.app().agent();
+            let wait = std::time::Duration::from_secs(10);
+            agent.credentials.revoke_upstream(&tokens, wait).await;
+        } else {
+            world.write("countersign.yaml", &world.fill(&changed));
+            world.app().reload().await.unwrap();
+        }
+        world.curl(&[orders]).await.expect(status);
+    }
+    let replaced = events(&world, "client_key_replaced").await;
+    assert_eq!(replaced[0]["credential"], "orders-api", "{replaced:#?}");
+    assert_eq!(replaced[0]["key_id"], other.key_id(), "{replaced:#?}");
     world.good().await;
 }
