@@ -39,10 +39,11 @@ impl AdminActions for App {
 
     async fn status(&self) -> Value {
         let snapshot = self.agent.snapshot.load_full();
-        let listeners: Vec<Value> = self
-            .bound
-            .listeners
-            .iter()
+        let bound = self.agent.bound_listeners.load_full();
+        let mut listeners: Vec<_> = bound.iter().collect();
+        listeners.sort_by_key(|(name, _)| *name);
+        let listeners: Vec<Value> = listeners
+            .into_iter()
             .map(|(name, bind)| json!({"name": name, "bind": bind.to_string()}))
             .collect();
         json!({
@@ -53,6 +54,7 @@ impl AdminActions for App {
             "ready": self.not_ready().is_empty(),
             "not_ready": self.not_ready(),
             "listeners": listeners,
+            "attestors": self.agent.attestors.report(&snapshot.config.attestors),
             "open_connections": self.workers.open_connections(),
             "destinations": snapshot.config.destinations.len(),
             "credentials": snapshot.config.credentials.len(),

@@ -75,6 +75,18 @@ async fn an_issuer_whose_keys_are_away_is_named() {
     let mut io = TcpStream::connect(world.address("proxy")).await.unwrap();
     exchange(&mut io, &request(&presented)).await.expect(200);
 
+    let status = world.app().status().await;
+    let attestors = status["attestors"].as_array().unwrap();
+    let state = |name: &str| {
+        attestors
+            .iter()
+            .find(|attestor| attestor["name"] == name)
+            .unwrap_or_else(|| panic!("{status:#}"))
+    };
+    assert_eq!(state("unix")["runs"], true);
+    assert_eq!(state("ci")["runs"], false, "{status:#}");
+    assert!(state("ci")["since"].is_string(), "{status:#}");
+    assert!(!state("ci")["detail"].as_str().unwrap().is_empty());
     let metrics = world.app().metrics();
     let attested = |attestor: &str, result: &str| {
         let name = format!(
@@ -131,6 +143,38 @@ async fn the_age_of_keys_is_shown_and_what_was_not_decided_is_counted() {
     exchange(&mut io, nowhere).await.expect(403);
     assert_eq!(metric(&world.app().metrics(), error), Some(1.0));
     world.good().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn listeners_are_shown_where_they_are_now() {
+    let world = World::start().await;
+    world.good().await;
+    let bound = async |name: &str| {
+        let status = world.app().status().await;
+        let listeners = status["listeners"].as_array().unwrap().clone();
+        listeners
+            .iter()
+            .find(|listener| listener["name"] == name)
+            .map(|listener| listener["bind"].as_str().unwrap().to_owned())
+    };
+    assert!(bound("gateway").await.is_some());
+    let configuration = world.fill(&format!("{COMMON}{DESTINATIONS}"));
+    let moved = configuration
+        .replace("gateway.sock", "moved.sock")
+        .replace("name: gateway,", "name: another-gateway,");
+    world.write("countersign.yaml", &moved);
+    world.app().reload().await.unwrap();
+    assert!(
+        bound("local-gateway")
+            .await
+            .unwrap()
+            .ends_with("moved.sock")
+    );
+    assert_eq!(bound("gateway").await, None);
+    let another = bound("another-gateway").await.unwrap();
+    let mut io = TcpStream::connect(&another).await.unwrap();
+    let request = "GET /v1/orders HTTP/1.1\r\nHost: gateway\r\n\r\n";
+    exchange(&mut io, request).await.expect(200);
 }
 
 /// The events with this name, in order.
