@@ -89,7 +89,16 @@ where
     let mut draining = caller.agent.draining.subscribe();
     let service = service_fn(move |request| {
         let caller = Arc::clone(&caller);
-        async move { Ok::<_, Infallible>(caller.answer(request).await.map(Full::new)) }
+        async move {
+            let wall = caller.agent.clock.wall();
+            let mut response = caller.answer(request).await;
+            // What has a record or is refused has its id already.
+            response
+                .headers_mut()
+                .entry(REQUEST_ID_HEADER)
+                .or_insert_with(|| RequestId::new(wall).to_header_value());
+            Ok::<_, Infallible>(response.map(Full::new))
+        }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())

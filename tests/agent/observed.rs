@@ -242,3 +242,29 @@ async fn keys_and_certificates_that_are_replaced_are_recorded() {
     assert_eq!(replaced[0]["key_id"], other.key_id(), "{replaced:#?}");
     world.good().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_answer_of_the_workload_api_has_a_request_id() {
+    let mut world = World::servers().await;
+    let configuration = with_workload_api(&format!("{COMMON}{DESTINATIONS}"));
+    world.start_agent(&configuration, POLICIES).await;
+    let api = format!("http://{}", world.address("api"));
+    let mut ids = std::collections::BTreeSet::new();
+    let rows: [(&str, &str, u16); 7] = [
+        ("GET", "/v1/whoami", 200),
+        ("GET", "/v1/proxy", 200),
+        ("GET", "/v1/explain/x", 404),
+        ("GET", "/v1/nothing", 404),
+        ("DELETE", "/v1/whoami", 405),
+        ("POST", "/v1/token", 400),
+        ("GET", "/v1/token", 405),
+    ];
+    for (method, path, status) in rows {
+        let answer = curl(&["-X", method, &format!("{api}{path}")])
+            .await
+            .expect(status);
+        let id = answer.header("countersign-request-id");
+        ids.insert(id.unwrap_or_else(|| panic!("{answer:#?}")));
+    }
+    assert_eq!(ids.len(), rows.len(), "an id names one answer");
+}
