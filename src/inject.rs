@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use http::header::{
-    AUTHORIZATION, CONNECTION, CONTENT_TYPE, HOST, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
-    PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
+    ALT_SVC, AUTHORIZATION, CONNECTION, CONTENT_TYPE, HOST, HeaderName, HeaderValue,
+    PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
 };
 use http::{HeaderMap, Request};
 
@@ -242,6 +242,13 @@ const CONNECTION_HEADERS: [HeaderName; 9] = [
 
 fn concerns_one_connection(name: &HeaderName) -> bool {
     *name == UPGRADE || CONNECTION_HEADERS.contains(name)
+}
+
+/// Removes from a response, final or not, what is not for the caller: what concerns the upstream
+/// connection, and `Alt-Svc`, which would lead the client past the agent (RFC 7838).
+pub fn strip_response(headers: &mut HeaderMap) {
+    strip_hop_by_hop(headers);
+    headers.remove(ALT_SVC);
 }
 
 /// Removes what concerns one connection only (RFC 9110 section 7.6.1). Returns whether the request

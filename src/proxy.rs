@@ -20,7 +20,7 @@ use crate::connection::Connection;
 use crate::credentials::Credential;
 use crate::exchange::Exchange;
 use crate::inject::{
-    NotInjected, UpstreamRequest, is_grpc, is_reported, strip_hop_by_hop, token_revoked,
+    NotInjected, UpstreamRequest, is_grpc, is_reported, strip_response, token_revoked,
 };
 use crate::listener::linger::read_on;
 use crate::listener::serve::serve_tunnel;
@@ -604,9 +604,7 @@ fn relay(answered: UpstreamResponse, stream: Rc<Stream>) -> Response<ResponseBod
         connection: lent,
     } = answered;
     let (mut head, incoming) = response.into_parts();
-    strip_hop_by_hop(&mut head.headers);
-    // It would lead the client past the agent (RFC 7838).
-    head.headers.remove(ALT_SVC);
+    strip_response(&mut head.headers);
     head.extensions.clear();
     head.version = Version::HTTP_11;
     Response::from_parts(
@@ -627,7 +625,9 @@ fn switch_protocols(
 ) -> Response<ResponseBody> {
     let mut response = answered.response;
     let upstream = hyper::upgrade::on(&mut response);
-    let (head, _) = response.into_parts();
+    let (mut head, _) = response.into_parts();
+    // `Connection` and `Upgrade` stay: they are what the answer is about.
+    head.headers.remove(ALT_SVC);
     if let Some(upgrade) = upgrade {
         spawn_local(async move {
             if let (Ok(caller), Ok(upstream)) = (upgrade.await, upstream.await) {

@@ -12,7 +12,7 @@ use std::task::{Context, Poll, Waker, ready};
 use http::{HeaderMap, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::inject::strip_hop_by_hop;
+use crate::inject::strip_response;
 use crate::listener::unreadable::Unreadable;
 
 /// More than this of interim responses that wait for one caller is dropped.
@@ -54,7 +54,7 @@ impl Interim {
             return;
         }
         let mut headers = headers.clone();
-        strip_hop_by_hop(&mut headers);
+        strip_response(&mut headers);
         let mut state = self.state();
         if state.waiting.len() > MAXIMUM_WAITING {
             return;

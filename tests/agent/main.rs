@@ -15,6 +15,7 @@ mod support;
 mod audit_block;
 mod callers;
 mod cgroups;
+mod alternatives;
 mod causes;
 mod changes;
 mod clients;
