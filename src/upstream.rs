@@ -96,6 +96,8 @@ struct PoolKey {
 struct Pool {
     _destination: Option<Arc<Destination>>,
     http2: RefCell<Option<Http2Connection>>,
+    /// Whether it was taken since the last sweep.
+    http2_used: Cell<bool>,
     idle: RefCell<Vec<Http1Connection>>,
     /// A connection under way that all may share; whoever waits is woken when it is there, or failed.
     connecting: RefCell<Option<Rc<Notify>>>,
@@ -113,6 +115,21 @@ struct Http1Connection {
 struct Http2Connection {
     sender: http2::SendRequest<RequestBody>,
     retire_at: Instant,
+    unused: Unused,
+}
+
+/// Since when sweeps have found that no request took a connection.
+#[derive(Debug, Clone, Copy, Default)]
+struct Unused(Option<Instant>);
+
+impl Unused {
+    fn so_far(&mut self, was_used: bool, now: Instant) -> Duration {
+        if was_used {
+            self.0 = None;
+            return Duration::ZERO;
+        }
+        now.duration_since(*self.0.get_or_insert(now))
+    }
 }
 
 /// The one that connects for all who may share the connection.
@@ -260,6 +277,7 @@ impl Upstreams {
             Rc::new(Pool {
                 _destination: way.destination.cloned(),
                 http2: RefCell::default(),
+                http2_used: Cell::default(),
                 idle: RefCell::default(),
                 connecting: RefCell::default(),
             })
@@ -282,6 +300,7 @@ impl Upstreams {
             && !connection.sender.is_closed()
             && now < connection.retire_at
         {
+            pool.http2_used.set(true);
             return Some(Connected::Http2(connection.clone()));
         }
         loop {
@@ -438,10 +457,16 @@ impl Upstreams {
                     && now.duration_since(idle_since) < IDLE
                     && !connection.sender.is_closed()
             });
+            let was_used = pool.http2_used.take();
             let mut http2 = pool.http2.borrow_mut();
-            *http2 = http2
-                .take()
-                .filter(|connection| now < connection.retire_at && !connection.sender.is_closed());
+            // Streams that are open on one that is let go end in their own time.
+            if http2.as_mut().is_some_and(|connection| {
+                now >= connection.retire_at
+                    || connection.sender.is_closed()
+                    || connection.unused.so_far(was_used, now) >= IDLE
+            }) {
+                *http2 = None;
+            }
             // A request under way gives its connection back to the pool that it came from.
             Rc::strong_count(pool) > 1 || http2.is_some() || !pool.idle.borrow().is_empty()
         });
@@ -519,7 +544,11 @@ where
             .await
             .map_err(|error| protocol_refusal(way, &error))?;
         spawn_local(connection);
-        Ok(Connected::Http2(Http2Connection { sender, retire_at }))
+        Ok(Connected::Http2(Http2Connection {
+            sender,
+            retire_at,
+            unused: Unused::default(),
+        }))
     } else {
         let (sender, connection) = http1::Builder::new()
             .handshake(io)
@@ -631,5 +660,22 @@ fn describe(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::Other => error.to_string(),
         kind => kind.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_is_unused_since_the_sweep_that_found_it_so() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut unused = Unused::default();
+        assert_eq!(unused.so_far(true, at(0)), Duration::ZERO);
+        assert_eq!(unused.so_far(false, at(1)), Duration::ZERO);
+        assert_eq!(unused.so_far(false, at(31)), IDLE);
+        assert_eq!(unused.so_far(true, at(32)), Duration::ZERO);
+        assert_eq!(unused.so_far(false, at(90)), Duration::ZERO);
     }
 }
