@@ -739,7 +739,7 @@ impl Credentials {
 
     /// Wipes what has expired and drops whom nobody asked for.
     fn sweep(&self) {
-        let now = self.clock.monotonic();
+        let (now, wall) = (self.clock.monotonic(), self.clock.wall());
         self.live
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -751,6 +751,17 @@ impl Credentials {
             let is_usable = slot.usable_token(now).is_some();
             if !is_usable && idle >= IDLE_WITHOUT_TOKEN {
                 slot.drop_token();
+            }
+            // What only another configuration can mend is remembered until there is one, for as long as
+            // the same could be asked for again.
+            let is_permanent = state
+                .blocked
+                .as_ref()
+                .is_some_and(|failure| failure.until.is_none());
+            let subject = &slot.request.subject;
+            let can_be_asked_for = subject.presented_until.is_none_or(|until| wall < until);
+            if is_permanent && can_be_asked_for {
+                return true;
             }
             let is_idle = match is_usable || is_held {
                 true => idle >= IDLE_WITH_TOKEN,

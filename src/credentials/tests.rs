@@ -1331,6 +1331,42 @@ async fn identities_that_are_idle_are_dropped() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_only_another_configuration_mends_is_remembered_until_then() {
+    let bench = Bench::start().await;
+    bench.server.set(Fault::Error(400, "invalid_scope")).await;
+    let refusal = bench.token().await.unwrap_err();
+    assert_eq!(refusal.code, RefusalCode::TokenRequestDenied);
+    assert_eq!(bench.requests(), 1);
+    bench.server.set(Fault::None).await;
+    bench.clock.advance(seconds(3600));
+    bench.credentials.sweep();
+    let refusal = bench.token().await.unwrap_err();
+    assert_eq!(refusal.code, RefusalCode::TokenRequestDenied);
+    assert_eq!(bench.requests(), 1);
+    bench.configure(&[bench.credential("orders", bench.settings())]);
+    bench.token().await.unwrap();
+    // What a job's own token is needed for is forgotten once nobody can present it any more.
+    bench.server.set(Fault::Error(400, "invalid_scope")).await;
+    let token = PresentedToken::new("x.y.z".to_owned());
+    let settings = OauthClientCredentials {
+        client_authentication: ClientAuthentication::WorkloadAssertion { issuer: None },
+        ..bench.settings()
+    };
+    bench.configure(&[bench.credential("orders", settings)]);
+    let scopes = ["orders.read".to_owned()];
+    let nobody = WorkloadFacts::default();
+    let ask = Ask {
+        presented: Some(&token),
+        presented_until: Some(bench.clock.wall()),
+        ..orders(&scopes, &nobody)
+    };
+    bench.credentials.obtain_token(&ask).await.unwrap_err();
+    bench.clock.advance(seconds(3600));
+    bench.credentials.sweep();
+    assert!(bench.credentials.list().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nothing_shows_a_token() {
     let bench = Bench::start().await;
     let token = bench.token().await.unwrap();
