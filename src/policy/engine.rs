@@ -899,7 +899,7 @@ pub(super) fn groups_of_attestor(name: &str) -> impl Iterator<Item = &str> {
     std::iter::once(name).chain(also)
 }
 
-fn covers_action(constraint: &ActionConstraint, action: Action) -> bool {
+pub(super) fn covers_action(constraint: &ActionConstraint, action: Action) -> bool {
     match constraint {
         ActionConstraint::Any => true,
         ActionConstraint::Eq(only) => *only == uid("Action", action.as_str()),

@@ -3,12 +3,16 @@
 
 use std::ops::Range;
 
+use cedar_policy::ResourceConstraint;
 use serde_json::Value;
 
+use super::engine::covers_action;
+use super::question::Action;
 use super::reads::{Reads, chain, conditions};
 use super::source::ParsedPolicy;
-use crate::config::{Config, TokenSource};
+use crate::config::{ClientAuthentication, Config, CredentialConfig, TokenSource};
 use crate::diagnostics::{Diagnostic, Diagnostics, Severity};
+use crate::providers::attributes_of;
 
 /// Attributes that say which file a process was started from, and not what code it runs.
 const OF_THE_EXECUTABLE: [&str; 3] = ["executable", "executable_sha256", "command_line_sha256"];
@@ -34,6 +38,114 @@ pub(super) fn check(config: &Config, policy: &ParsedPolicy, diagnostics: &mut Di
             findings.absent_evidence(body, is_when);
             findings.expression(body, widens);
         }
+    }
+}
+
+/// A `client_id` by which the authorization server takes several workloads for one: two permits name
+/// workloads that cannot be the same, and nothing that is sent tells them apart.
+pub(super) fn shared_clients(
+    config: &Config,
+    policies: &[ParsedPolicy],
+    diagnostics: &mut Diagnostics,
+) {
+    for credential in &config.credentials {
+        let TokenSource::OauthClientCredentials(settings) = &credential.source;
+        let told_apart = std::iter::once(&settings.client_id)
+            .chain(settings.assertion_claims.values())
+            .any(|template| attributes_of(template).next().is_some())
+            || matches!(
+                settings.client_authentication,
+                ClientAuthentication::WorkloadAssertion { .. }
+            );
+        if told_apart {
+            continue;
+        }
+        let permits: Vec<(&str, Vec<Pinned>)> = policies
+            .iter()
+            .filter(|policy| policy.is_permit() && may_grant(policy, credential))
+            .map(|policy| (policy.id(), pinned(policy)))
+            .collect();
+        let differing = permits.iter().enumerate().find_map(|(index, (one, pins))| {
+            permits
+                .iter()
+                .skip(index + 1)
+                .find(|(_, others)| exclude(pins, others))
+                .map(|(other, _)| (*one, *other))
+        });
+        if let Some((one, other)) = differing {
+            diagnostics.push(
+                Diagnostic::warning(
+                    "lint_client_id_shared",
+                    &config.path,
+                    format!(
+                        "the client id of credential `{}` serves several identities: those of permits `{one}` and `{other}`",
+                        credential.name
+                    ),
+                )
+                .next("make it a template, as in `client_id: \"svc-${systemd.system_unit}\"`, or say who asks in `assertion_claims`: the authorization server sees one client only"),
+            );
+        }
+    }
+}
+
+/// An attribute, by its path, and the one value that a policy wants of it.
+type Pinned = (Vec<String>, String);
+
+/// The attributes that each `when` of a policy compares with one value.
+fn pinned(policy: &ParsedPolicy) -> Vec<Pinned> {
+    let mut parts = Vec::new();
+    for condition in conditions(&policy.json) {
+        if condition.get("kind").and_then(Value::as_str) == Some("when")
+            && let Some(body) = condition.get("body")
+        {
+            split_and(body, &mut parts);
+        }
+    }
+    parts
+        .into_iter()
+        .filter_map(|part| {
+            let operands = part.get("==")?;
+            let (left, right) = (operands.get("left")?, operands.get("right")?);
+            let of = |path: &Value, value: &Value| {
+                let (variable, names) = chain(path)?;
+                let value = value.get("Value")?.to_string();
+                (variable == "principal").then_some((names, value))
+            };
+            of(left, right).or_else(|| of(right, left))
+        })
+        .collect()
+}
+
+/// Whether no workload can have both.
+fn exclude(one: &[Pinned], other: &[Pinned]) -> bool {
+    one.iter().any(|(path, value)| {
+        other
+            .iter()
+            .any(|(same, another)| path == same && value != another)
+    })
+}
+
+/// Whether a policy may permit the use of this credential.
+fn may_grant(policy: &ParsedPolicy, credential: &CredentialConfig) -> bool {
+    let is_it = |uid: &cedar_policy::EntityUid| match uid.type_name().basename() {
+        "Credential" => uid.id().unescaped() == &*credential.name,
+        "CredentialGroup" => credential
+            .groups
+            .iter()
+            .any(|group| uid.id().unescaped() == group),
+        _ => false,
+    };
+    let action = policy.policy.action_constraint();
+    let uses = [Action::Inject, Action::Issue];
+    if !uses.iter().any(|used| covers_action(&action, *used)) {
+        return false;
+    }
+    match policy.policy.resource_constraint() {
+        ResourceConstraint::Any => true,
+        ResourceConstraint::Is(type_name) => type_name.basename() == "Credential",
+        ResourceConstraint::Eq(uid)
+        | ResourceConstraint::In(uid)
+        | ResourceConstraint::IsIn(_, uid) => is_it(&uid),
     }
 }
 

@@ -45,6 +45,7 @@ pub(super) fn check(
     for policy in &policies {
         lint::check(config, policy, &mut diagnostics);
     }
+    lint::shared_clients(config, &policies, &mut diagnostics);
     diagnostics.sort();
     (policies, diagnostics)
 }

@@ -785,3 +785,33 @@ fn a_lease_under_policies_that_read_the_time_ends_with_what_they_read() {
         );
     }
 }
+
+#[test]
+fn a_client_id_that_serves_several_identities_is_named() {
+    let fixture = Fixture::new();
+    let policy = |id: &str, unit: &str, credential: &str| {
+        format!(
+            r#"@id("{id}") permit (principal, action == Action::"inject", resource == Credential::"{credential}")
+when {{ principal has systemd.system_unit && principal.systemd.system_unit == "{unit}" }};
+"#
+        )
+    };
+    let said = |policies: &[String]| {
+        let (_, warnings) = fixture.load(&policies.concat()).unwrap();
+        warnings
+            .iter()
+            .map(|warning| (warning.code, warning.message.clone()))
+            .collect::<Vec<_>>()
+    };
+    let one = policy("one", "one.service", "orders-api");
+    let same = policy("same", "one.service", "orders-api");
+    let elsewhere = policy("elsewhere", "two.service", "orders-admin");
+    assert_eq!(said(&[one.clone(), same, elsewhere]), []);
+    let two = policy("two", "two.service", "orders-api");
+    let warnings = said(&[one, two]);
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    assert_eq!(warnings[0].0, "lint_client_id_shared");
+    for name in ["`orders-api`", "`one`", "`two`"] {
+        assert!(warnings[0].1.contains(name), "{warnings:?}");
+    }
+}
