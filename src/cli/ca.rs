@@ -4,7 +4,12 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::{Value, json};
+
 use super::failure::Failure;
+use super::output::OutputFormat;
 use super::run::control_runtime;
 use super::workload::Agent;
 use crate::client::AgentAddress;
@@ -24,6 +29,9 @@ pub struct CaArguments {
     /// A configuration whose files are read instead of asking an agent.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+    /// The form of the answer.
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub output: OutputFormat,
 }
 
 /// Which certificates, in which form.
@@ -39,9 +47,26 @@ pub enum CertificateFormat {
 
 /// Writes the certificates to `out`. Exit code 69 where there are none yet, or no agent answers.
 pub fn run(arguments: &CaArguments, out: &mut dyn Write) -> ExitCode {
-    match certificates(arguments).and_then(|content| Ok(out.write_all(&content)?)) {
+    let written = certificates(arguments).and_then(|content| {
+        match arguments.output {
+            OutputFormat::Text => out.write_all(&content)?,
+            OutputFormat::Json => writeln!(out, "{:#}", as_json(arguments.format, &content))?,
+        }
+        Ok(())
+    });
+    match written {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => failure.report(),
+        Err(failure) => failure.report(arguments.output, out),
+    }
+}
+
+/// PEM as it is, and what is no text in Base64.
+fn as_json(format: CertificateFormat, content: &[u8]) -> Value {
+    match format {
+        CertificateFormat::Pem | CertificateFormat::Bundle => {
+            json!({"pem": String::from_utf8_lossy(content)})
+        }
+        CertificateFormat::Pkcs12 => json!({"pkcs12": STANDARD.encode(content)}),
     }
 }
 

@@ -3,7 +3,9 @@
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
-use super::output::{EXIT_CONFIGURATION, EXIT_DENIED, EXIT_UNAVAILABLE, EXIT_USAGE};
+use serde_json::{Value, json};
+
+use super::output::{EXIT_CONFIGURATION, EXIT_DENIED, EXIT_UNAVAILABLE, EXIT_USAGE, OutputFormat};
 use crate::client::{Answer, ClientError};
 use crate::diagnostics::Diagnostics;
 
@@ -12,6 +14,8 @@ use crate::diagnostics::Diagnostics;
 pub enum Failure {
     /// A configuration is wrong.
     Diagnostics(Diagnostics),
+    /// An agent answered with a problem: the exit code, and the answer.
+    Refused(u8, Box<Answer>),
     /// Something else, with its exit code.
     Message(u8, String),
 }
@@ -33,28 +37,62 @@ impl Failure {
     }
 
     /// What an agent's answer other than success means.
-    pub fn refused(answer: &Answer) -> Self {
-        let code = match answer.status.as_u16() {
-            401 | 403 => EXIT_DENIED,
-            400 | 404 => EXIT_USAGE,
-            _ => EXIT_UNAVAILABLE,
-        };
-        Self::Message(code, answer.problem())
+    pub fn refused(answer: Answer) -> Self {
+        Self::Refused(exit_code_of(&answer), Box::new(answer))
     }
 
-    /// Prints it, and is the process's exit code.
-    pub fn report(self) -> ExitCode {
+    /// Prints it in the form that was asked for, JSON to `out`; is the process's exit code.
+    pub fn report(self, output: OutputFormat, out: &mut dyn Write) -> ExitCode {
         let mut errors = io::stderr();
-        let (code, written) = match self {
-            Self::Diagnostics(diagnostics) => (
-                EXIT_CONFIGURATION,
-                write!(errors, "{}", diagnostics.render(errors.is_terminal())),
-            ),
-            Self::Message(code, message) => (code, writeln!(errors, "countersign: {message}")),
+        let written = match (output, &self) {
+            (OutputFormat::Json, _) => writeln!(out, "{}", self.to_json()),
+            (OutputFormat::Text, Self::Diagnostics(diagnostics)) => {
+                write!(errors, "{}", diagnostics.render(errors.is_terminal()))
+            }
+            (OutputFormat::Text, Self::Refused(_, answer)) => {
+                writeln!(errors, "countersign: {}", answer.problem())
+            }
+            (OutputFormat::Text, Self::Message(_, message)) => {
+                writeln!(errors, "countersign: {message}")
+            }
         };
-        // Where standard error is closed the exit code has to do.
+        // Where it cannot be written the exit code has to do.
         let _ = written;
-        ExitCode::from(code)
+        ExitCode::from(self.exit_code())
+    }
+
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::Diagnostics(_) => EXIT_CONFIGURATION,
+            Self::Refused(code, _) | Self::Message(code, _) => *code,
+        }
+    }
+
+    /// The agent's own problem, or `detail` with `next`; `diagnostics` of a configuration.
+    fn to_json(&self) -> Value {
+        match self {
+            Self::Diagnostics(diagnostics) => json!({
+                "detail": "the configuration is not valid",
+                "diagnostics": diagnostics.to_json(),
+            }),
+            Self::Refused(_, answer) => answer.json(),
+            Self::Message(_, message) => match message.split_once(NEXT) {
+                Some((detail, next)) => json!({"detail": detail, "next": next}),
+                None => json!({"detail": message}),
+            },
+        }
+    }
+}
+
+/// What stands between a message and what to do about it.
+const NEXT: &str = "\n  next: ";
+
+/// The exit code that an agent's answer other than success has.
+pub fn exit_code_of(answer: &Answer) -> u8 {
+    match answer.status.as_u16() {
+        401 | 403 => EXIT_DENIED,
+        400 | 404 => EXIT_USAGE,
+        _ => EXIT_UNAVAILABLE,
     }
 }
 
@@ -72,6 +110,6 @@ impl From<io::Error> for Failure {
 
 impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
-        Self::unavailable(format!("{error}\n  next: {}", error.next()))
+        Self::unavailable(format!("{error}{NEXT}{}", error.next()))
     }
 }

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 
 use serde_json::json;
 
-use super::output::{EXIT_CONFIGURATION, EXIT_UNAVAILABLE};
+use super::output::{EXIT_CONFIGURATION, EXIT_UNAVAILABLE, OutputFormat};
 use crate::config::SigningAlgorithm;
 use crate::jwt::SigningKey;
 
@@ -17,6 +17,15 @@ use crate::jwt::SigningKey;
 pub struct KeysArguments {
     #[command(subcommand)]
     verb: KeysVerb,
+    /// The form of a failure; keys are JSON in either.
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        default_value_t,
+        value_name = "FORMAT"
+    )]
+    pub output: OutputFormat,
 }
 
 #[derive(Debug, Clone, clap::Subcommand)]
@@ -100,7 +109,10 @@ pub fn run(arguments: &KeysArguments, out: &mut dyn Write, errors: &mut dyn Writ
     match written {
         Ok(()) => ExitCode::SUCCESS,
         Err((code, reason)) => {
-            let _ = writeln!(errors, "error: {reason}");
+            let _ = match arguments.output {
+                OutputFormat::Text => writeln!(errors, "error: {reason}"),
+                OutputFormat::Json => writeln!(out, "{}", json!({"detail": reason})),
+            };
             ExitCode::from(code)
         }
     }

@@ -9,6 +9,7 @@ use std::time::SystemTime;
 use countersign_attestors::AttributeDeclaration;
 use http::Method;
 
+use super::failure::exit_code_of;
 use super::output::{EXIT_CONFIGURATION, EXIT_UNAVAILABLE, EXIT_USAGE, OutputFormat};
 use crate::client::{AgentAddress, ClientError, call};
 use crate::config::{self, Attestors, Config, Unmatched};
@@ -104,6 +105,9 @@ pub struct SchemaArguments {
     /// The configuration file, whose attestors and issuers are in the schema; without one, the attestors that need no settings.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+    /// The form of the answer.
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub output: OutputFormat,
 }
 
 /// Runs the verb.
@@ -236,7 +240,7 @@ fn print_schema(
     errors: &mut dyn Write,
 ) -> std::io::Result<ExitCode> {
     let declarations = match &arguments.config {
-        Some(path) => match configuration(path, OutputFormat::Text, out, errors)? {
+        Some(path) => match configuration(path, arguments.output, out, errors)? {
             Ok((_, declarations)) => declarations,
             Err(code) => return Ok(code),
         },
@@ -247,7 +251,11 @@ fn print_schema(
         }
         .declarations(),
     };
-    write!(out, "{}", schema::text(&declarations))?;
+    let text = schema::text(&declarations);
+    match arguments.output {
+        OutputFormat::Text => write!(out, "{text}")?,
+        OutputFormat::Json => writeln!(out, "{:#}", serde_json::json!({"schema": text}))?,
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -329,7 +337,7 @@ fn ask_agent(arguments: &ExplainArguments, id: &str) -> Result<Explanation, (Exi
         (ExitCode::from(EXIT_UNAVAILABLE), message)
     })?;
     if !answer.status.is_success() {
-        return Err((ExitCode::FAILURE, answer.problem()));
+        return Err((ExitCode::from(exit_code_of(&answer)), answer.problem()));
     }
     serde_json::from_value(answer.json()).map_err(|_| {
         let message = "the agent's answer is no explanation: is it of this version?".to_owned();

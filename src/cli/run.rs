@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::output::{EXIT_CONFIGURATION, EXIT_UNAVAILABLE};
+use super::failure::Failure;
+use super::output::{EXIT_CONFIGURATION, EXIT_UNAVAILABLE, OutputFormat};
 use crate::app::App;
 use crate::clock::SystemClock;
 use crate::config::Config;
@@ -23,6 +24,9 @@ pub struct RunArguments {
     /// The configuration file.
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
+    /// The form in which it says why it does not start, on standard error.
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub output: OutputFormat,
 }
 
 /// Runs the agent. Exit code 78 when it cannot start with this configuration, 0 after a signal.
@@ -32,11 +36,11 @@ pub fn run(arguments: &RunArguments) -> ExitCode {
     let watcher = Watcher::new(&arguments.config);
     let config = match Config::load(&arguments.config) {
         Ok(config) => config,
-        Err(diagnostics) => return refuse(&diagnostics),
+        Err(diagnostics) => return refuse_in(arguments.output, diagnostics),
     };
     if let Err(error) = telemetry::logs::init(&config.log) {
-        let _ = writeln!(std::io::stderr(), "error: {error}");
-        return ExitCode::from(EXIT_CONFIGURATION);
+        let failure = Failure::configuration(error.to_string());
+        return failure.report(arguments.output, &mut std::io::stderr());
     }
     if let Err(error) = listener::allow_many_connections() {
         tracing::warn!(%error, "the agent has as few descriptors as it was started with");
@@ -44,14 +48,9 @@ pub fn run(arguments: &RunArguments) -> ExitCode {
     // Before there is another thread.
     hardening::confine(&Needs::of(&config));
     match control_runtime() {
-        Ok(runtime) => runtime.block_on(serve(config, watcher)),
-        Err(error) => {
-            let _ = writeln!(
-                std::io::stderr(),
-                "error: the runtime could not be started: {error}"
-            );
-            ExitCode::from(EXIT_UNAVAILABLE)
-        }
+        Ok(runtime) => runtime.block_on(serve(config, watcher, arguments.output)),
+        Err(error) => Failure::unavailable(format!("the runtime could not be started: {error}"))
+            .report(arguments.output, &mut std::io::stderr()),
     }
 }
 
@@ -69,6 +68,11 @@ pub fn refuse(diagnostics: &Diagnostics) -> ExitCode {
     let mut errors = std::io::stderr();
     let _ = write!(errors, "{}", diagnostics.render(errors.is_terminal()));
     ExitCode::from(EXIT_CONFIGURATION)
+}
+
+/// As [`refuse`], in a form.
+fn refuse_in(output: OutputFormat, diagnostics: Diagnostics) -> ExitCode {
+    Failure::from(diagnostics).report(output, &mut std::io::stderr())
 }
 
 /// The signals that an agent obeys; taken over from when this is made.
@@ -103,13 +107,13 @@ pub async fn serve_until_signal(app: &App, mut watcher: Watcher, mut signals: Si
     }
 }
 
-async fn serve(config: Config, watcher: Watcher) -> ExitCode {
+async fn serve(config: Config, watcher: Watcher, output: OutputFormat) -> ExitCode {
     let Ok(signals) = Signals::new() else {
         return ExitCode::from(EXIT_UNAVAILABLE);
     };
     let app = match App::start(config, Arc::new(SystemClock::new())).await {
         Ok(app) => app,
-        Err(diagnostics) => return refuse(&diagnostics),
+        Err(diagnostics) => return refuse_in(output, diagnostics),
     };
     for (name, address) in &app.bound().listeners {
         tracing::info!(listener = name, %address, "listening");

@@ -35,13 +35,16 @@ pub fn run(arguments: &TokenArguments, out: &mut dyn Write) -> ExitCode {
     });
     let answer = match ask_once(&arguments.workload, Method::POST, "/v1/token", Some(&body)) {
         Ok(answer) => answer,
-        Err(failure) => return failure.report(),
+        Err(failure) => return failure.report(arguments.output, out),
     };
     let written = match arguments.output {
         OutputFormat::Json => writeln!(out, "{answer}"),
         OutputFormat::Text => match answer.get("access_token").and_then(Value::as_str) {
             Some(token) => writeln!(out, "{token}"),
-            None => return Failure::unavailable("the agent answers without a token").report(),
+            None => {
+                return Failure::unavailable("the agent answers without a token")
+                    .report(arguments.output, out);
+            }
         },
     };
     match written {

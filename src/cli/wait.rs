@@ -37,7 +37,7 @@ pub fn run(arguments: &WaitArguments, out: &mut dyn Write) -> ExitCode {
         .and_then(|runtime| runtime.block_on(until_ready(arguments)));
     let address = match waited {
         Ok(address) => address,
-        Err(failure) => return failure.report(),
+        Err(failure) => return failure.report(arguments.output, out),
     };
     let written = match arguments.output {
         OutputFormat::Text => writeln!(out, "ready: {address}"),

@@ -24,7 +24,7 @@ pub struct WhoamiArguments {
 pub fn run(arguments: &WhoamiArguments, out: &mut dyn Write) -> ExitCode {
     let answer = match ask_once(&arguments.workload, Method::GET, "/v1/whoami", None) {
         Ok(answer) => answer,
-        Err(failure) => return failure.report(),
+        Err(failure) => return failure.report(arguments.output, out),
     };
     let written = match arguments.output {
         OutputFormat::Json => writeln!(out, "{answer:#}"),

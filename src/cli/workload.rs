@@ -86,7 +86,7 @@ impl Agent {
         body: Option<&Value>,
     ) -> Result<Value, Failure> {
         let answer = ask(self.address(), method, path, headers, body).await?;
-        accepted(&answer)
+        accepted(answer)
     }
 
     /// What a client of its proxy needs to know.
@@ -102,7 +102,7 @@ impl Agent {
     }
 }
 
-fn accepted(answer: &Answer) -> Result<Value, Failure> {
+fn accepted(answer: Answer) -> Result<Value, Failure> {
     match answer.status.is_success() {
         true => Ok(answer.json()),
         false => Err(Failure::refused(answer)),
@@ -112,7 +112,7 @@ fn accepted(answer: &Answer) -> Result<Value, Failure> {
 /// What a client of an agent's proxy needs to know.
 pub async fn proxy_of(agent: &AgentAddress) -> Result<Proxy, Failure> {
     let answer = ask(agent, Method::GET, "/v1/proxy", HeaderMap::new(), None).await?;
-    serde_json::from_value(accepted(&answer)?)
+    serde_json::from_value(accepted(answer)?)
         .map_err(|error| Failure::unavailable(format!("the agent's answer is odd: {error}")))
 }
 

@@ -18,6 +18,7 @@ mod ca;
 mod dev;
 mod doctor;
 mod exec;
+mod forms;
 mod job;
 mod jobs;
 mod program;

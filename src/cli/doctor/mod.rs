@@ -51,7 +51,7 @@ pub fn run(arguments: &DoctorArguments, out: &mut dyn Write) -> ExitCode {
         .and_then(|runtime| runtime.block_on(examine(arguments)));
     let report = match examined {
         Ok(report) => report,
-        Err(failure) => return failure.report(),
+        Err(failure) => return failure.report(arguments.output, out),
     };
     let written = match arguments.output {
         OutputFormat::Text => report.write(out),

@@ -22,6 +22,7 @@ use self::environment::Environment;
 pub(super) use self::environment::{ADD, PROXY, REPLACE};
 use self::relay::Relay;
 use super::failure::Failure;
+use super::output::OutputFormat;
 use super::own_agent::PrivateDirectory;
 use super::presented::Presenter;
 use super::run::control_runtime;
@@ -46,6 +47,9 @@ const PASSED_ON: [SignalNumber; 6] = [
 pub struct ExecArguments {
     #[command(flatten)]
     workload: WorkloadArguments,
+    /// The form in which it says, on standard error, why the command is not run.
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub output: OutputFormat,
     /// The command and its arguments.
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
@@ -59,7 +63,7 @@ pub fn run(arguments: &ExecArguments) -> ExitCode {
         .and_then(|runtime| runtime.block_on(supervise(arguments)));
     match ended {
         Ok(code) => ExitCode::from(code),
-        Err(failure) => failure.report(),
+        Err(failure) => failure.report(arguments.output, &mut std::io::stderr()),
     }
 }
 
