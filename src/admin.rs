@@ -26,12 +26,14 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
 
 use crate::audit::Audit;
-use crate::config::AdminConfig;
+use crate::config::{AdminConfig, Bind};
 use crate::credentials::CredentialStatus;
 use crate::diagnostics::Diagnostic;
 use crate::policy::Revoked;
 use crate::problem::{json_response, problem_response};
 use crate::request_id::RequestId;
+use crate::service_manager::{ListeningSocket, ServiceManager};
+use crate::socket_file::SocketFile;
 use crate::telemetry::metrics;
 
 /// The largest request body; a revocation is a few dozen bytes.
@@ -168,6 +170,7 @@ pub fn audit_value(audit: &Audit) -> Value {
     let state = audit.state();
     json!({
         "accepting": state.accepting,
+        "files": audit.files(),
         "head": format!("{sequence}:{hash}"),
         "queue_depth": state.queue_depth,
         "written": state.written,
@@ -200,54 +203,81 @@ pub fn credentials_value(credentials: &[CredentialStatus]) -> Value {
 /// Bound, not yet serving.
 #[derive(Debug)]
 pub struct AdminServer {
-    unix: Option<(UnixListener, SocketFile)>,
-    tcp: Option<TcpListener>,
+    unix: Option<AdminSocket>,
+    tcp: Option<MetricsListener>,
 }
 
-/// A socket's file, removed with it.
+/// A socket under a name of its own, to be moved to its path.
 #[derive(Debug)]
-struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
+struct AdminSocket {
+    listener: UnixListener,
+    file: SocketFile,
+    path: PathBuf,
 }
+
+#[derive(Debug)]
+struct MetricsListener {
+    listener: TcpListener,
+    /// Whether the service manager has it too: the next agent answers there when this one ends.
+    outlives_us: bool,
+}
+
+/// The name of a handed-over socket for `admin.metrics_bind`.
+const METRICS: &str = "metrics";
 
 impl AdminServer {
-    /// Binds what is configured. A socket file is replaced only where nobody listens on it.
-    pub async fn bind(config: &AdminConfig) -> Result<Self, Diagnostic> {
-        let unix = match &config.socket {
-            Some(path) => Some((bind_unix(path)?, SocketFile(path.clone()))),
+    /// Binds what is configured. A socket file is replaced only where nobody listens on it, or where an
+    /// agent does that hands over to this one. Metrics may be on a socket that was handed over, named
+    /// `metrics` or bound where they are to be.
+    ///
+    /// # Errors
+    /// `admin_socket_unusable`, `metrics_bind_unusable`, and those of [`ServiceManager::take`].
+    pub async fn bind(
+        config: &AdminConfig,
+        manager: &mut ServiceManager,
+    ) -> Result<Self, Diagnostic> {
+        let tcp = match config.metrics_bind {
+            Some(address) => Some(bind_metrics(address, manager).await?),
             None => None,
         };
-        let tcp = match config.metrics_bind {
-            Some(address) => Some(TcpListener::bind(address).await.map_err(|error| {
-                Diagnostic::error(
-                    "metrics_bind_unusable",
-                    address.to_string(),
-                    format!("metrics cannot be served at `{address}`: {}", words(&error)),
-                )
-                .next("set `admin.metrics_bind` to a free address")
-            })?),
+        let unix = match &config.socket {
+            Some(path) => Some(bind_unix(path, manager.has_handed_over())?),
             None => None,
         };
         Ok(Self { unix, tcp })
     }
 
-    /// Where metrics are served, with the port that the kernel chose.
-    pub fn metrics_address(&self) -> Option<SocketAddr> {
-        self.tcp.as_ref()?.local_addr().ok()
+    /// Moves the socket to its path. Until then an agent that hands over to this one keeps its own there,
+    /// should this one not come to serve.
+    ///
+    /// # Errors
+    /// `admin_socket_unusable`.
+    pub fn take_place(&mut self) -> Result<(), Diagnostic> {
+        let Some(AdminSocket { file, path, .. }) = &mut self.unix else {
+            return Ok(());
+        };
+        file.move_to(path).map_err(|error| {
+            let reason = format!("the admin socket cannot be bound: {}", words(&error));
+            unusable(path, reason)
+        })
     }
 
-    /// Serves until `stop` is cancelled.
-    pub async fn run(self, actions: Arc<dyn AdminActions>, stop: CancellationToken) {
+    /// Where metrics are served, with the port that the kernel chose.
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        self.tcp.as_ref()?.listener.local_addr().ok()
+    }
+
+    /// Serves until `stop` is cancelled; on a socket that the next agent has too, until `ending` is.
+    pub async fn run(
+        self,
+        actions: Arc<dyn AdminActions>,
+        ending: CancellationToken,
+        stop: CancellationToken,
+    ) {
         let unix = async {
-            let Some((listener, _file)) = &self.unix else {
-                return;
-            };
+            let Some(socket) = &self.unix else { return };
             loop {
-                match listener.accept().await {
+                match socket.listener.accept().await {
                     Ok((stream, _)) => {
                         serve(stream, Arc::clone(&actions), Reach::Everything, &stop)
                     }
@@ -256,9 +286,13 @@ impl AdminServer {
             }
         };
         let tcp = async {
-            let Some(listener) = &self.tcp else { return };
+            let Some(metrics) = &self.tcp else { return };
             loop {
-                match listener.accept().await {
+                let accepted = tokio::select! {
+                    () = ending.cancelled(), if metrics.outlives_us => return,
+                    accepted = metrics.listener.accept() => accepted,
+                };
+                match accepted {
                     Ok((stream, _)) => {
                         serve(stream, Arc::clone(&actions), Reach::HealthAndMetrics, &stop);
                     }
@@ -278,11 +312,40 @@ async fn pause(error: &io::Error) {
     tokio::time::sleep(ACCEPT_PAUSE).await;
 }
 
-fn bind_unix(path: &Path) -> Result<UnixListener, Diagnostic> {
-    let problem = |reason: String| {
-        Diagnostic::error("admin_socket_unusable", path, reason)
-            .next("set `admin.socket` to a path in a directory that the agent may write to")
+fn unusable(path: &Path, reason: String) -> Diagnostic {
+    Diagnostic::error("admin_socket_unusable", path, reason)
+        .next("set `admin.socket` to a path in a directory that the agent may write to")
+}
+
+async fn bind_metrics(
+    address: SocketAddr,
+    manager: &mut ServiceManager,
+) -> Result<MetricsListener, Diagnostic> {
+    let handed_over = match manager.take(METRICS, &Bind::Tcp(address))? {
+        Some(ListeningSocket::Tcp(socket)) => Some(socket),
+        Some(ListeningSocket::Unix(..)) | None => None,
     };
+    let outlives_us = handed_over.is_some();
+    let listener = match handed_over {
+        Some(socket) => TcpListener::from_std(socket),
+        None => TcpListener::bind(address).await,
+    };
+    let listener = listener.map_err(|error| {
+        Diagnostic::error(
+            "metrics_bind_unusable",
+            address.to_string(),
+            format!("metrics cannot be served at `{address}`: {}", words(&error)),
+        )
+        .next("set `admin.metrics_bind` to a free address")
+    })?;
+    Ok(MetricsListener {
+        listener,
+        outlives_us,
+    })
+}
+
+fn bind_unix(path: &Path, takes_over: bool) -> Result<AdminSocket, Diagnostic> {
+    let problem = |reason: String| unusable(path, reason);
     match std::fs::symlink_metadata(path) {
         Ok(metadata) if !metadata.file_type().is_socket() => {
             return Err(problem(
@@ -290,7 +353,7 @@ fn bind_unix(path: &Path) -> Result<UnixListener, Diagnostic> {
             ));
         }
         Ok(_) => {
-            if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            if !takes_over && std::os::unix::net::UnixStream::connect(path).is_ok() {
                 return Err(problem(
                     "another process listens on the admin socket".to_owned(),
                 ));
@@ -303,14 +366,17 @@ fn bind_unix(path: &Path) -> Result<UnixListener, Diagnostic> {
     name.push(format!(".{}", std::process::id()));
     let own_name = PathBuf::from(name);
     let _ = std::fs::remove_file(&own_name);
-    let bind = || -> io::Result<UnixListener> {
+    let bind = || -> io::Result<AdminSocket> {
         let listener = UnixListener::bind(&own_name)?;
+        let file = SocketFile::at(&own_name)?;
         std::fs::set_permissions(&own_name, std::fs::Permissions::from_mode(0o600))?;
-        std::fs::rename(&own_name, path)?;
-        Ok(listener)
+        Ok(AdminSocket {
+            listener,
+            file,
+            path: path.to_owned(),
+        })
     };
     bind().map_err(|error| {
-        let _ = std::fs::remove_file(&own_name);
         problem(format!(
             "the admin socket cannot be bound: {}",
             words(&error)

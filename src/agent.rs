@@ -41,15 +41,41 @@ pub struct Agent {
     pub tells_nearest: bool,
     /// The last decisions, for `policy explain`.
     pub recent_decisions: DecisionRing,
-    /// True once the agent stops taking new connections.
-    pub draining: watch::Sender<bool>,
+    /// How far the agent is on its way to its end.
+    pub phase: watch::Sender<Phase>,
+}
+
+/// How far an agent is on its way to its end. Each phase includes those before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub enum Phase {
+    /// It serves.
+    #[default]
+    Serving,
+    /// It takes no new connection. On those that there are the next answer says `connection: close`
+    /// (RFC 9112 section 9.6), and HTTP/2 ones get GOAWAY (RFC 9113 section 6.8): what is on its way
+    /// already is served, which closing an idle connection at once would not do.
+    LastAnswers,
+    /// Connections that are idle still are closed; requests and tunnels under way go on.
+    Closing,
+    /// The drain window is over: what is still open is cut.
+    Over,
+}
+
+/// Waits until an agent has come to `phase`. Returns too when it is gone.
+pub async fn until(phase: Phase, phases: &mut watch::Receiver<Phase>) {
+    let _ = phases.wait_for(|current| *current >= phase).await;
 }
 
 impl Agent {
+    /// Whether the agent has come to `phase`.
+    pub fn has_come_to(&self, phase: Phase) -> bool {
+        *self.phase.borrow() >= phase
+    }
+
     /// Why new requests would not be served; empty when they would.
     pub fn not_ready(&self) -> Vec<&'static str> {
         let mut reasons = Vec::new();
-        if *self.draining.borrow() {
+        if self.has_come_to(Phase::LastAnswers) {
             reasons.push("the agent is shutting down");
         }
         if !self.audit.is_accepting() {

@@ -18,6 +18,7 @@ use crate::audit::record::workload_summary;
 use crate::audit::{AttestedRecord, Record};
 use crate::config::{Limits, Scheme};
 use crate::limits::{Held, Holding};
+use crate::listener::Open;
 use crate::listener::interim::Interim;
 use crate::listener::patience::{Place, Places};
 use crate::proxy::{Worker, audit_refusal};
@@ -99,6 +100,8 @@ pub struct Caller {
     place: RefCell<Option<Place>>,
     /// Set when the attestation ended: the connection closes.
     ended: Cell<bool>,
+    /// Counts the connection while it, or a tunnel inside it, is open.
+    _open: Open,
 }
 
 /// What a connection's requests have in common while its workload is the same.
@@ -130,6 +133,7 @@ impl Caller {
         attestation: Result<ConnectionAttestation, EvidenceError>,
         catalog: Arc<Catalog>,
         place: Place,
+        open: Open,
     ) -> Rc<Self> {
         Rc::new(Self {
             attestation: RefCell::new(Rc::new(attestation)),
@@ -138,6 +142,7 @@ impl Caller {
             known: Arc::default(),
             place: RefCell::new(Some(place)),
             ended: Cell::new(false),
+            _open: open,
         })
     }
 

@@ -18,7 +18,7 @@
 //! Around it: [`cli`] reads arguments, [`config`] reads files, [`app`] builds, binds and reloads an
 //! [`agent`] under immutable [`snapshot`]s, [`tls`] holds the interception authority, [`admin`] and
 //! [`client`] are two ends of the admin socket, [`telemetry`] counts and logs, [`attestor_states`] knows which attestor could not run, [`hardening`] takes from the
-//! agent what it does not need, [`dev`] is the embedded authorization server and API.
+//! agent what it does not need, [`service_manager`] hands sockets from one agent to the next, [`dev`] is the embedded authorization server and API.
 
 pub mod address;
 pub mod admin;
@@ -50,7 +50,9 @@ pub mod refusal;
 pub mod request;
 pub mod request_id;
 pub mod routing;
+pub mod service_manager;
 pub mod snapshot;
+pub mod socket_file;
 pub mod streams;
 pub mod telemetry;
 pub mod tls;

@@ -16,7 +16,7 @@ use tokio::task::spawn_local;
 
 use crate::agent::Agent;
 use crate::config::{CredentialConfig, Destination, Mode, Unmatched};
-use crate::connection::Connection;
+use crate::connection::{Caller, Connection};
 use crate::credentials::Credential;
 use crate::exchange::Exchange;
 use crate::inject::{
@@ -333,7 +333,7 @@ async fn forward(
         }
         return Ok(match answered.response.status() {
             StatusCode::SWITCHING_PROTOCOLS if is_upgrade => {
-                switch_protocols(answered, upgrade, stream)
+                switch_protocols(answered, upgrade, stream, &connection.caller)
             }
             _ => relay(answered, stream),
         });
@@ -622,6 +622,7 @@ fn switch_protocols(
     answered: UpstreamResponse,
     upgrade: Option<hyper::upgrade::OnUpgrade>,
     stream: Rc<Stream>,
+    caller: &Rc<Caller>,
 ) -> Response<ResponseBody> {
     let mut response = answered.response;
     let upstream = hyper::upgrade::on(&mut response);
@@ -629,10 +630,12 @@ fn switch_protocols(
     // `Connection` and `Upgrade` stay: they are what the answer is about.
     head.headers.remove(ALT_SVC);
     if let Some(upgrade) = upgrade {
+        let open = Rc::clone(caller);
         spawn_local(async move {
             if let (Ok(caller), Ok(upstream)) = (upgrade.await, upstream.await) {
                 pump(TokioIo::new(caller), TokioIo::new(upstream), &stream).await;
             }
+            drop(open);
         });
     }
     let mut response = Response::new(ResponseBody::whole(Vec::new()));
@@ -710,10 +713,12 @@ async fn connect(
             target: asked.target.clone(),
         }),
     );
+    let open = Rc::clone(&connection.caller);
     spawn_local(async move {
         if let Ok(caller) = hyper::upgrade::on(request).await {
             pump(TokioIo::new(caller), upstream, &stream).await;
         }
+        drop(open);
     });
     Ok(Answer::Response(Response::new(ResponseBody::whole(
         Vec::new(),

@@ -14,6 +14,10 @@ use super::*;
 use crate::cli::{credentials, revoke, status};
 use crate::client::{AgentAddress, Answer, ask};
 
+async fn bind(config: &AdminConfig) -> Result<AdminServer, Diagnostic> {
+    AdminServer::bind(config, &mut ServiceManager::default()).await
+}
+
 /// An agent that notes what it is asked.
 #[derive(Default)]
 struct Noted {
@@ -109,17 +113,20 @@ impl Running {
     async fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("admin.sock");
-        let server = AdminServer::bind(&AdminConfig {
+        let config = AdminConfig {
             socket: Some(socket.clone()),
             metrics_bind: Some("127.0.0.1:0".parse().unwrap()),
-        })
-        .await
-        .unwrap();
+        };
+        let mut server = bind(&config).await.unwrap();
+        server.take_place().unwrap();
         let tcp = AgentAddress::Tcp(server.metrics_address().unwrap().to_string());
         let actions = Arc::new(Noted::default());
         let stop = CancellationToken::new();
-        let task =
-            tokio::spawn(server.run(Arc::clone(&actions) as Arc<dyn AdminActions>, stop.clone()));
+        let task = tokio::spawn(server.run(
+            Arc::clone(&actions) as Arc<dyn AdminActions>,
+            CancellationToken::new(),
+            stop.clone(),
+        ));
         Self {
             directory,
             actions,
@@ -280,7 +287,7 @@ async fn the_socket_is_the_owners_alone_and_is_not_taken_from_a_listener() {
         socket: Some(running.socket()),
         metrics_bind: None,
     };
-    let refused = AdminServer::bind(&config).await.unwrap_err();
+    let refused = bind(&config).await.unwrap_err();
     assert!(
         refused.message.contains("another process listens"),
         "{}",
@@ -295,10 +302,13 @@ async fn the_socket_is_the_owners_alone_and_is_not_taken_from_a_listener() {
     // A file that a killed agent left.
     drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
     assert!(socket.exists());
-    drop(AdminServer::bind(&config).await.unwrap());
+    let mut server = bind(&config).await.unwrap();
+    server.take_place().unwrap();
+    drop(server);
+    assert!(!socket.exists());
     // Somebody's file is not removed.
     std::fs::write(&socket, "notes").unwrap();
-    assert!(AdminServer::bind(&config).await.is_err());
+    assert!(bind(&config).await.is_err());
     assert_eq!(std::fs::read_to_string(&socket).unwrap(), "notes");
 }
 

@@ -1,7 +1,8 @@
 //! The listeners in force: what a reload binds, keeps and closes.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use tokio::task::JoinHandle;
@@ -12,6 +13,7 @@ use crate::config::{Bind, Config, Listener, ListenerKind};
 use crate::diagnostics::Diagnostics;
 use crate::listener::patience::Patience;
 use crate::listener::{BoundListener, Workers, accept};
+use crate::service_manager::ServiceManager;
 
 /// A listener is known by what its configuration calls it: several may ask for any free port.
 type Key = (Bind, String);
@@ -61,16 +63,24 @@ impl PreparedListeners {
 
 impl Listeners {
     /// Binds what a configuration adds. What is served stays as it is, also where this fails.
-    pub(super) async fn prepare(&self, config: &Config) -> Result<PreparedListeners, Diagnostics> {
+    /// At the start, what the service manager handed over is taken instead.
+    pub(super) async fn prepare(
+        &self,
+        config: &Config,
+        manager: &mut ServiceManager,
+    ) -> Result<PreparedListeners, Diagnostics> {
         let mut prepared = Vec::new();
         for listener in &config.listeners {
             let bound = match self.bound_at(listener) {
-                Some(bound) => bound,
-                None => BoundListener::bind(&listener.bind, &listener.access)
-                    .await
-                    .map(Arc::new)
-                    .map_err(|error| bind_problem(config, listener, &error))?,
-            };
+                Some(bound) => Ok(bound),
+                None => match manager.take(&listener.name, &listener.bind)? {
+                    Some(socket) => BoundListener::take_over(socket).map(Arc::new),
+                    None => BoundListener::bind(&listener.bind, &listener.access)
+                        .await
+                        .map(Arc::new),
+                },
+            }
+            .map_err(|error| bind_problem(config, listener, &error))?;
             let address = bound
                 .address()
                 .map_err(|error| bind_problem(config, listener, &error))?;
@@ -98,20 +108,20 @@ impl Listeners {
         acceptor.map(|acceptor| Arc::clone(&acceptor.bound))
     }
 
-    /// Serves what was prepared, and closes everything else.
+    /// Serves what was prepared, and closes everything else. The service manager keeps what is served.
     pub(super) fn replace(
         &mut self,
         prepared: PreparedListeners,
         agent: &Arc<Agent>,
         workers: &Workers,
+        manager: &ServiceManager,
     ) {
-        let mut wanted = HashSet::new();
+        self.close_all_but(&prepared, manager);
         for PreparedListener {
             listener, bound, ..
         } in prepared.0
         {
             let key = (listener.bind.clone(), listener.name.clone());
-            wanted.insert(key.clone());
             if let Some(acceptor) = self.acceptors.get_mut(&key) {
                 if acceptor.listener.access != listener.access
                     && let Err(error) = bound.restrict(&listener.access)
@@ -123,6 +133,9 @@ impl Listeners {
                     continue;
                 }
                 acceptor.task.abort();
+            }
+            if !bound.outlives_us() && manager.keep(&listener.name, bound.as_fd()) {
+                bound.kept(true);
             }
             let task = tokio::spawn(accept(
                 Arc::clone(agent),
@@ -138,20 +151,35 @@ impl Listeners {
             };
             self.acceptors.insert(key, acceptor);
         }
-        self.acceptors.retain(|key, acceptor| {
-            let keep = wanted.contains(key);
+    }
+
+    /// Closes what is not among what was prepared.
+    fn close_all_but(&mut self, prepared: &PreparedListeners, manager: &ServiceManager) {
+        self.acceptors.retain(|(bind, name), acceptor| {
+            let is_wanted = |known: &PreparedListener| {
+                known.listener.bind == *bind && known.listener.name == *name
+            };
+            let keep = prepared.0.iter().any(is_wanted);
             if !keep {
                 acceptor.task.abort();
+                if acceptor.bound.outlives_us() {
+                    manager.forget(name);
+                    // Under another name it is kept again.
+                    acceptor.bound.kept(false);
+                }
             }
             keep
         });
     }
 
-    /// Takes no more connections.
-    pub(super) fn close(&mut self) {
-        for (_, acceptor) in self.acceptors.drain() {
-            acceptor.task.abort();
+    /// Takes no more connections. Sockets that outlive this agent stay open: who waits there is the
+    /// next agent's. Who waits at others is let in, and then they are closed.
+    pub(super) async fn close(&mut self) {
+        for acceptor in self.acceptors.values_mut() {
+            let _ = (&mut acceptor.task).await;
         }
+        self.acceptors
+            .retain(|_, acceptor| acceptor.bound.outlives_us());
     }
 }
 

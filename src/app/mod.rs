@@ -14,14 +14,15 @@ use std::time::{Duration, SystemTime};
 use arc_swap::ArcSwap;
 use serde::Serialize;
 use tokio::sync::{Mutex, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::build::{SnapshotBuilder, build_off_thread};
 use self::listeners::Listeners;
 use crate::admin::{AdminActions, AdminServer};
-use crate::agent::Agent;
+use crate::agent::{Agent, Phase};
 use crate::attestor_states::AttestorStates;
-use crate::audit::{Audit, AuditWriter, LifecycleEvent};
+use crate::audit::{Audit, AuditWriter, LifecycleEvent, OtherAgents};
 use crate::clock::Clock;
 use crate::config::{self, Bind, Config, Listener, ListenerKind};
 use crate::credentials::{Credentials, TokenEvent, TokenEvents};
@@ -30,11 +31,16 @@ use crate::hardening;
 use crate::limits::IdentityLimits;
 use crate::listener::Workers;
 use crate::policy::{DecisionRing, Revocations};
+use crate::service_manager::ServiceManager;
 use crate::snapshot::Snapshot;
 use crate::telemetry::metrics::Metrics;
 
-/// How long open requests may take to end after SIGTERM.
-const DRAIN: Duration = Duration::from_secs(10);
+/// How long, of the drain window, connections that are idle are left open for what is on its way.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
+/// How long what is cut may take to be gone.
+const CUT: Duration = Duration::from_secs(1);
+/// How often it is looked whether anything is open still.
+const LOOK: Duration = Duration::from_millis(20);
 /// How long the audit may take to write what is queued at the end.
 const AUDIT_FLUSH: Duration = Duration::from_secs(5);
 
@@ -50,12 +56,14 @@ pub struct Bound {
 }
 
 /// What an agent is started with beside its configuration.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub struct StartOptions {
     /// Refusals tell their callers which policy came nearest: for `dev`.
     pub tells_nearest: bool,
     /// The port of the first forward proxy on TCP, instead of the one configured; 0 is any free one.
     pub proxy_port: Option<u16>,
+    /// Who started the agent: hands sockets over, and is told of the agent's state.
+    pub service_manager: ServiceManager,
 }
 
 impl StartOptions {
@@ -84,6 +92,8 @@ pub struct App {
     reloading: Mutex<()>,
     options: StartOptions,
     last_reload: std::sync::Mutex<LastReload>,
+    /// Ends what the next agent has too.
+    ending: CancellationToken,
     /// Ends the admin socket, last of all.
     admin_stop: CancellationToken,
 }
@@ -113,16 +123,17 @@ impl App {
     pub async fn start_with(
         mut config: Config,
         clock: Arc<dyn Clock>,
-        options: StartOptions,
+        mut options: StartOptions,
     ) -> Result<Arc<Self>, Diagnostics> {
         options.apply(&mut config);
         let metrics = Arc::new(Metrics::new(Arc::clone(&clock)));
         let control = tokio::runtime::Handle::current();
         let config = Arc::new(config);
-        let admin = AdminServer::bind(&config.admin).await?;
-
+        let manager = &mut options.service_manager;
         let mut listeners = Listeners::default();
-        let prepared = listeners.prepare(&config).await?;
+        let prepared = listeners.prepare(&config, manager).await?;
+        let mut admin = AdminServer::bind(&config.admin, manager).await?;
+        manager.refuse_the_rest()?;
         let own_listeners = prepared.own(admin.metrics_address());
 
         let snapshot = {
@@ -136,8 +147,13 @@ impl App {
             };
             build_off_thread(builder).await?
         };
-        let (audit, audit_writer) =
-            Audit::start(&config.audit, Arc::clone(&clock), &metrics).map_err(Diagnostics::from)?;
+        let (audit, audit_writer) = Audit::start(
+            &config.audit,
+            other_agents(manager),
+            Arc::clone(&clock),
+            &metrics,
+        )
+        .map_err(Diagnostics::from)?;
         let credentials = Credentials::new(
             control.clone(),
             Arc::clone(&clock),
@@ -165,7 +181,7 @@ impl App {
             bound_listeners: ArcSwap::from_pointee(prepared.addresses()),
             tells_nearest: options.tells_nearest,
             recent_decisions: DecisionRing::new(),
-            draining: watch::Sender::new(false),
+            phase: watch::Sender::default(),
         });
         let workers = Workers::start(&agent, worker_count(&config))
             .map_err(|error| start_problem(&config, "workers_not_started", &error))?;
@@ -174,7 +190,9 @@ impl App {
             admin_socket: config.admin.socket.clone(),
             metrics: admin.metrics_address(),
         };
-        listeners.replace(prepared, &agent, &workers);
+        // Nothing that may fail comes after this: it is what an agent that hands over loses.
+        admin.take_place()?;
+        listeners.replace(prepared, &agent, &workers, manager);
         let started_at = agent.clock.wall();
         let app = Arc::new(Self {
             agent,
@@ -185,14 +203,17 @@ impl App {
             reloading: Mutex::new(()),
             options,
             last_reload: std::sync::Mutex::new(LastReload::new(started_at, None)),
+            ending: CancellationToken::new(),
             admin_stop: CancellationToken::new(),
         });
         tokio::spawn(admin.run(
             Arc::clone(&app) as Arc<dyn AdminActions>,
+            app.ending.clone(),
             app.admin_stop.clone(),
         ));
         tokio::spawn(Arc::clone(&app).prune_revocations());
         tokio::spawn(Arc::clone(&app).renew_interception());
+        app.say_ready("serving");
         Ok(app)
     }
 
@@ -213,6 +234,7 @@ impl App {
     pub async fn reload(&self) -> Result<(), Diagnostics> {
         let _one_at_a_time = self.reloading.lock().await;
         let path = self.agent.snapshot.load().config.path.clone();
+        self.options.service_manager.reloading();
         let outcome = self.try_reload(path).await;
         self.agent
             .metrics
@@ -239,6 +261,10 @@ impl App {
                 first,
             });
         }
+        self.say_ready(match &outcome {
+            Ok(()) => "serving",
+            Err(_) => "serving by the last good configuration: a reload failed",
+        });
         outcome
     }
 
@@ -256,7 +282,10 @@ impl App {
         self.options.apply(&mut config);
         let config = Arc::new(config);
         let mut listeners = self.listeners.lock().await;
-        let prepared = listeners.prepare(&config).await?;
+        // What it handed over was taken, or refused, at the start.
+        let prepared = listeners
+            .prepare(&config, &mut ServiceManager::default())
+            .await?;
         let own_listeners = prepared.own(self.bound.metrics);
         let snapshot = build_off_thread(SnapshotBuilder {
             config: Arc::clone(&config),
@@ -277,7 +306,8 @@ impl App {
         self.agent
             .bound_listeners
             .store(Arc::new(prepared.addresses()));
-        listeners.replace(prepared, &self.agent, &self.workers);
+        let manager = &self.options.service_manager;
+        listeners.replace(prepared, &self.agent, &self.workers, manager);
         let _ = self.agent.audit.lifecycle(LifecycleEvent::Reload {
             configuration_sha256: configuration_sha256(&config),
             policy_version: policy_version.clone(),
@@ -316,13 +346,50 @@ impl App {
         changed
     }
 
-    /// Stops taking connections, lets open requests end, and closes the audit.
+    /// Tells the service manager that the agent serves.
+    fn say_ready(&self, how: &str) {
+        // An agent that reloads while it ends does not serve again.
+        if !self.agent.has_come_to(Phase::LastAnswers) {
+            let snapshot = self.agent.snapshot.load();
+            let policies = snapshot.policy.engine().version();
+            let status = format!("{how}; policies {policies}");
+            self.options.service_manager.ready(&status);
+        }
+    }
+
+    /// Drains and stops.
     pub async fn shutdown(&self) {
-        self.agent.draining.send_replace(true);
-        self.listeners.lock().await.close();
-        let deadline = tokio::time::Instant::now() + DRAIN;
-        while self.workers.open_connections() > 0 && tokio::time::Instant::now() < deadline {
-            tokio::time::sleep(Duration::from_millis(20)).await;
+        self.drain().await;
+        self.stop().await;
+    }
+
+    /// Takes no more connections, and lets requests and tunnels under way live on until they end, or
+    /// the drain window (`runtime.drain`) does.
+    pub async fn drain(&self) {
+        let window = self.agent.snapshot.load().config.drain;
+        let began = Instant::now();
+        self.options.service_manager.stopping(window);
+        self.agent.phase.send_replace(Phase::LastAnswers);
+        self.ending.cancel();
+        tracing::info!(?window, open = self.workers.open_connections(), "draining");
+        self.listeners.lock().await.close().await;
+        self.until_closed(began + LAST_ANSWERS.min(window / 2))
+            .await;
+        self.agent.phase.send_replace(Phase::Closing);
+        self.until_closed(began + window).await;
+    }
+
+    /// Cuts what is still open, and closes the audit.
+    pub async fn stop(&self) {
+        let cut = self.workers.open_connections();
+        self.agent.phase.send_replace(Phase::Over);
+        if cut > 0 {
+            tracing::warn!(
+                cut,
+                "connections are cut that were open when the drain window ended"
+            );
+            // Each request among them is recorded when it is cut.
+            self.until_closed(Instant::now() + CUT).await;
         }
         let _ = self.agent.audit.lifecycle(LifecycleEvent::Stop);
         self.admin_stop.cancel();
@@ -331,6 +398,13 @@ impl App {
             if !written.unwrap_or(false) {
                 tracing::error!("the audit could not be written to its end");
             }
+        }
+    }
+
+    /// Waits until no connection is open, at most until `deadline`.
+    async fn until_closed(&self, deadline: Instant) {
+        while self.workers.open_connections() > 0 && Instant::now() < deadline {
+            tokio::time::sleep(LOOK).await;
         }
     }
 }
@@ -409,6 +483,14 @@ fn record_interception(audit: &Audit, previous: Option<&Snapshot>, now: &Snapsho
         root_sha256,
         intermediate_sha256,
     });
+}
+
+/// An agent that was started before, and whose sockets were handed over, may be draining still.
+fn other_agents(manager: &ServiceManager) -> OtherAgents {
+    match manager.has_handed_over() {
+        true => OtherAgents::MayBeDraining,
+        false => OtherAgents::AreMistakes,
+    }
 }
 
 fn worker_count(config: &Config) -> usize {

@@ -325,6 +325,10 @@ enum EventLine<'a> {
         file: Displayed<std::path::Display<'a>>,
         bytes_cut: u64,
     },
+    AuditBeside {
+        in_use: Displayed<std::path::Display<'a>>,
+        file: Displayed<std::path::Display<'a>>,
+    },
     RecordsDropped {
         count: u64,
     },
@@ -376,6 +380,10 @@ impl<'a> LifecycleLine<'a> {
             LifecycleEvent::AuditRepaired { path, bytes_cut } => EventLine::AuditRepaired {
                 file: Displayed(path.display()),
                 bytes_cut: *bytes_cut,
+            },
+            LifecycleEvent::AuditBeside { in_use, file } => EventLine::AuditBeside {
+                in_use: Displayed(in_use.display()),
+                file: Displayed(file.display()),
             },
             LifecycleEvent::RecordsDropped { count } => EventLine::RecordsDropped { count: *count },
         };

@@ -120,6 +120,16 @@ impl fmt::Debug for Hash {
 #[error("audit records cannot be written")]
 pub struct AuditUnavailable;
 
+/// What it means that another agent writes to a file of the audit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OtherAgents {
+    /// Somebody started a second agent: it is refused.
+    AreMistakes,
+    /// It may hand over to this one and record what it drains. Two writers would fork the chain, and
+    /// waiting would keep callers waiting: this one takes the first file beside it that is free.
+    MayBeDraining,
+}
+
 /// What travels to the writer.
 enum Message {
     Record(Record),
@@ -132,6 +142,8 @@ enum Message {
 struct Shared {
     clock: Arc<dyn Clock>,
     on_failure: OnAuditFailure,
+    /// The files that are written.
+    files: Vec<PathBuf>,
     head: Mutex<Head>,
     queued: AtomicU64,
     written: AtomicU64,
@@ -185,15 +197,17 @@ pub struct Audit {
 
 impl Audit {
     /// Opens the sinks, repairs a torn tail, and starts the writer's thread. A file continues the
-    /// chain that it holds. Fails when a sink cannot be opened, when another process writes to it, or
-    /// when its last line is not an audit record.
+    /// chain that it holds. Fails when a sink cannot be opened, when another process writes to it that is
+    /// not draining, or when its last line is not an audit record.
     pub fn start(
         config: &AuditConfig,
+        others: OtherAgents,
         clock: Arc<dyn Clock>,
         metrics: &Metrics,
     ) -> Result<(Self, AuditWriter), Diagnostic> {
         let mut sinks = Vec::with_capacity(config.sinks.len());
-        let mut repairs: Vec<(PathBuf, u64)> = Vec::new();
+        let mut files = Vec::new();
+        let mut events = Vec::new();
         for sink in &config.sinks {
             sinks.push(match sink {
                 AuditSink::File {
@@ -201,16 +215,34 @@ impl Audit {
                     rotate_size,
                     keep,
                 } => {
-                    let (sink, bytes_cut) = sink::Sink::file(path, *rotate_size, *keep)?;
-                    repairs.extend(bytes_cut.map(|bytes| (path.clone(), bytes)));
-                    sink
+                    let opened = match others {
+                        OtherAgents::AreMistakes => sink::Sink::file(path, *rotate_size, *keep)?,
+                        OtherAgents::MayBeDraining => sink::Sink::beside(path, *rotate_size, *keep)?,
+                    };
+                    if opened.path != *path {
+                        tracing::warn!(in_use = %path.display(), file = %opened.path.display(), "another agent writes to the audit file; this one has a file and a chain of its own");
+                        events.push(LifecycleEvent::AuditBeside {
+                            in_use: path.clone(),
+                            file: opened.path.clone(),
+                        });
+                    }
+                    if let Some(bytes_cut) = opened.bytes_cut {
+                        tracing::warn!(path = %opened.path.display(), bytes_cut, "cut a torn tail from the audit file");
+                        events.push(LifecycleEvent::AuditRepaired {
+                            path: opened.path.clone(),
+                            bytes_cut,
+                        });
+                    }
+                    files.push(opened.path);
+                    opened.sink
                 }
                 AuditSink::Stdout => sink::Sink::stdout()?,
             });
         }
         Ok(Self::start_with(
             sinks,
-            repairs,
+            files,
+            events,
             config.on_failure,
             clock,
             metrics,
@@ -219,7 +251,8 @@ impl Audit {
 
     fn start_with(
         sinks: Vec<sink::Sink>,
-        repairs: Vec<(PathBuf, u64)>,
+        files: Vec<PathBuf>,
+        events: Vec<LifecycleEvent>,
         on_failure: OnAuditFailure,
         clock: Arc<dyn Clock>,
         metrics: &Metrics,
@@ -229,6 +262,7 @@ impl Audit {
         let shared = Arc::new(Shared {
             clock,
             on_failure,
+            files,
             head: Mutex::new(sinks.first().map(sink::Sink::head).unwrap_or_default()),
             queued: AtomicU64::new(0),
             written: AtomicU64::new(0),
@@ -239,9 +273,8 @@ impl Audit {
         metrics.observe_audit(Arc::clone(&shared) as Arc<dyn AuditStateSource>);
         let writer = writer::Writer::new(sinks, receiver, Arc::clone(&shared));
         let audit = Self { queue, shared };
-        for (path, bytes_cut) in repairs {
-            tracing::warn!(path = %path.display(), bytes_cut, "cut a torn tail from the audit file");
-            let _ = audit.lifecycle(LifecycleEvent::AuditRepaired { path, bytes_cut });
+        for event in events {
+            let _ = audit.lifecycle(event);
         }
         // Without the thread `writer_lives` is reset, and every request is refused.
         if let Err(error) = std::thread::Builder::new()
@@ -297,6 +330,11 @@ impl Audit {
     pub fn head(&self) -> (u64, String) {
         let head = self.shared.head();
         (head.sequence, head.hash.to_string())
+    }
+
+    /// The files that are written, in the order of the sinks.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.shared.files
     }
 
     /// The writer's state, for `status`.

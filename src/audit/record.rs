@@ -352,6 +352,13 @@ pub enum LifecycleEvent {
         /// How many bytes were cut.
         bytes_cut: u64,
     },
+    /// Another agent, which is draining, writes to the configured file.
+    AuditBeside {
+        /// The configured file.
+        in_use: PathBuf,
+        /// The file that this agent writes to.
+        file: PathBuf,
+    },
     /// Records were lost under `on_failure: degrade`.
     RecordsDropped {
         /// How many since the last such record.

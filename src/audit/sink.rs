@@ -14,6 +14,12 @@ use serde::Deserialize;
 use crate::audit::{Hash, Head, line};
 use crate::diagnostics::Diagnostic;
 
+/// The code of a file to which another process writes.
+const IN_USE: &str = "audit_file_in_use";
+
+/// How many files beside it may be in use at once: agents that drain, one after another.
+const MOST_BESIDE: usize = 16;
+
 /// The two members that chain a line.
 #[derive(Deserialize)]
 pub(super) struct ChainMembers {
@@ -83,14 +89,37 @@ struct Rotation {
     retry_size: u64,
 }
 
+/// A sink that was opened.
+pub(super) struct Opened {
+    pub(super) sink: Sink,
+    /// The file.
+    pub(super) path: PathBuf,
+    /// How many bytes of a torn tail were cut.
+    pub(super) bytes_cut: Option<u64>,
+}
+
 impl Sink {
+    /// Opens a file as [`Sink::file`] does; while another process writes to it, the first of
+    /// `PATH.beside1`, `PATH.beside2` and so on to which none does. Each is a chain of its own, and goes
+    /// on where it is taken again.
+    pub(super) fn beside(path: &Path, rotate_size: u64, keep: usize) -> Result<Opened, Diagnostic> {
+        let mut opened = Self::file(path, rotate_size, keep);
+        for number in 1..=MOST_BESIDE {
+            match &opened {
+                Err(refused) if refused.code == IN_USE => {
+                    let mut name = OsString::from(path.as_os_str());
+                    name.push(format!(".beside{number}"));
+                    opened = Self::file(Path::new(&name), rotate_size, keep);
+                }
+                _ => break,
+            }
+        }
+        opened
+    }
+
     /// Opens a file, or what stands in its place: a pipe or a device, which is written as it is,
-    /// without waiting. Returns the sink, and how many bytes of a torn tail were cut.
-    pub(super) fn file(
-        path: &Path,
-        rotate_size: u64,
-        keep: usize,
-    ) -> Result<(Self, Option<u64>), Diagnostic> {
+    /// without waiting.
+    pub(super) fn file(path: &Path, rotate_size: u64, keep: usize) -> Result<Opened, Diagnostic> {
         let problem = |error: &io::Error| {
             Diagnostic::error(
                 "audit_file_unusable",
@@ -107,10 +136,18 @@ impl Sink {
             // Reading too, so that a pipe can be opened, and kept, while nobody reads from it.
             options.read(metadata.file_type().is_fifo());
             let file = options.open(path).map_err(|error| problem(&error))?;
-            return Ok((Self::unrotated(file), None));
+            return Ok(Opened {
+                sink: Self::unrotated(file),
+                path: path.to_owned(),
+                bytes_cut: None,
+            });
         }
-        let (mut file, mut size) = open_regular(path).map_err(|error| problem(&error))?;
-        lock(&file, path)?;
+        let (mut file, mut size) = open_locked(path)?;
+        // A rotation that was not finished: one file by two names would be read twice.
+        let newest = numbered(path, 1);
+        if newest.exists() && is_at(&file, &newest) {
+            std::fs::remove_file(&newest).map_err(|error| problem(&error))?;
+        }
         let whole = end_of_last_line(&mut file, size).map_err(|error| problem(&error))?;
         let bytes_cut = size - whole;
         if bytes_cut > 0 {
@@ -142,7 +179,11 @@ impl Sink {
                 sink.continue_from(&newest, SystemTime::now());
             }
         }
-        Ok((sink, (bytes_cut > 0).then_some(bytes_cut)))
+        Ok(Opened {
+            sink,
+            path: path.to_owned(),
+            bytes_cut: (bytes_cut > 0).then_some(bytes_cut),
+        })
     }
 
     /// Standard output: a chain that begins anew at each start.
@@ -258,12 +299,7 @@ impl Sink {
         let Some(rotation) = &mut self.rotation else {
             return;
         };
-        let is_ours = match (std::fs::metadata(&rotation.path), self.file.metadata()) {
-            (Ok(there), Ok(ours)) => there.dev() == ours.dev() && there.ino() == ours.ino(),
-            (Err(error), _) if error.kind() == ErrorKind::NotFound => false,
-            _ => true,
-        };
-        if is_ours || !self.pending.is_empty() {
+        if is_at(&self.file, &rotation.path) || !self.pending.is_empty() {
             return;
         }
         let reopened = open_regular(&rotation.path)
@@ -294,29 +330,33 @@ impl Sink {
 
 impl Rotation {
     /// Moves `PATH` to `PATH.1`, that to `PATH.2` and so on, and begins `PATH` anew. Returns the new
-    /// file, and where the one before it is now.
+    /// file, and where the one before it is now. There is a locked file at `PATH` at every moment: an
+    /// agent that starts meanwhile could else go on with the same chain.
     fn rotate(&mut self) -> io::Result<(File, PathBuf)> {
         let newest = numbered(&self.path, 1);
-        // Where an earlier attempt moved the file and could not begin a new one, it is not moved again.
-        if self.path.try_exists()? {
-            let numbers = rotated_numbers(&self.path);
-            // What is beyond `keep`, from the oldest; one place is for the file that is moved now.
-            let surplus = (numbers.len() + 1).saturating_sub(self.keep.max(1));
-            for (index, number) in numbers.into_iter().enumerate() {
-                match index < surplus {
-                    true => std::fs::remove_file(numbered(&self.path, number))?,
-                    false => std::fs::rename(
-                        numbered(&self.path, number),
-                        numbered(&self.path, number + 1),
-                    )?,
-                }
-            }
-            std::fs::rename(&self.path, &newest)?;
-        }
-        let (file, _) = open_regular(&self.path)?;
+        let mut name = OsString::from(self.path.as_os_str());
+        name.push(".new");
+        let begun = PathBuf::from(name);
+        let (file, _) = open_regular(&begun)?;
         file.try_lock().map_err(|error| match error {
             TryLockError::Error(error) => error,
             TryLockError::WouldBlock => ErrorKind::WouldBlock.into(),
+        })?;
+        let numbers = rotated_numbers(&self.path);
+        // What is beyond `keep`, from the oldest; one place is for the file that is moved now.
+        let surplus = (numbers.len() + 1).saturating_sub(self.keep.max(1));
+        for (index, number) in numbers.into_iter().enumerate() {
+            match index < surplus {
+                true => std::fs::remove_file(numbered(&self.path, number))?,
+                false => std::fs::rename(
+                    numbered(&self.path, number),
+                    numbered(&self.path, number + 1),
+                )?,
+            }
+        }
+        std::fs::hard_link(&self.path, &newest)?;
+        std::fs::rename(&begun, &self.path).inspect_err(|_| {
+            let _ = std::fs::remove_file(&newest);
         })?;
         if self.keep == 0 {
             std::fs::remove_file(&newest)?;
@@ -339,15 +379,43 @@ fn open_regular(path: &Path) -> io::Result<(File, u64)> {
     Ok((file, size))
 }
 
+/// Opens a regular file, and locks it. Until it is locked its writer may rotate it away and let it go:
+/// then this is no longer the file at `path`, and its chain goes on elsewhere.
+fn open_locked(path: &Path) -> Result<(File, u64), Diagnostic> {
+    let problem = |error: &io::Error| {
+        Diagnostic::error(
+            "audit_file_unusable",
+            path,
+            format!("the audit file cannot be opened: {}", cause(error)),
+        )
+        .next("create its directory, and let the agent's user write in it")
+    };
+    loop {
+        let (file, _) = open_regular(path).map_err(|error| problem(&error))?;
+        lock(&file, path)?;
+        if is_at(&file, path) {
+            let size = file.metadata().map_err(|error| problem(&error))?.len();
+            return Ok((file, size));
+        }
+    }
+}
+
+/// Whether an open file is what `path` leads to; also where that cannot be told.
+fn is_at(file: &File, path: &Path) -> bool {
+    match (std::fs::metadata(path), file.metadata()) {
+        (Ok(there), Ok(ours)) => there.dev() == ours.dev() && there.ino() == ours.ino(),
+        (Err(error), _) if error.kind() == ErrorKind::NotFound => false,
+        _ => true,
+    }
+}
+
 /// Two writers would tear the chain apart.
 fn lock(file: &File, path: &Path) -> Result<(), Diagnostic> {
     file.try_lock().map_err(|error| match error {
-        TryLockError::WouldBlock => Diagnostic::error(
-            "audit_file_in_use",
-            path,
-            "another process writes to the audit file",
-        )
-        .next("give each agent an audit file of its own"),
+        TryLockError::WouldBlock => {
+            Diagnostic::error(IN_USE, path, "another process writes to the audit file")
+                .next("give each agent an audit file of its own")
+        }
         TryLockError::Error(error) => Diagnostic::error(
             "audit_file_unusable",
             path,

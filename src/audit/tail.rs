@@ -209,6 +209,11 @@ fn event(record: &Value) -> Option<String> {
             record.get("bytes_cut")?,
             text("file")
         ),
+        "audit_beside" => format!(
+            "records in {} while another writes to {}",
+            text("file"),
+            text("in_use")
+        ),
         "records_dropped" => format!("lost {} audit records", record.get("count")?),
         "file_continued" => format!("continues the audit of {}", text("previous_file")),
         other => other.to_owned(),

@@ -135,7 +135,7 @@ fn file_config(path: &Path, rotate_size: u64, keep: usize) -> AuditConfig {
 fn start(config: &AuditConfig) -> (Audit, AuditWriter) {
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
     let metrics = Metrics::new(Arc::clone(&clock));
-    Audit::start(config, clock, &metrics).unwrap()
+    Audit::start(config, OtherAgents::AreMistakes, clock, &metrics).unwrap()
 }
 
 /// Starts, records `count` requests, one batch each `batch`, and stops.
@@ -425,7 +425,9 @@ fn files_that_cannot_be_continued_are_refused_at_start() {
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
     let metrics = Metrics::new(Arc::clone(&clock));
     let refused = |path: &Path| {
-        Audit::start(&file_config(path, 1 << 20, 3), Arc::clone(&clock), &metrics)
+        let config = file_config(path, 1 << 20, 3);
+        let others = OtherAgents::AreMistakes;
+        Audit::start(&config, others, Arc::clone(&clock), &metrics)
             .map(|_| ())
             .unwrap_err()
     };
@@ -525,6 +527,7 @@ fn a_write_that_does_not_return_stops_requests() {
     let (audit, writer) = Audit::start_with(
         vec![sink],
         Vec::new(),
+        Vec::new(),
         OnAuditFailure::Block,
         clock,
         &metrics,
@@ -556,6 +559,7 @@ fn degrade_drops_counts_and_records_the_loss() {
     drop(writing);
     let (audit, writer) = Audit::start_with(
         vec![sink],
+        Vec::new(),
         Vec::new(),
         OnAuditFailure::Degrade,
         clock,
@@ -865,4 +869,45 @@ fn following_goes_on_through_rotation() {
             .unwrap_or_else(|_| panic!("record {number} was not followed"));
     }
     assert!(writer.stop(PATIENCE));
+}
+
+#[test]
+fn an_agent_beside_another_has_a_chain_of_its_own() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("audit.jsonl");
+    let config = file_config(&path, 1 << 20, 3);
+    let start_beside = || {
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+        let metrics = Metrics::new(Arc::clone(&clock));
+        Audit::start(&config, OtherAgents::MayBeDraining, clock, &metrics).unwrap()
+    };
+    let beside = directory.path().join("audit.jsonl.beside1");
+    let write = |audit: &Audit| {
+        audit.record(Record::Request(Box::new(request()))).unwrap();
+    };
+
+    let (first, first_writer) = start_beside();
+    assert_eq!(first.files(), std::slice::from_ref(&path));
+    let (second, second_writer) = start_beside();
+    assert_eq!(second.files(), std::slice::from_ref(&beside));
+    write(&first);
+    write(&second);
+    write(&first);
+    assert!(first_writer.stop(PATIENCE));
+    // The file is free: its chain goes on, and that of the second agent too.
+    let (third, third_writer) = start_beside();
+    assert_eq!(third.files(), std::slice::from_ref(&path));
+    write(&third);
+    write(&second);
+    assert!(second_writer.stop(PATIENCE));
+    assert!(third_writer.stop(PATIENCE));
+
+    for (file, records) in [(&path, 3), (&beside, 3)] {
+        let verified = verify(file, None).unwrap();
+        assert_eq!(verified.records, records, "{}", file.display());
+    }
+    let text = fs::read_to_string(&beside).unwrap();
+    let first: serde_json::Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    assert_eq!(first["event"], "audit_beside");
+    assert_eq!(first["in_use"], path.to_str().unwrap());
 }

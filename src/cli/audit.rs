@@ -155,7 +155,7 @@ mod tests {
 
     use clap::Parser;
 
-    use crate::audit::{Audit, LifecycleEvent};
+    use crate::audit::{Audit, LifecycleEvent, OtherAgents};
     use crate::clock::{Clock, SystemClock};
     use crate::config::{AuditConfig, AuditSink, OnAuditFailure};
     use crate::telemetry::metrics::Metrics;
@@ -191,7 +191,8 @@ mod tests {
                 keep: 2,
             }],
         };
-        let (handle, writer) = Audit::start(&config, clock, &metrics).unwrap();
+        let (handle, writer) =
+            Audit::start(&config, OtherAgents::AreMistakes, clock, &metrics).unwrap();
         for number in 0..3 {
             handle
                 .lifecycle(LifecycleEvent::RevocationLifted {

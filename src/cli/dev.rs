@@ -125,7 +125,6 @@ async fn serve(
     };
     announced?;
     serve_until_signal(&running.app, running.watcher, signals).await;
-    running.app.shutdown().await;
     Ok(())
 }
 
@@ -207,6 +206,7 @@ async fn start(path: &Path, proxy_port: Option<u16>) -> Result<Arc<App>, NotStar
     let options = StartOptions {
         tells_nearest: true,
         proxy_port,
+        ..StartOptions::default()
     };
     App::start_with(config, Arc::new(SystemClock::new()), options)
         .await

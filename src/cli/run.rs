@@ -9,13 +9,14 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::failure::Failure;
 use super::output::{EXIT_CONFIGURATION, EXIT_UNAVAILABLE, OutputFormat};
-use crate::app::App;
+use crate::app::{App, StartOptions};
 use crate::clock::SystemClock;
 use crate::config::Config;
 use crate::config::watch::Watcher;
 use crate::diagnostics::Diagnostics;
 use crate::hardening::{self, Needs};
 use crate::listener;
+use crate::service_manager::ServiceManager;
 use crate::telemetry;
 
 /// Runs the agent until a signal.
@@ -33,6 +34,11 @@ pub struct RunArguments {
 pub fn run(arguments: &RunArguments) -> ExitCode {
     // Before a key is read; where it cannot be done, `confine` says so.
     let _ = hardening::protect_memory();
+    // Before anything else has a descriptor.
+    let service_manager = match ServiceManager::from_environment() {
+        Ok(service_manager) => service_manager,
+        Err(diagnostics) => return refuse(&diagnostics),
+    };
     let watcher = Watcher::new(&arguments.config);
     let config = match Config::load(&arguments.config) {
         Ok(config) => config,
@@ -48,7 +54,7 @@ pub fn run(arguments: &RunArguments) -> ExitCode {
     // Before there is another thread.
     hardening::confine(&Needs::of(&config));
     match control_runtime() {
-        Ok(runtime) => runtime.block_on(serve(config, watcher, arguments.output)),
+        Ok(runtime) => runtime.block_on(serve(config, watcher, service_manager, arguments.output)),
         Err(error) => Failure::unavailable(format!("the runtime could not be started: {error}"))
             .report(arguments.output, &mut std::io::stderr()),
     }
@@ -93,25 +99,49 @@ impl Signals {
     }
 }
 
-/// Reloads on SIGHUP and on changed files, until SIGTERM or SIGINT.
+impl Signals {
+    /// Waits for SIGTERM or SIGINT.
+    pub async fn end(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// Reloads on SIGHUP and on changed files, until SIGTERM or SIGINT; then drains, until a second one.
 pub async fn serve_until_signal(app: &App, mut watcher: Watcher, mut signals: Signals) {
     loop {
         tokio::select! {
-            _ = signals.terminate.recv() => return,
-            _ = signals.interrupt.recv() => return,
+            _ = signals.terminate.recv() => break,
+            _ = signals.interrupt.recv() => break,
             _ = signals.hangup.recv() => {}
             () = watcher.changed() => {}
         }
         // A failure is logged, counted and audited; the last good configuration stays in force.
         let _ = app.reload().await;
     }
+    tokio::select! {
+        () = app.drain() => {}
+        () = signals.end() => tracing::warn!("a second signal ends the drain"),
+    }
+    app.stop().await;
 }
 
-async fn serve(config: Config, watcher: Watcher, output: OutputFormat) -> ExitCode {
+async fn serve(
+    config: Config,
+    watcher: Watcher,
+    service_manager: ServiceManager,
+    output: OutputFormat,
+) -> ExitCode {
     let Ok(signals) = Signals::new() else {
         return ExitCode::from(EXIT_UNAVAILABLE);
     };
-    let app = match App::start(config, Arc::new(SystemClock::new())).await {
+    let options = StartOptions {
+        service_manager,
+        ..StartOptions::default()
+    };
+    let app = match App::start_with(config, Arc::new(SystemClock::new()), options).await {
         Ok(app) => app,
         Err(diagnostics) => return refuse_in(output, diagnostics),
     };
@@ -119,6 +149,5 @@ async fn serve(config: Config, watcher: Watcher, output: OutputFormat) -> ExitCo
         tracing::info!(listener = name, %address, "listening");
     }
     serve_until_signal(&app, watcher, signals).await;
-    app.shutdown().await;
     ExitCode::SUCCESS
 }

@@ -42,6 +42,8 @@ pub struct Config {
     pub path: PathBuf,
     /// Number of data workers; `None` is min(4, the cgroup's CPU quota).
     pub workers: Option<usize>,
+    /// How long what is under way may live on after SIGTERM. Default 30 s.
+    pub drain: Duration,
     /// Where the agent listens.
     pub listeners: Vec<Listener>,
     /// Which attestors run.

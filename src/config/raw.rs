@@ -77,7 +77,7 @@ pub(super) struct Document {
     /// order of their names, a name used twice is an error, and a section that is not a list stands
     /// in one file only.
     pub(super) include: Option<Vec<Text>>,
-    /// Threads.
+    /// Threads, and the agent's end.
     pub(super) runtime: Option<Located<Runtime>>,
     /// Where the agent listens. A listener whose `bind` is unchanged is not bound again on reload.
     pub(super) listeners: Option<Vec<Located<Listener>>>,
@@ -109,13 +109,16 @@ pub(super) struct Document {
     pub(super) admin: Option<Located<Admin>>,
 }
 
-/// Threads.
+/// Threads, and the agent's end.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Runtime {
     /// Number of data workers. Default: the cgroup's CPU quota, at most 4.
     #[schemars(range(min = 1, max = 64))]
     pub(super) workers: Option<Located<u32>>,
+    /// How long requests and tunnels under way may live on after SIGTERM, before they are cut.
+    #[schemars(with = "Option<kind::Duration>", extend("default" = "30s"))]
+    pub(super) drain: Option<Text>,
 }
 
 /// A listener.

@@ -17,7 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::task::spawn_local;
 use tokio::time::{Sleep, timeout};
 
-use crate::agent::Agent;
+use crate::agent::{Agent, Phase, until};
 use crate::listener::interim::Interim;
 use crate::streams::RequestBody;
 
@@ -41,8 +41,8 @@ struct Waiting {
 }
 
 impl<Io> Lingering<Io> {
-    /// Wraps a connection of an agent, which waits for nobody once it drains, nor where the connection
-    /// became a tunnel's: then what the caller sends is the tunnel's to read.
+    /// Wraps a connection of an agent, which waits for nobody once its drain window is over, nor where the
+    /// connection became a tunnel's: then what the caller sends is the tunnel's to read.
     pub fn new(io: Io, agent: Arc<Agent>, interim: Arc<Interim>) -> Self {
         Self {
             io,
@@ -54,7 +54,7 @@ impl<Io> Lingering<Io> {
     }
 
     fn waits(&self) -> bool {
-        !self.caller_ended && !self.interim.is_handed_over() && !*self.agent.draining.borrow()
+        !self.caller_ended && !self.interim.is_handed_over() && !self.agent.has_come_to(Phase::Over)
     }
 }
 
@@ -133,7 +133,7 @@ pub fn read_on(agent: &Agent, request: Request<RequestBody>) {
     if version != Version::HTTP_2 || body.is_end_stream() {
         return;
     }
-    let mut draining = agent.draining.subscribe();
+    let mut phases = agent.phase.subscribe();
     spawn_local(async move {
         let rest = async {
             let mut bytes_left = MOST_BYTES;
@@ -145,7 +145,7 @@ pub fn read_on(agent: &Agent, request: Request<RequestBody>) {
             }
         };
         tokio::select! {
-            _ = draining.wait_for(|draining| *draining) => {}
+            () = until(Phase::Over, &mut phases) => {}
             _ = timeout(LONGEST, rest) => {}
         }
     });

@@ -11,12 +11,12 @@ pub mod workload_api;
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use countersign_attestors::evidence::EvidenceError;
@@ -26,13 +26,16 @@ use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::runtime::LocalOptions;
 use tokio::sync::mpsc;
 
-use crate::agent::Agent;
+use crate::agent::{Agent, Phase, until};
 use crate::config::{Bind, Listener, ListenerKind, SocketAccess};
 use crate::connection::{Caller, Entry};
 use crate::hardening;
 use crate::listener::patience::{Patience, Place, Places};
 use crate::proxy::Worker;
+use crate::service_manager::ListeningSocket;
+use crate::socket_file::SocketFile;
 use crate::streams::CutReason;
+use crate::telemetry::metrics::OpenConnection;
 
 /// How often open streams and idle connections are looked over; a permission that ends is noticed
 /// within this and a second.
@@ -56,50 +59,106 @@ pub fn allow_many_connections() -> io::Result<()> {
 }
 
 /// A bound listener, not yet accepting.
-pub enum BoundListener {
-    /// TCP.
-    Tcp(TcpListener),
-    /// A Unix socket; its file goes with it.
-    Unix(UnixListener, SocketFile),
+pub struct BoundListener {
+    socket: BoundSocket,
+    /// Whether somebody else has the socket too, so that it outlives this agent.
+    outlives_us: AtomicBool,
 }
 
-/// A Unix socket's file, removed with the listener.
-#[derive(Debug)]
-pub struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
+enum BoundSocket {
+    Tcp(TcpListener),
+    /// A Unix socket that was bound here; its file goes with it.
+    Unix(UnixListener, SocketFile),
+    /// One that was handed over; its file is the service manager's.
+    HandedOverUnix(UnixListener, PathBuf),
 }
 
 impl BoundListener {
     /// Binds a listener. A socket file that nobody listens on is replaced.
     pub async fn bind(bind: &Bind, access: &SocketAccess) -> io::Result<Self> {
-        match bind {
-            Bind::Tcp(address) => Ok(Self::Tcp(TcpListener::bind(address).await?)),
-            Bind::Unix(path) => bind_unix(path, access),
+        let socket = match bind {
+            Bind::Tcp(address) => BoundSocket::Tcp(TcpListener::bind(address).await?),
+            Bind::Unix(path) => bind_unix(path, access)?,
+        };
+        Ok(Self {
+            socket,
+            outlives_us: AtomicBool::new(false),
+        })
+    }
+
+    /// Takes over a socket that the service manager handed over.
+    pub fn take_over(socket: ListeningSocket) -> io::Result<Self> {
+        let socket = match socket {
+            ListeningSocket::Tcp(socket) => BoundSocket::Tcp(TcpListener::from_std(socket)?),
+            ListeningSocket::Unix(socket, path) => {
+                BoundSocket::HandedOverUnix(UnixListener::from_std(socket)?, path)
+            }
+        };
+        Ok(Self {
+            socket,
+            outlives_us: AtomicBool::new(true),
+        })
+    }
+
+    /// Whether the socket outlives this agent: who waits in its backlog is the next one's.
+    pub fn outlives_us(&self) -> bool {
+        self.outlives_us.load(Ordering::Relaxed)
+    }
+
+    /// Says whether the service manager keeps the socket for the next agent.
+    pub fn kept(&self, kept: bool) {
+        self.outlives_us.store(kept, Ordering::Relaxed);
+        if let BoundSocket::Unix(_, file) = &self.socket {
+            file.stay(kept);
         }
     }
 
     /// Changes who may connect; of a TCP listener nothing.
     pub fn restrict(&self, access: &SocketAccess) -> io::Result<()> {
-        match self {
-            Self::Tcp(_) => Ok(()),
-            Self::Unix(_, file) => restrict(&file.0, access),
+        match &self.socket {
+            BoundSocket::Tcp(_) => Ok(()),
+            BoundSocket::Unix(_, file) => restrict(file.path(), access),
+            BoundSocket::HandedOverUnix(_, path) => restrict(path, access),
         }
     }
 
     /// The address in force, with the port that the kernel chose.
     pub fn address(&self) -> io::Result<Bind> {
-        match self {
-            Self::Tcp(listener) => Ok(Bind::Tcp(listener.local_addr()?)),
-            Self::Unix(_, file) => Ok(Bind::Unix(file.0.clone())),
+        match &self.socket {
+            BoundSocket::Tcp(listener) => Ok(Bind::Tcp(listener.local_addr()?)),
+            BoundSocket::Unix(_, file) => Ok(Bind::Unix(file.path().to_owned())),
+            BoundSocket::HandedOverUnix(_, path) => Ok(Bind::Unix(path.clone())),
+        }
+    }
+
+    async fn accept(&self) -> io::Result<(Socket, Option<(SocketAddr, SocketAddr)>)> {
+        match &self.socket {
+            BoundSocket::Tcp(listener) => {
+                let (stream, peer) = listener.accept().await?;
+                let _ = stream.set_nodelay(true);
+                let local = stream.local_addr()?;
+                Ok((Socket::Tcp(stream.into_std()?), Some((local, peer))))
+            }
+            BoundSocket::Unix(listener, _) | BoundSocket::HandedOverUnix(listener, _) => {
+                let (stream, _) = listener.accept().await?;
+                Ok((Socket::Unix(stream.into_std()?), None))
+            }
         }
     }
 }
 
-fn bind_unix(path: &Path, access: &SocketAccess) -> io::Result<BoundListener> {
+impl AsFd for BoundListener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.socket {
+            BoundSocket::Tcp(listener) => listener.as_fd(),
+            BoundSocket::Unix(listener, _) | BoundSocket::HandedOverUnix(listener, _) => {
+                listener.as_fd()
+            }
+        }
+    }
+}
+
+fn bind_unix(path: &Path, access: &SocketAccess) -> io::Result<BoundSocket> {
     if let Ok(found) = std::fs::symlink_metadata(path) {
         if !found.file_type().is_socket() || std::os::unix::net::UnixStream::connect(path).is_ok() {
             return Err(io::ErrorKind::AddrInUse.into());
@@ -110,12 +169,10 @@ fn bind_unix(path: &Path, access: &SocketAccess) -> io::Result<BoundListener> {
     let private = path.with_extension(format!("{}.new", std::process::id()));
     let _ = std::fs::remove_file(&private);
     let listener = UnixListener::bind(&private)?;
-    restrict(&private, access)
-        .and_then(|()| std::fs::rename(&private, path))
-        .inspect_err(|_| {
-            let _ = std::fs::remove_file(&private);
-        })?;
-    Ok(BoundListener::Unix(listener, SocketFile(path.to_owned())))
+    let mut file = SocketFile::at(&private)?;
+    restrict(&private, access)?;
+    file.move_to(path)?;
+    Ok(BoundSocket::Unix(listener, file))
 }
 
 /// Gives a socket file its group and mode.
@@ -139,8 +196,7 @@ pub struct Accepted {
     attestation: Result<ConnectionAttestation, EvidenceError>,
     catalog: Arc<Catalog>,
     place: Place,
-    _open: crate::telemetry::metrics::OpenConnection,
-    _load: Load,
+    open: Open,
 }
 
 enum Socket {
@@ -148,8 +204,21 @@ enum Socket {
     Unix(std::os::unix::net::UnixStream),
 }
 
-/// Counts a connection against its worker while it lives.
+/// Counts a connection, and the tunnels inside it, while any of them is open.
+pub struct Open {
+    _connection: OpenConnection,
+    _load: Load,
+}
+
+/// Counts one up for as long as it lives.
 struct Load(Arc<AtomicUsize>);
+
+impl Load {
+    fn on(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(count))
+    }
+}
 
 impl Drop for Load {
     fn drop(&mut self) {
@@ -161,6 +230,8 @@ impl Drop for Load {
 #[derive(Clone)]
 pub struct Workers {
     workers: Arc<[WorkerHandle]>,
+    /// Connections that no worker has: accepted just now, or to the workload API.
+    elsewhere: Arc<AtomicUsize>,
 }
 
 struct WorkerHandle {
@@ -201,6 +272,7 @@ impl Workers {
             .collect::<io::Result<Vec<_>>>()?;
         Ok(Self {
             workers: workers.into(),
+            elsewhere: Arc::default(),
         })
     }
 
@@ -210,11 +282,13 @@ impl Workers {
             .min_by_key(|worker| worker.load.load(Ordering::Relaxed))
     }
 
-    /// How many connections are open.
+    /// How many connections are open, those with nothing but a tunnel left included.
     pub fn open_connections(&self) -> usize {
         self.workers
             .iter()
-            .map(|worker| worker.load.load(Ordering::Relaxed))
+            .map(|worker| &worker.load)
+            .chain([&self.elsewhere])
+            .map(|load| load.load(Ordering::Relaxed))
             .sum()
     }
 }
@@ -228,6 +302,9 @@ async fn work(agent: Arc<Agent>, mut accepted: mpsc::UnboundedReceiver<Accepted>
         loop {
             ticks.tick().await;
             sweeper.sweep();
+            if sweeper.agent.has_come_to(Phase::Over) {
+                sweeper.open_streams.cut_all(CutReason::ShuttingDown);
+            }
         }
     });
     while let Some(connection) = accepted.recv().await {
@@ -239,10 +316,9 @@ async fn work(agent: Arc<Agent>, mut accepted: mpsc::UnboundedReceiver<Accepted>
                 attestation,
                 catalog,
                 place,
-                _open,
-                _load,
+                open,
             } = connection;
-            let caller = Caller::new(attestation, catalog, place);
+            let caller = Caller::new(attestation, catalog, place, open);
             match socket {
                 Socket::Tcp(stream) => {
                     if let Ok(stream) = TcpStream::from_std(stream) {
@@ -260,7 +336,7 @@ async fn work(agent: Arc<Agent>, mut accepted: mpsc::UnboundedReceiver<Accepted>
     worker.open_streams.cut_all(CutReason::ShuttingDown);
 }
 
-/// Accepts on a listener until the agent drains.
+/// Accepts on a listener until the agent ends.
 pub async fn accept(
     agent: Arc<Agent>,
     workers: Workers,
@@ -279,17 +355,17 @@ pub async fn accept(
         places: Places::new(&patience, metrics.clone()),
         head_timeout: patience.head,
     };
+    let mut phases = agent.phase.subscribe();
     loop {
-        let arrived = match &*bound {
-            BoundListener::Tcp(listener) => listener.accept().await.and_then(|(stream, peer)| {
-                let _ = stream.set_nodelay(true);
-                let local = stream.local_addr()?;
-                Ok((Socket::Tcp(stream.into_std()?), Some((local, peer))))
-            }),
-            BoundListener::Unix(listener, _) => listener
-                .accept()
-                .await
-                .and_then(|(stream, _)| Ok((Socket::Unix(stream.into_std()?), None))),
+        // Who waits for a socket that nobody else has is let in before it closes; who waits for one
+        // that outlives this agent is the next one's.
+        if bound.outlives_us() && agent.has_come_to(Phase::LastAnswers) {
+            return;
+        }
+        let arrived = tokio::select! {
+            biased;
+            arrived = bound.accept() => arrived,
+            () = until(Phase::LastAnswers, &mut phases) => return,
         };
         let (socket, addresses) = match arrived {
             Ok(arrived) => arrived,
@@ -306,6 +382,7 @@ pub async fn accept(
             continue;
         };
         let open = metrics.connection();
+        let arriving = Load::on(&workers.elsewhere);
         let agent = Arc::clone(&agent);
         let workers = workers.clone();
         let entry = entry.clone();
@@ -325,21 +402,23 @@ pub async fn accept(
                         .await;
                 }
                 // Its connections count for no identity.
-                drop(place);
+                drop((place, arriving));
                 return;
             }
             if let (Some(socket), Some(worker)) = (socket, workers.least_loaded()) {
-                worker.load.fetch_add(1, Ordering::Relaxed);
                 let _ = worker.connections.send(Accepted {
                     socket,
                     entry,
                     attestation,
                     catalog,
                     place,
-                    _open: open,
-                    _load: Load(Arc::clone(&worker.load)),
+                    open: Open {
+                        _connection: open,
+                        _load: Load::on(&worker.load),
+                    },
                 });
             }
+            drop(arriving);
         });
     }
 }

@@ -6,10 +6,10 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::{Method, Request, StatusCode};
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
@@ -23,6 +23,7 @@ use super::interim::{Interim, Owed, WithInterim};
 use super::linger::Lingering;
 use super::sniff::{Protocol, sniff};
 use super::unreadable::Unreadable;
+use crate::agent::{Agent, Phase, until};
 use crate::config::Scheme;
 use crate::connection::{Caller, Connection, Entry, Tunnel};
 use crate::local::LocalExecutor;
@@ -38,6 +39,8 @@ const SNIFF_TIMEOUT: Duration = Duration::from_secs(5);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const MAXIMUM_HEADER_LIST: u32 = 64 * 1024;
 const MAXIMUM_STREAMS: u32 = 250;
+/// How long the first request of a new connection is waited for when the agent ends.
+const FIRST_REQUEST: Duration = Duration::from_secs(5);
 /// How long an HTTP/2 connection may be idle.
 const CONNECTION_IDLE: Duration = Duration::from_secs(3600);
 
@@ -49,10 +52,12 @@ pub async fn serve_connection<Io>(worker: Rc<Worker>, entry: Entry, caller: Rc<C
 where
     Io: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let mut draining = worker.agent.draining.subscribe();
+    let mut phases = worker.agent.phase.subscribe();
     let sniffed = tokio::select! {
+        biased;
         sniffed = timeout(entry.head_timeout, sniff(io)) => sniffed,
-        _ = draining.wait_for(|draining| *draining) => return,
+        // A caller that connected just before has said by now what it wants.
+        () = until(Phase::Closing, &mut phases) => return,
     };
     let Ok(Ok((protocol, io))) = sniffed else {
         return;
@@ -184,17 +189,40 @@ where
 /// exec, or expiry of what it presented.
 struct CallerLives {
     connection: std::rc::Weak<Connection>,
+    /// The phase of the agent in which it ends.
+    ends_in: Phase,
+    began: Instant,
+    /// Whether a request came.
+    is_used: Rc<Cell<bool>>,
+}
+
+impl CallerLives {
+    /// Whether the connection's place in the agent's end is now. One that has just been opened is owed
+    /// its first request: the client has no reason to send that one twice.
+    fn is_to_end(&self, agent: &Agent) -> bool {
+        agent.has_come_to(self.ends_in)
+            && (self.is_used.get() || self.began.elapsed() >= FIRST_REQUEST)
+    }
 }
 
 impl Permission for CallerLives {
     fn check(&self) -> Result<(), CutReason> {
         match self.connection.upgrade() {
-            Some(connection) if *connection.worker.agent.draining.borrow() => {
+            Some(connection) if self.is_to_end(&connection.worker.agent) => {
                 Err(CutReason::ShuttingDown)
             }
             Some(connection) if connection.is_permitted() => Ok(()),
             _ => Err(CutReason::PermissionEnded),
         }
+    }
+}
+
+/// Says that no request is served on this connection after this answer (RFC 9112 section 9.6).
+pub(super) fn say_last<Body>(response: &mut Response<Body>) {
+    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        response
+            .headers_mut()
+            .insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
 }
 
@@ -208,10 +236,19 @@ where
     let unreadable = Unreadable::of(&connection);
     // Whoever asks nothing keeps no place for long, an HTTP/2 connection with its preface neither.
     let stream = Stream::new(head_timeout);
+    let is_used = Rc::new(Cell::new(false));
     worker.open_streams.watch(
         &stream,
         Rc::new(CallerLives {
             connection: Rc::downgrade(&connection),
+            // GOAWAY says what will be served still; closing an idle HTTP/1 connection does not.
+            ends_in: if http2 {
+                Phase::LastAnswers
+            } else {
+                Phase::Closing
+            },
+            began: Instant::now(),
+            is_used: Rc::clone(&is_used),
         }),
     );
     let service = {
@@ -219,13 +256,18 @@ where
         service_fn(move |request: Request<Incoming>| {
             stream.touch();
             stream.may_idle(CONNECTION_IDLE);
+            is_used.set(true);
             let connection = Rc::clone(&connection);
             async move {
                 let owed = connection.interim.as_ref().map(Owed::on);
+                let agent = Arc::clone(&connection.worker.agent);
                 let is_connect = request.method() == Method::CONNECT;
-                let response = answer(connection, request).await;
+                let mut response = answer(connection, request).await;
                 if let Some(owed) = &owed {
                     owed.settle(changes_protocol(is_connect, response.status()));
+                }
+                if !http2 && !is_connect && agent.has_come_to(Phase::LastAnswers) {
+                    say_last(&mut response);
                 }
                 Ok::<_, Infallible>(response.map(|body| OwedBody { body, _owed: owed }))
             }

@@ -28,8 +28,9 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::Mutex;
 
 use super::Socket;
+use super::serve::say_last;
 use crate::admin::{ActionRefused, readiness};
-use crate::agent::Agent;
+use crate::agent::{Agent, Phase, until};
 use crate::audit::record::{AskedAndGranted, DecisionReference, TokenReference, workload_summary};
 use crate::audit::{AttestedRecord, Decided, Latency, Obtained, Record, TokenIssueRecord};
 use crate::config::{Bind, Config, CredentialConfig, ListenerKind, TokenSource};
@@ -86,17 +87,20 @@ async fn converse<Io>(caller: Arc<Caller>, io: Io)
 where
     Io: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let mut draining = caller.agent.draining.subscribe();
+    let mut phases = caller.agent.phase.subscribe();
     let service = service_fn(move |request| {
         let caller = Arc::clone(&caller);
         async move {
-            let wall = caller.agent.clock.wall();
+            let agent = Arc::clone(&caller.agent);
             let mut response = caller.answer(request).await;
             // What has a record or is refused has its id already.
             response
                 .headers_mut()
                 .entry(REQUEST_ID_HEADER)
-                .or_insert_with(|| RequestId::new(wall).to_header_value());
+                .or_insert_with(|| RequestId::new(agent.clock.wall()).to_header_value());
+            if agent.has_come_to(Phase::LastAnswers) {
+                say_last(&mut response);
+            }
             Ok::<_, Infallible>(response.map(Full::new))
         }
     });
@@ -105,10 +109,9 @@ where
         .header_read_timeout(HEAD_TIMEOUT)
         .serve_connection(TokioIo::new(io), service);
     tokio::pin!(served);
-    let drained = async { draining.wait_for(|draining| *draining).await.is_ok() };
     let ended = tokio::select! {
         ended = served.as_mut() => ended,
-        _ = drained => {
+        () = until(Phase::Closing, &mut phases) => {
             served.as_mut().graceful_shutdown();
             served.await
         }

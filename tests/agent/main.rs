@@ -12,11 +12,11 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod alternatives;
 mod audit_block;
 mod callers;
-mod cgroups;
-mod alternatives;
 mod causes;
+mod cgroups;
 mod changes;
 mod clients;
 mod entrances;
@@ -35,6 +35,7 @@ mod refusals;
 mod rejected_tokens;
 mod reloads;
 mod report_only;
+mod restarts;
 mod revocations;
 mod streams;
 mod token_answers;

@@ -18,6 +18,7 @@ pub mod curl;
 pub mod faults;
 pub mod faulty_authorization_server;
 pub mod http2_frames;
+pub mod manager;
 pub mod origin;
 pub mod puppet;
 pub mod raw;

@@ -87,17 +87,7 @@ impl Converter<'_> {
                 self.missing_section(section, start);
             }
         }
-        let workers = document
-            .runtime
-            .and_then(|runtime| runtime.value.workers)
-            .and_then(|workers| {
-                if (1..=64).contains(&workers.value) {
-                    usize::try_from(workers.value).ok()
-                } else {
-                    self.out_of_range(&workers, "write a number from 1 to 64");
-                    None
-                }
-            });
+        let (workers, drain) = self.runtime(document.runtime);
         let attestors = self.attestors(document.attestors);
         let environments = self.environments(document.environments.unwrap_or_default());
         let credentials = self.credentials(document.credentials.unwrap_or_default(), &attestors);
@@ -119,6 +109,7 @@ impl Converter<'_> {
         Some(Config {
             path: main_path,
             workers,
+            drain,
             listeners,
             attestors,
             environments,

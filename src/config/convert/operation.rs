@@ -1,7 +1,8 @@
-//! `policies`, `limits`, `audit`, `telemetry` and `admin`.
+//! `runtime`, `policies`, `limits`, `audit`, `telemetry` and `admin`.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::Converter;
 use crate::config::load::reason;
@@ -13,7 +14,30 @@ use crate::config::{
 };
 use crate::diagnostics::Diagnostic;
 
+/// How long what is under way may live on after SIGTERM, where nothing is written.
+const DRAIN: Duration = Duration::from_secs(30);
+
 impl Converter<'_> {
+    /// The number of data workers, and the drain window.
+    pub(super) fn runtime(
+        &mut self,
+        written: Option<Located<raw::Runtime>>,
+    ) -> (Option<usize>, Duration) {
+        let (workers, drain) = written.map_or((None, None), |Located { value, .. }| {
+            (value.workers, value.drain)
+        });
+        let workers = workers.and_then(|workers| {
+            if (1..=64).contains(&workers.value) {
+                usize::try_from(workers.value).ok()
+            } else {
+                self.out_of_range(&workers, "write a number from 1 to 64");
+                None
+            }
+        });
+        let drain = self.parse_option(drain.as_ref(), text::duration);
+        (workers, drain.unwrap_or(DRAIN))
+    }
+
     pub(super) fn policy_directory(
         &mut self,
         written: Option<Located<raw::Policies>>,

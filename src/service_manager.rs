@@ -1,0 +1,291 @@
+//! What the agent and its service manager say to each other: sockets that it hands over when it starts
+//! the agent (sd_listen_fds(3)), and what it is told of the agent's state (sd_notify(3)).
+//!
+//! Sockets that the service manager holds outlive the agent: whoever connects while no agent accepts
+//! waits in the socket's backlog for the next one (`docs/restart.md`).
+
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use listenfd::ListenFd;
+use nix::sys::socket::{getsockopt, sockopt};
+use sd_notify::NotifyState;
+
+use crate::config::Bind;
+use crate::diagnostics::{Diagnostic, Diagnostics};
+
+/// What names the sockets in messages.
+const SOURCE: &str = "LISTEN_FDS";
+
+/// How much longer than its drain window the agent may take to end.
+const AFTER_THE_DRAIN: Duration = Duration::from_secs(10);
+
+/// A service manager that started this process, or none.
+#[derive(Debug, Default)]
+pub struct ServiceManager {
+    /// Whether it is told anything: of an agent in a process with other ends it is not.
+    is_told: bool,
+    /// Whether it handed sockets over at the start: another agent may be using them still.
+    has_handed_over: bool,
+    /// What it handed over and nobody has taken.
+    sockets: Vec<HandedOver>,
+}
+
+/// A socket that was handed over, listening.
+#[derive(Debug)]
+struct HandedOver {
+    name: String,
+    socket: ListeningSocket,
+}
+
+/// A listening socket of the standard library's.
+#[derive(Debug)]
+pub enum ListeningSocket {
+    /// TCP.
+    Tcp(TcpListener),
+    /// A Unix socket, and where its file is.
+    Unix(UnixListener, PathBuf),
+}
+
+impl ServiceManager {
+    /// The service manager that this process was started by, and the sockets that it handed over: the
+    /// descriptors from 3 on that `LISTEN_FDS` counts and `LISTEN_FDNAMES` names, where `LISTEN_PID` is
+    /// this process. To be called once, while there is no other thread.
+    ///
+    /// # Errors
+    /// `handed_over_socket_unusable` for variables that contradict each other, and for each descriptor
+    /// that is not a listening stream socket of TCP or Unix.
+    pub fn from_environment() -> Result<Self, Diagnostics> {
+        let unusable = |message: String| {
+            Diagnostic::error("handed_over_socket_unusable", SOURCE, message).next(
+                "hand over listening stream sockets only (`ListenStream=`), and a name for each",
+            )
+        };
+        let names: Vec<String> = sd_notify::listen_fds_with_names()
+            .map_err(|error| unusable(format!("the sockets handed over cannot be used: {error}")))?
+            .map(|(_, name)| name)
+            .collect();
+        let mut sockets = Vec::with_capacity(names.len());
+        let mut problems = Diagnostics::new();
+        // The variables are read by both: this one looks at fewer of them, and owns the descriptors.
+        let mut descriptors = match names.is_empty() {
+            true => ListenFd::empty(),
+            false => ListenFd::from_env(),
+        };
+        for (index, name) in names.into_iter().enumerate() {
+            match listening_socket(&mut descriptors, index) {
+                Ok(socket) => sockets.push(HandedOver { name, socket }),
+                Err(error) => problems.push(unusable(format!(
+                    "descriptor {} (`{name}`) cannot be listened on: {error}",
+                    index + 3
+                ))),
+            }
+        }
+        match problems.has_errors() {
+            true => Err(problems),
+            false => Ok(Self {
+                is_told: true,
+                has_handed_over: !sockets.is_empty(),
+                sockets,
+            }),
+        }
+    }
+
+    /// Whether it handed sockets over when it started this process, so that an agent that was started
+    /// before may be using them still.
+    pub fn has_handed_over(&self) -> bool {
+        self.has_handed_over
+    }
+
+    /// Takes the socket for the listener `name`, which is to be bound to `bind`: one that is bound there,
+    /// else one of that name, wherever it is bound.
+    ///
+    /// # Errors
+    /// `handed_over_socket_unusable` where that socket is of the other kind (TCP, Unix), or its file is gone.
+    pub fn take(&mut self, name: &str, bind: &Bind) -> Result<Option<ListeningSocket>, Diagnostic> {
+        let there = self
+            .sockets
+            .iter()
+            .position(|known| known.is_bound_to(bind));
+        let named = || self.sockets.iter().position(|known| known.name == name);
+        let Some(index) = there.or_else(named) else {
+            return Ok(None);
+        };
+        let socket = self.sockets.swap_remove(index).socket;
+        let unusable = |message: String, next: &str| {
+            Err(Diagnostic::error("handed_over_socket_unusable", SOURCE, message).next(next))
+        };
+        match (socket, bind) {
+            (ListeningSocket::Unix(socket, known), Bind::Unix(configured)) => {
+                // The agent moves the file of a socket that it binds; the kernel knows the name before.
+                match [&known, configured]
+                    .into_iter()
+                    .find(|path| is_socket(path))
+                {
+                    Some(path) => Ok(Some(ListeningSocket::Unix(socket, path.clone()))),
+                    None => unusable(
+                        format!(
+                            "the file of the socket handed over for `{name}` is gone, so that nobody can connect"
+                        ),
+                        "stop the service and start it again, which forgets the socket; keep its directory over restarts (`RuntimeDirectoryPreserve=yes`)",
+                    ),
+                }
+            }
+            (socket @ ListeningSocket::Tcp(_), Bind::Tcp(_)) => Ok(Some(socket)),
+            (ListeningSocket::Tcp(_), Bind::Unix(_)) => unusable(
+                format!(
+                    "the socket handed over for `{name}` is TCP, and `{name}` is to be at `{bind}`"
+                ),
+                "change `bind`, or the name that the service manager gives the socket",
+            ),
+            (ListeningSocket::Unix(..), Bind::Tcp(_)) => unusable(
+                format!(
+                    "the socket handed over for `{name}` is a Unix socket, and `{name}` is to be at `{bind}`"
+                ),
+                "change `bind`, or the name that the service manager gives the socket",
+            ),
+        }
+    }
+
+    /// Refuses what nobody took: callers would wait there for ever.
+    ///
+    /// # Errors
+    /// `handed_over_socket_unused` for each such socket.
+    pub fn refuse_the_rest(&self) -> Result<(), Diagnostics> {
+        let mut unused = Diagnostics::new();
+        for HandedOver { name, socket } in &self.sockets {
+            unused.push(
+                Diagnostic::error(
+                    "handed_over_socket_unused",
+                    SOURCE,
+                    format!("no listener is named `{name}` or bound to `{}`, and the service manager hands over a socket of that name and address", socket.address()),
+                )
+                .next("add a listener of that name or `bind`, or take the socket out of the socket unit; one that the agent itself had stored is forgotten when the service is stopped"),
+            );
+        }
+        match unused.has_errors() {
+            true => Err(unused),
+            false => Ok(()),
+        }
+    }
+
+    /// Has it keep a listening socket for the next agent, under `name`. Whether it does is its
+    /// configuration's (`FileDescriptorStoreMax=`). Returns whether it was asked to.
+    pub fn keep(&self, name: &str, socket: BorrowedFd<'_>) -> bool {
+        if !self.is_told || std::env::var_os("NOTIFY_SOCKET").is_none() {
+            return false;
+        }
+        // It is not to be dropped because of what happens on it.
+        let state = [
+            NotifyState::FdStore,
+            NotifyState::FdName(name),
+            NotifyState::Custom("FDPOLL=0"),
+        ];
+        let kept = sd_notify::notify_with_fds(&state, &[socket]);
+        if let Err(error) = &kept {
+            tracing::warn!(%error, listener = name, "the service manager could not be given a socket to keep");
+        }
+        kept.is_ok()
+    }
+
+    /// Has it forget what it keeps under `name`.
+    pub fn forget(&self, name: &str) {
+        self.tell(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)]);
+    }
+
+    /// Says that the agent serves, and how.
+    pub fn ready(&self, status: &str) {
+        self.tell(&[NotifyState::Ready, NotifyState::Status(status)]);
+    }
+
+    /// Says that a reload begins; [`ServiceManager::ready`] says that it has ended.
+    pub fn reloading(&self) {
+        match NotifyState::monotonic_usec_now() {
+            Ok(now) => self.tell(&[NotifyState::Reloading, now]),
+            Err(error) => tracing::warn!(%error, "the service manager was not told of a reload"),
+        }
+    }
+
+    /// Says that the agent ends, after what is under way or `drain`.
+    pub fn stopping(&self, drain: Duration) {
+        let longest = (drain + AFTER_THE_DRAIN).as_micros();
+        self.tell(&[
+            NotifyState::Stopping,
+            NotifyState::Status(&format!("draining, for {drain:?} at most")),
+            NotifyState::ExtendTimeoutUsec(u32::try_from(longest).unwrap_or(u32::MAX)),
+        ]);
+    }
+
+    fn tell(&self, state: &[NotifyState<'_>]) {
+        if self.is_told
+            && let Err(error) = sd_notify::notify(state)
+        {
+            tracing::warn!(%error, "the service manager could not be told of the agent's state");
+        }
+    }
+}
+
+impl HandedOver {
+    fn is_bound_to(&self, bind: &Bind) -> bool {
+        match (&self.socket, bind) {
+            (ListeningSocket::Tcp(socket), Bind::Tcp(address)) => {
+                socket.local_addr().is_ok_and(|there| there == *address)
+            }
+            (ListeningSocket::Unix(_, there), Bind::Unix(path)) => {
+                there == path
+                    || matches!((there.canonicalize(), path.canonicalize()), (Ok(one), Ok(other)) if one == other)
+            }
+            _ => false,
+        }
+    }
+}
+
+impl ListeningSocket {
+    fn address(&self) -> String {
+        match self {
+            Self::Tcp(socket) => socket
+                .local_addr()
+                .map_or_else(|error| error.to_string(), |address| address.to_string()),
+            Self::Unix(_, path) => format!("unix:{}", path.display()),
+        }
+    }
+}
+
+/// Takes a descriptor for what it is.
+fn listening_socket(descriptors: &mut ListenFd, index: usize) -> io::Result<ListeningSocket> {
+    let missing = || io::Error::from(io::ErrorKind::NotFound);
+    // Each attempt leaves the descriptor where it is when it is of another kind.
+    let socket = match descriptors.take_unix_listener(index) {
+        Ok(socket) => {
+            let socket = socket.ok_or_else(missing)?;
+            let path = socket.local_addr()?.as_pathname().map(Path::to_owned);
+            let path = path.ok_or_else(|| io::Error::other("it has no file"))?;
+            ListeningSocket::Unix(socket, path)
+        }
+        Err(_) => {
+            let socket = descriptors.take_tcp_listener(index)?.ok_or_else(missing)?;
+            ListeningSocket::Tcp(socket)
+        }
+    };
+    let descriptor = match &socket {
+        ListeningSocket::Tcp(socket) => socket.as_fd(),
+        ListeningSocket::Unix(socket, _) => socket.as_fd(),
+    };
+    if !getsockopt(&descriptor, sockopt::AcceptConn)? {
+        return Err(io::Error::other("it does not listen"));
+    }
+    match &socket {
+        ListeningSocket::Tcp(socket) => socket.set_nonblocking(true)?,
+        ListeningSocket::Unix(socket, _) => socket.set_nonblocking(true)?,
+    }
+    Ok(socket)
+}
+
+fn is_socket(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
+}
