@@ -232,8 +232,15 @@ impl<'a> HolderSearch<'a> {
             if process.uid() != self.socket.uid {
                 return Err(EvidenceError::AmbiguousCaller);
             }
+            if std::ptr::eq(first, process) {
+                continue;
+            }
             match first.attests_like(process) {
                 Ok(true) => {}
+                // One that is ending has lost its arguments before it loses its descriptors.
+                Ok(false) if [first, process].iter().any(|one| one.check_liveness().is_err()) => {
+                    return Err(EvidenceError::CallerGone);
+                }
                 Ok(false) => return Err(EvidenceError::AmbiguousCaller),
                 Err(error) if process::gone(&error) => return Err(EvidenceError::CallerGone),
                 Err(error) => return Err(error.into()),
