@@ -4,6 +4,7 @@
 mod attackers;
 mod cgroup_directory;
 mod executable;
+mod holders;
 mod kernel;
 mod process;
 mod socket_diagnostics;
@@ -28,7 +29,6 @@ pub(crate) use socket_diagnostics::read_answer;
 use crate::evidence::EvidenceError;
 use crate::observers;
 use crate::workload::AttestationEnded;
-use socket_diagnostics::TcpSocket;
 
 /// The process or processes at the other end of a connection, and how they were found.
 #[derive(Debug)]
@@ -114,7 +114,7 @@ impl Peer {
             .into());
         }
         let socket = socket_diagnostics::find_tcp(peer, local)?.ok_or(EvidenceError::CallerGone)?;
-        let processes = holders_of(&socket);
+        let processes = holders::of_socket(&socket);
         // Asked again: between the two answers the socket was this one, so that what was read of
         // `/proc` in between belongs to it. Before an error counts, too: of a caller that has just
         // gone there may be something left that cannot be read.
@@ -164,102 +164,4 @@ fn check_each(processes: &[Arc<Process>]) -> Result<(), AttestationEnded> {
         }
     }
     outcome
-}
-
-/// Every process that holds the socket: first looked for where the socket was made, then everywhere.
-fn holders_of(socket: &TcpSocket) -> Result<Vec<Process>, EvidenceError> {
-    let mut search = HolderSearch::new(socket);
-    if let Some(cgroup_id) = socket.cgroup_id
-        && let Ok(pids) = cgroup_directory::processes(cgroup_id)
-    {
-        search.look_in(pids)?;
-    }
-    if search.found.is_empty() {
-        search.look_in(every_pid()?)?;
-    }
-    search.finish()
-}
-
-struct HolderSearch<'a> {
-    socket: &'a TcpSocket,
-    found: Vec<Process>,
-    forbidden: Option<io::Error>,
-}
-
-impl<'a> HolderSearch<'a> {
-    fn new(socket: &'a TcpSocket) -> Self {
-        Self {
-            socket,
-            found: Vec::new(),
-            forbidden: None,
-        }
-    }
-
-    fn look_in(&mut self, pids: impl IntoIterator<Item = u32>) -> Result<(), EvidenceError> {
-        for pid in pids {
-            match self.look_at(pid) {
-                Ok(()) => {}
-                Err(error) if process::gone(&error) => {}
-                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                    self.forbidden = Some(error);
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
-    }
-
-    fn look_at(&mut self, pid: u32) -> io::Result<()> {
-        let Some(directory) = process::open_directory(pid)? else {
-            return Ok(());
-        };
-        if process::directory_holds_socket(&directory, self.socket.inode)?
-            && let Some(process) = Process::of_directory(pid, directory)?
-        {
-            self.found.push(process);
-        }
-        Ok(())
-    }
-
-    fn finish(self) -> Result<Vec<Process>, EvidenceError> {
-        let Some(first) = self.found.first() else {
-            return Err(match self.forbidden {
-                Some(error) => error.into(),
-                None => EvidenceError::CallerGone,
-            });
-        };
-        for process in &self.found {
-            if process.uid() != self.socket.uid {
-                return Err(EvidenceError::AmbiguousCaller);
-            }
-            if std::ptr::eq(first, process) {
-                continue;
-            }
-            match first.attests_like(process) {
-                Ok(true) => {}
-                // One that is ending has lost its arguments before it loses its descriptors.
-                Ok(false) if [first, process].iter().any(|one| one.check_liveness().is_err()) => {
-                    return Err(EvidenceError::CallerGone);
-                }
-                Ok(false) => return Err(EvidenceError::AmbiguousCaller),
-                Err(error) if process::gone(&error) => return Err(EvidenceError::CallerGone),
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(self.found)
-    }
-}
-
-fn every_pid() -> io::Result<Vec<u32>> {
-    let mut pids = Vec::new();
-    for entry in std::fs::read_dir("/proc")? {
-        if let Some(pid) = entry?
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse().ok())
-        {
-            pids.push(pid);
-        }
-    }
-    Ok(pids)
 }

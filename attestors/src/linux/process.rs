@@ -1,10 +1,10 @@
 //! One live process: a pidfd, its open `/proc` directory, and what was read through it.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
@@ -234,7 +234,18 @@ impl Process {
 
     /// True when one of the process's descriptors is the socket with `inode`.
     pub(super) fn holds_socket(&self, inode: u32) -> io::Result<bool> {
-        directory_holds_socket(&self.directory, inode)
+        let mut holds = false;
+        each_socket(&self.directory, |_, found| {
+            holds |= found == inode;
+            Ok(())
+        })?;
+        Ok(holds)
+    }
+
+    /// True when this descriptor of the process is the socket with `inode`.
+    pub(super) fn has_socket_at(&self, descriptor: &OsStr, inode: u32) -> bool {
+        readlinkat(&self.directory, &Path::new("fd").join(descriptor))
+            .is_ok_and(|target| socket_inode(&target) == Some(inode))
     }
 
     fn namespace(&self, link: &std::ffi::CStr) -> io::Result<u64> {
@@ -252,20 +263,33 @@ pub(super) fn open_directory(pid: u32) -> io::Result<Option<OwnedFd>> {
     }
 }
 
-/// True when a descriptor in the `/proc` directory of a process is the socket with `inode`.
-pub(super) fn directory_holds_socket(directory: &OwnedFd, inode: u32) -> io::Result<bool> {
-    let wanted = format!("socket:[{inode}]");
+/// Calls `take` with every descriptor in the `/proc` directory of a process that is a socket: its name
+/// and its inode.
+pub(super) fn each_socket(
+    directory: &OwnedFd,
+    mut take: impl FnMut(&OsStr, u32) -> io::Result<()>,
+) -> io::Result<()> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let descriptors = openat(directory, c"fd", flags, Mode::empty())?;
     for entry in std::fs::read_dir(format!("/proc/self/fd/{}", descriptors.as_raw_fd()))? {
+        let name = entry?.file_name();
         // A descriptor may be closed while we look.
-        if let Ok(target) = readlinkat(&descriptors, entry?.file_name().as_os_str())
-            && target.as_bytes() == wanted.as_bytes()
+        if let Ok(target) = readlinkat(&descriptors, name.as_os_str())
+            && let Some(inode) = socket_inode(&target)
         {
-            return Ok(true);
+            take(&name, inode)?;
         }
     }
-    Ok(false)
+    Ok(())
+}
+
+/// The inode in what a socket's descriptor links to: `socket:[INODE]` (proc_pid_fd(5)).
+fn socket_inode(target: &OsStr) -> Option<u32> {
+    let inode = target
+        .to_str()?
+        .strip_prefix("socket:[")?
+        .strip_suffix(']')?;
+    inode.parse().ok()
 }
 
 /// True when the error says that the process is no more.

@@ -10,6 +10,7 @@
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Barrier;
 
 use crate::evidence::PeerEvidence;
 
@@ -71,4 +72,31 @@ fn a_closed_connection_has_no_caller() {
     drop(client);
     let gone = PeerEvidence::of_loopback_tcp(local, peer).unwrap_err();
     assert_eq!(gone.code(), "caller_gone");
+}
+
+#[test]
+fn callers_who_come_at_once_each_learn_of_their_own_socket() {
+    const CALLERS: usize = 64;
+    let connections: Vec<_> = (0..CALLERS)
+        .map(|_| connection("127.0.0.1", None))
+        .collect();
+    let together = Barrier::new(CALLERS);
+    std::thread::scope(|scope| {
+        for (number, (client, _accepted, local, peer)) in connections.into_iter().enumerate() {
+            let together = &together;
+            scope.spawn(move || {
+                let client = (number % 4 != 0).then_some(client);
+                together.wait();
+                for _ in 0..10 {
+                    match (&client, PeerEvidence::of_loopback_tcp(local, peer)) {
+                        (Some(_), Ok(evidence)) => {
+                            assert_eq!(evidence.process().unwrap().pid(), std::process::id());
+                        }
+                        (None, Err(error)) => assert_eq!(error.code(), "caller_gone"),
+                        (open, other) => panic!("{open:?}: {other:?}"),
+                    }
+                }
+            });
+        }
+    });
 }

@@ -1,0 +1,229 @@
+//! From a caller's TCP socket to the processes that hold it.
+//!
+//! Which process holds a socket is written nowhere: the descriptors of every process that may be it are
+//! read. Callers who come at once share that. One of them reads for all who waited when it began, each
+//! place (a cgroup, or the whole machine) for itself, so that many descriptors in one hold up no other.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+
+use super::cgroup_directory;
+use super::process::{self, Process};
+use super::socket_diagnostics::TcpSocket;
+use crate::evidence::EvidenceError;
+
+/// The cgroup whose processes are looked at; `None` for all that there are.
+type Place = Option<u64>;
+
+/// A process that held a socket when its descriptors were read.
+struct Holder {
+    pid: u32,
+    /// `/proc/PID`.
+    directory: OwnedFd,
+    /// The descriptor's name in `/proc/PID/fd`.
+    descriptor: OsString,
+}
+
+impl Holder {
+    /// The process, if it holds the socket still: what is read of it now would not be the caller's else.
+    fn process(self, socket: &TcpSocket) -> io::Result<Option<Process>> {
+        let Some(process) = Process::of_directory(self.pid, self.directory)? else {
+            return Ok(None);
+        };
+        let holds = match process.has_socket_at(&self.descriptor, socket.inode) {
+            true => Ok(true),
+            false => process.holds_socket(socket.inode),
+        };
+        match holds {
+            Ok(holds) => Ok(holds.then_some(process)),
+            Err(error) if process::gone(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Sockets that are looked for, by place. There is an entry while somebody reads there.
+static SEARCHES: LazyLock<Mutex<HashMap<Place, Vec<Wanted>>>> = LazyLock::new(Mutex::default);
+
+/// A socket that somebody waits to hear of.
+struct Wanted {
+    inode: u32,
+    waiting: Sender<Turn>,
+}
+
+/// What who waits is told.
+enum Turn {
+    Found(io::Result<Vec<Holder>>),
+    /// To read next, for all who wait now.
+    Read,
+}
+
+/// Every process that holds the socket, where all attest alike: first looked for where the socket was
+/// made, then everywhere.
+pub(super) fn of_socket(socket: &TcpSocket) -> Result<Vec<Process>, EvidenceError> {
+    let mut holders = Vec::new();
+    if socket.cgroup_id.is_some() {
+        // What could not be read there is met again.
+        holders = find(socket.cgroup_id, socket.inode).unwrap_or_default();
+    }
+    if holders.is_empty() {
+        holders = find(None, socket.inode)?;
+    }
+    let mut processes = Vec::with_capacity(holders.len());
+    for holder in holders {
+        processes.extend(holder.process(socket)?);
+    }
+    one_workload(processes, socket)
+}
+
+/// Refuses processes that are not all the same workload as the socket's maker.
+fn one_workload(
+    processes: Vec<Process>,
+    socket: &TcpSocket,
+) -> Result<Vec<Process>, EvidenceError> {
+    let (first, others) = processes.split_first().ok_or(EvidenceError::CallerGone)?;
+    if processes.iter().any(|process| process.uid() != socket.uid) {
+        return Err(EvidenceError::AmbiguousCaller);
+    }
+    for other in others {
+        match first.attests_like(other) {
+            Ok(true) => {}
+            // One that is ending has lost its arguments before it loses its descriptors.
+            Ok(false) if first.check_liveness().is_err() || other.check_liveness().is_err() => {
+                return Err(EvidenceError::CallerGone);
+            }
+            Ok(false) => return Err(EvidenceError::AmbiguousCaller),
+            Err(error) if process::gone(&error) => return Err(EvidenceError::CallerGone),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(processes)
+}
+
+/// The processes of a place that hold a socket.
+///
+/// # Errors
+/// Where none is found, and the descriptors of one could not be read.
+fn find(place: Place, inode: u32) -> io::Result<Vec<Holder>> {
+    let (reads, turn) = wait(place, inode);
+    if !reads && let Ok(Turn::Found(found)) = turn.recv() {
+        return found;
+    }
+    let reading = Reading(place);
+    let batch = searches().get_mut(&place).map(std::mem::take);
+    read(place, batch.unwrap_or_default());
+    drop(reading);
+    match turn.recv() {
+        Ok(Turn::Found(found)) => found,
+        Ok(Turn::Read) | Err(_) => Err(io::Error::other("the search was given up")),
+    }
+}
+
+/// Joins those who wait at a place. Also says whether nobody reads there yet.
+fn wait(place: Place, inode: u32) -> (bool, Receiver<Turn>) {
+    let (waiting, turn) = channel();
+    let mut searches = searches();
+    let reads = !searches.contains_key(&place);
+    searches
+        .entry(place)
+        .or_default()
+        .push(Wanted { inode, waiting });
+    (reads, turn)
+}
+
+/// The right to read at a place. Dropped, it is handed to one who waits there.
+struct Reading(Place);
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        let mut searches = searches();
+        let next = searches.get(&self.0).and_then(|waiting| waiting.first());
+        let handed_on = next.is_some_and(|next| next.waiting.send(Turn::Read).is_ok());
+        if !handed_on {
+            searches.remove(&self.0);
+        }
+    }
+}
+
+fn searches() -> MutexGuard<'static, HashMap<Place, Vec<Wanted>>> {
+    SEARCHES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Reads the descriptors of every process of a place, and tells each who waits what it waits for.
+fn read(place: Place, batch: Vec<Wanted>) {
+    let mut holders: HashMap<u32, Vec<Holder>> = batch
+        .iter()
+        .map(|wanted| (wanted.inode, Vec::new()))
+        .collect();
+    let unread = read_all(place, &mut holders).err();
+    for Wanted { inode, waiting } in batch {
+        let found = holders.remove(&inode).unwrap_or_default();
+        let outcome = match &unread {
+            // Another user's descriptors may be hidden from an agent without privileges.
+            Some(error) if error.kind() != io::ErrorKind::PermissionDenied || found.is_empty() => {
+                Err(copy_of(error))
+            }
+            _ => Ok(found),
+        };
+        // Who waits does not give up.
+        let _ = waiting.send(Turn::Found(outcome));
+    }
+}
+
+/// Adds to each socket the processes of a place that hold it. Of what could not be read the worst error
+/// is returned, after everything else was.
+fn read_all(place: Place, holders: &mut HashMap<u32, Vec<Holder>>) -> io::Result<()> {
+    let mut outcome = Ok(());
+    for pid in pids_in(place)? {
+        match read_one(pid, holders) {
+            Ok(()) => {}
+            Err(error) if process::gone(&error) => {}
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                outcome = outcome.and(Err(error));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    outcome
+}
+
+fn read_one(pid: u32, holders: &mut HashMap<u32, Vec<Holder>>) -> io::Result<()> {
+    let Some(directory) = process::open_directory(pid)? else {
+        return Ok(());
+    };
+    process::each_socket(&directory, |descriptor, inode| {
+        if let Some(holders) = holders.get_mut(&inode)
+            && holders.last().is_none_or(|last| last.pid != pid)
+        {
+            holders.push(Holder {
+                pid,
+                directory: directory.try_clone()?,
+                descriptor: descriptor.to_owned(),
+            });
+        }
+        Ok(())
+    })
+}
+
+fn pids_in(place: Place) -> io::Result<Vec<u32>> {
+    if let Some(cgroup_id) = place {
+        return cgroup_directory::processes(cgroup_id);
+    }
+    let mut pids = Vec::new();
+    for entry in std::fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        pids.extend(name.to_str().and_then(|name| name.parse::<u32>().ok()));
+    }
+    Ok(pids)
+}
+
+fn copy_of(error: &io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(code) => io::Error::from_raw_os_error(code),
+        None => error.kind().into(),
+    }
+}
