@@ -228,7 +228,7 @@ pub fn strip_credentials(fields: &mut HeaderMap, destination: &Destination) {
     }
 }
 
-const CONNECTION_HEADERS: [HeaderName; 9] = [
+static CONNECTION_HEADERS: [HeaderName; 9] = [
     CONNECTION,
     TE,
     TRANSFER_ENCODING,

@@ -111,6 +111,8 @@ fn unique(now: SystemTime) -> Uuid {
     })
 }
 
+static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+
 /// The caller's trace context (W3C Trace Context, section 3.2: `traceparent`). The agent passes the
 /// header on as it came, being no participant of the trace, and records the trace id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,7 +126,7 @@ impl TraceContext {
     /// Reads `traceparent`. `None` when it is absent, repeated, or not valid; such a header means
     /// that there is no trace (section 3.2.2).
     pub fn from_headers(headers: &HeaderMap) -> Option<Self> {
-        let mut values = headers.get_all("traceparent").iter();
+        let mut values = headers.get_all(&TRACEPARENT).iter();
         let value = values.next()?;
         if values.next().is_some() {
             return None;
