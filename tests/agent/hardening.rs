@@ -2,25 +2,22 @@
 //! threads, what another process of its user gets of it, and what it can no longer open.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
-use std::sync::OnceLock;
+use std::process::Stdio;
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Gid, Pid, Uid, chown};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
-use tokio::process::{Child, Command};
+use tokio::process::Command;
 
+use crate::support::agent::Agent;
 use crate::support::counts::reached;
-use crate::support::curl::{Answer, curl, curl_as};
-use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World, assert_issued};
-use crate::support::{NOBODY, eventually, has_program, is_root, puppet, unprivileged};
+use crate::support::curl::{curl, curl_as};
+use crate::support::world::{DESTINATIONS, POLICIES};
+use crate::support::{NOBODY, eventually, has_program, is_root, unprivileged};
 
 const ORDERS: &str = "https://orders.example.test/v1/orders";
 const BILLING: &str = "http://plain.example.test/v1/orders";
@@ -90,169 +87,22 @@ print(json.dumps({"refused": refused, "found": found, "read": read}))
 const HOLDER: &str =
     "import sys, time\nheld = sys.stdin.readline()\nprint(flush=True)\ntime.sleep(600)";
 
-/// `countersign run` in a world of its own.
-struct Agent {
-    world: World,
-    uid: Option<u32>,
-    address: String,
-    process: Child,
-    working_directory: TempDir,
-}
-
-impl Agent {
-    async fn start(uid: Option<u32>, extra: &str, policies: &str) -> Self {
-        let world = World::servers().await;
-        world.write(
-            "countersign.yaml",
-            &world.fill(&format!("{COMMON}{ADMIN}{extra}")),
-        );
-        world.write_policies(policies);
-        let working_directory = tempfile::tempdir().unwrap();
-        if let Some(uid) = uid {
-            give(world.directory.path(), uid);
-            give(working_directory.path(), uid);
-        }
-        let process = launch(
-            &world.path("countersign.yaml"),
-            uid,
-            working_directory.path(),
-        );
-        let mut agent = Self {
-            world,
-            uid,
-            address: String::new(),
-            process,
-            working_directory,
-        };
-        agent.until_it_listens().await;
-        agent
-    }
-
-    async fn until_it_listens(&mut self) {
-        let log = self.working_directory.path().join("log");
-        self.address = eventually(Duration::from_secs(30), || async {
-            let logged = std::fs::read_to_string(&log).unwrap_or_default();
-            assert!(!logged.starts_with("error"), "{logged}");
-            let answer = self.admin("GET", "/v1/status").await;
-            let status: Value = serde_json::from_str(&answer.body).ok()?;
-            let listeners = status["listeners"].as_array()?;
-            let proxy = listeners.iter().find(|known| known["name"] == "proxy")?;
-            Some(proxy["bind"].as_str()?.to_owned())
-        })
-        .await;
-        assert_eq!(self.process.try_wait().unwrap(), None, "the agent ended");
-    }
-
-    async fn restart(&mut self) {
-        self.end(Signal::SIGTERM).await;
-        let configuration = self.world.path("countersign.yaml");
-        self.process = launch(&configuration, self.uid, self.working_directory.path());
-        self.until_it_listens().await;
-    }
-
-    async fn end(&mut self, signal: Signal) -> ExitStatus {
-        kill(Pid::from_raw(self.pid().try_into().unwrap()), signal).unwrap();
-        let ended = tokio::time::timeout(Duration::from_secs(30), self.process.wait()).await;
-        ended.expect("the agent ends").unwrap()
-    }
-
-    fn pid(&self) -> u32 {
-        self.process.id().unwrap()
-    }
-
-    async fn curl(&self, uid: Option<u32>, url: &str) -> Answer {
-        let (proxy, root) = (
-            format!("http://{}", self.address),
-            self.world.path("ca.pem"),
-        );
-        curl_as(
-            uid,
-            &["--proxy", &proxy, "--cacert", root.to_str().unwrap(), url],
-        )
-        .await
-    }
-
-    /// A request that succeeds, and the token that the origin got.
-    async fn good(&self, uid: Option<u32>) -> String {
-        let before = self.world.api.seen().len();
-        self.curl(uid, ORDERS).await.expect(200);
-        let seen = self.world.api.seen();
-        assert_eq!(seen.len(), before + 1);
-        let seen = seen.last().unwrap();
-        assert_issued(&self.world, seen);
-        let header = seen.headers["authorization"].to_str().unwrap();
-        header.strip_prefix("Bearer ").unwrap().to_owned()
-    }
-
-    async fn admin(&self, method: &str, path: &str) -> Answer {
-        let (socket, url) = (self.world.path("admin.sock"), format!("http://agent{path}"));
-        curl(&[
-            "--unix-socket",
-            socket.to_str().unwrap(),
-            "-X",
-            method,
-            &url,
-        ])
-        .await
-    }
-
-    /// A configuration that names what the agent may not use since its start: the one that is in force
-    /// stays in force.
-    async fn refuses(&self, named: &Path) {
-        let answer = self.admin("POST", "/v1/reload").await.expect(422);
-        let first = &answer.json()["diagnostics"][0];
-        assert_eq!(first["code"], "restart_needed", "{answer:#?}");
-        let named = named.display().to_string();
-        assert!(
-            first["message"].as_str().unwrap().contains(&named),
-            "{first}"
-        );
-        assert!(
-            first["next"].as_str().unwrap().contains("restart"),
-            "{first}"
-        );
-        self.good(None).await;
-    }
-}
-
-fn program() -> &'static Path {
-    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(|| puppet::reachable(env!("CARGO_BIN_EXE_countersign").into(), "agent"))
-}
-
-/// Runs the program where a core file could be written, with the right to write one.
-fn launch(configuration: &Path, uid: Option<u32>, working_directory: &Path) -> Child {
-    let mut command = Command::new("sh");
-    command
-        .args(["-c", "ulimit -c unlimited; exec \"$0\" run --config \"$1\""])
-        .arg(program())
-        .arg(configuration)
-        .current_dir(working_directory)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(log(working_directory))
-        .kill_on_drop(true);
-    if let Some(uid) = uid {
-        command.uid(uid).gid(uid);
-    }
-    command.spawn().unwrap()
-}
-
-fn log(working_directory: &Path) -> File {
-    let path = working_directory.join("log");
-    File::options()
-        .create(true)
-        .append(true)
-        .open(path)
-        .unwrap()
-}
-
-/// Gives a directory and all in it to a user.
-fn give(path: &Path, uid: u32) {
-    chown(path, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid))).unwrap();
-    for entry in std::fs::read_dir(path).into_iter().flatten() {
-        give(&entry.unwrap().path(), uid);
-    }
+/// A configuration that names what the agent may not use since its start: the one that is in force
+/// stays in force.
+async fn refuses(agent: &Agent, named: &Path) {
+    let answer = agent.admin("POST", "/v1/reload").await.expect(422);
+    let first = &answer.json()["diagnostics"][0];
+    assert_eq!(first["code"], "restart_needed", "{answer:#?}");
+    let named = named.display().to_string();
+    assert!(
+        first["message"].as_str().unwrap().contains(&named),
+        "{first}"
+    );
+    assert!(
+        first["next"].as_str().unwrap().contains("restart"),
+        "{first}"
+    );
+    agent.good(None).await;
 }
 
 /// What a user's process gets of another process.
@@ -279,8 +129,6 @@ fn python(program: &str, uid: Option<u32>) -> Command {
     }
     command
 }
-
-const ADMIN: &str = "admin: {socket: admin.sock}\n";
 
 #[tokio::test]
 async fn t13_another_process_of_the_user_gets_nothing_of_the_agents_memory() {
@@ -526,7 +374,7 @@ async fn a_confined_agent_opens_and_writes_nothing_that_its_start_did_not_name()
     let answer = agent.curl(None, BILLING).await;
     assert_eq!(answer.code(), "client_key_unavailable", "{answer:#?}");
     assert!(agent.world.plain_api.seen().is_empty());
-    agent.refuses(&key).await;
+    refuses(&agent, &key).await;
     // The file itself is the agent's to read again.
     std::fs::remove_file(&key).unwrap();
     std::fs::rename(&aside, &key).unwrap();
@@ -554,7 +402,7 @@ async fn a_confined_agent_opens_and_writes_nothing_that_its_start_did_not_name()
         ),
     ] {
         std::fs::write(&path, good.replace(from, &to)).unwrap();
-        agent.refuses(named).await;
+        refuses(&agent, named).await;
     }
     assert!(!audit.exists());
     std::fs::write(&path, &good).unwrap();

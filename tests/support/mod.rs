@@ -12,6 +12,7 @@
     reason = "a test fails by panicking, and no binary uses every part of the harness"
 )]
 
+pub mod agent;
 pub mod client;
 pub mod counts;
 pub mod curl;
