@@ -32,13 +32,13 @@ when { principal has systemd.user_unit && principal has systemd.user_unit_uid &&
 "#;
 
 /// Directories made below the cgroup-v2 file system; removed with the test.
-struct Cgroups {
-    mount: PathBuf,
+pub(crate) struct Cgroups {
+    pub(crate) mount: PathBuf,
     made: Vec<PathBuf>,
 }
 
 impl Cgroups {
-    fn find() -> Option<Self> {
+    pub(crate) fn find() -> Option<Self> {
         let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
         let mount = table.lines().find(|line| line.contains(" - cgroup2 "))?;
         let mount = PathBuf::from(mount.split(' ').nth(4)?);
@@ -48,7 +48,7 @@ impl Cgroups {
         })
     }
 
-    fn make(&mut self, below: &Path, name: &str) -> PathBuf {
+    pub(crate) fn make(&mut self, below: &Path, name: &str) -> PathBuf {
         let mut directory = below.to_owned();
         for component in Path::new(name) {
             directory.push(component);

@@ -28,7 +28,7 @@ const ATTEMPTS: &[&str] = &[
 ];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_callers_own_credentials_never_arrive() {
+async fn t11_the_callers_own_credentials_never_arrive() {
     let mut world = World::servers().await;
     let origin = Origin::start(None, |_| {
         vec!["HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok".to_owned()]

@@ -38,6 +38,7 @@ mod report_only;
 mod restarts;
 mod revocations;
 mod streams;
+mod threats;
 mod token_answers;
 mod traces;
 mod tunnels;

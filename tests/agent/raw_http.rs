@@ -5,8 +5,9 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::support::counts::reached;
+use crate::support::origin::Origin;
 use crate::support::puppet::Puppet;
-use crate::support::raw::read_response;
+use crate::support::raw::{exchange, read_response};
 use crate::support::strict_origin::StrictOrigin;
 use crate::support::world::{COMMON, DESTINATIONS, World};
 
@@ -18,6 +19,7 @@ const GOOD: &str = "GET http://raw.example.test/good HTTP/1.1\r\nHost: raw.examp
 const ORIGINS: &str = r#"
   - {name: raw, hosts: [raw.example.test], scheme: http, credentials: [{name: orders-api}], connect_to: "{raw}"}
   - {name: narrow, hosts: [narrow.example.test], scheme: http, paths: ["/v1/**"], credentials: [{name: orders-api}], connect_to: "{raw}"}
+  - {name: apart, hosts: [apart.example.test], scheme: http, credentials: [{name: orders-api}], connect_to: "{apart}"}
 "#;
 
 const POLICIES: &str = r#"
@@ -157,12 +159,41 @@ fn seen_of(input: &str, origin: &StrictOrigin) -> String {
     }
 }
 
+async fn answering() -> Origin {
+    Origin::start(None, |_| {
+        vec!["HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok".to_owned()]
+    })
+    .await
+}
+
+/// Were one of the destinations to read a request differently all the same, what is behind it would be its
+/// sender's own: as many connections as identities, each used again.
+async fn identities_share_no_connection(world: &World, apart: &Origin) {
+    const APART: &str = "GET http://apart.example.test/ HTTP/1.1\r\nHost: apart.example.test\r\n";
+    let puppet = Puppet::start(&world.target("proxy"), None).await;
+    let jobs = ["orders", "bills"].map(|subject| {
+        let lifetime = Duration::from_secs(300);
+        let claims = serde_json::json!({});
+        let token = world.issuer.mint(subject, "countersign", lifetime, &claims);
+        format!("Proxy-Authorization: Bearer {}\r\n", token.unwrap())
+    });
+    let mut io = puppet.connect().await;
+    for presented in ["", &jobs[0], &jobs[1], "", &jobs[0], &jobs[1]] {
+        let request = format!("{APART}{presented}\r\n");
+        exchange(&mut io, &request).await.expect(200);
+    }
+    assert_eq!(apart.heads().len(), 6);
+    assert_eq!(apart.connections(), 3);
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn raw_requests_are_answered_and_seen_as_the_corpus_says() {
+async fn t10_raw_requests_are_answered_and_seen_as_the_corpus_says() {
     let mut world = World::servers().await;
     let origin = StrictOrigin::default();
     let address = origin.start_http1().await;
     world.origins.push(("raw".to_owned(), address));
+    let apart = answering().await;
+    world.origins.push(("apart".to_owned(), apart.address));
     world
         .start_agent(&format!("{COMMON}{DESTINATIONS}{ORIGINS}"), POLICIES)
         .await;
@@ -178,6 +209,7 @@ async fn raw_requests_are_answered_and_seen_as_the_corpus_says() {
         }
     }
     assert_eq!(statuses(&puppet, "{good}").await, "200");
+    identities_share_no_connection(&world, &apart).await;
     assert!(wrong.is_empty(), "found instead:\n{}", wrong.join("\n"));
     world.good().await;
     reached("raw_http1", cases.len());

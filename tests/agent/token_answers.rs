@@ -164,7 +164,7 @@ async fn ask(puppet: &Puppet, origin: &Origin, index: usize, case: &Case) -> Opt
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_api_sees_good_tokens_or_nothing_whatever_a_token_endpoint_answers() {
+async fn t23_an_api_sees_good_tokens_or_nothing_whatever_a_token_endpoint_answers() {
     const AT_ONCE: usize = 16;
     let cases: Vec<Case> = serde_saphyr::from_str(CORPUS).unwrap();
     let mut world = World::servers().await;

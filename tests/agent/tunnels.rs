@@ -25,7 +25,7 @@ const SNIFF: Duration = Duration::from_secs(5);
 const GET: &str = "GET /v1/orders HTTP/1.1\r\nHost: orders.example.test\r\n\r\n";
 
 /// TLS for `name` inside a tunnel to orders.example.test.
-async fn tls_for(
+pub(crate) async fn tls_for(
     world: &World,
     caller: &Puppet,
     name: &str,
