@@ -24,7 +24,7 @@ pub use process::Process;
 #[cfg(feature = "test-support")]
 pub(crate) use process::parse_status;
 #[cfg(feature = "test-support")]
-pub(crate) use socket_diagnostics::read_answer;
+pub(crate) use socket_diagnostics::{TcpSocket, find_tcp, read_answer};
 
 use crate::evidence::EvidenceError;
 use crate::observers;

@@ -1,0 +1,170 @@
+//! What a work has at hand, and the order of a run.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use crate::caller::{Form, Report as Served};
+use crate::load::Load;
+use crate::measure::{Rounds, Sample};
+use crate::origin::Origin;
+use crate::peers::{AddedFile, Peer, Proxy, Surroundings};
+use crate::report::Report;
+use crate::{Fallible, LOAD_CORE, pin, works};
+
+/// The seconds of a round; for trying a work out, not for figures.
+const ROUND: &str = "COUNTERSIGN_BENCH_ROUND";
+
+/// What a work has at hand.
+pub struct Bench {
+    agent: PathBuf,
+    pub directory: PathBuf,
+    pub origin: Origin,
+    pub load: Load,
+    pub report: Report,
+    /// How long a round is.
+    pub round: Duration,
+}
+
+/// Runs the named works, or all, and prints what came of it.
+pub fn run(agent: &Path, arguments: &[&str]) -> Fallible<ExitCode> {
+    let (write, names) = match arguments {
+        ["--write", names @ ..] => (true, names),
+        names => (false, names),
+    };
+    let works = works::named(names)?;
+    if write && !names.is_empty() {
+        return Err("the page holds the tables of all works: --write goes without names".into());
+    }
+    pin(LOAD_CORE)?;
+    let directory = std::env::temp_dir().join(format!("countersign-bench-{}", std::process::id()));
+    std::fs::create_dir(&directory)?;
+    let outcome = measure(agent, &directory, &works);
+    std::fs::remove_dir_all(&directory)?;
+    let report = outcome?;
+    print!("{}", report.markdown());
+    println!("\n{}", report.json());
+    if write {
+        report.write(Path::new("docs/performance.md"))?;
+    }
+    Ok(match report.is_met() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
+fn measure(agent: &Path, directory: &Path, works: &[works::Work]) -> Fallible<Report> {
+    let round = match std::env::var(ROUND) {
+        Ok(seconds) => Duration::from_secs_f64(seconds.parse()?),
+        Err(_) => Duration::from_secs(3),
+    };
+    let mut bench = Bench {
+        agent: agent.to_owned(),
+        directory: directory.to_owned(),
+        origin: Origin::start(directory)?,
+        load: Load::start(directory)?,
+        report: Report::default(),
+        round,
+    };
+    for work in works {
+        let began = Instant::now();
+        (work.run)(&mut bench).map_err(|error| format!("{}: {error}", work.name))?;
+        eprintln!("{}: {:.0?}", work.name, began.elapsed());
+    }
+    Ok(bench.report)
+}
+
+impl Bench {
+    /// Starts a proxy, without waiting for it.
+    pub fn launch(&self, proxy: Proxy, added: &[AddedFile]) -> Fallible<Peer> {
+        let surroundings = Surroundings {
+            agent: &self.agent,
+            directory: &self.directory,
+            origin: &self.origin,
+        };
+        Peer::start(proxy, &surroundings, added)
+    }
+
+    /// Starts a proxy and waits until it answers a request of this form with 200.
+    pub fn start(&mut self, proxy: Proxy, form: Form) -> Fallible<Peer> {
+        self.start_with(proxy, form, &[])
+    }
+
+    pub fn start_with(&mut self, proxy: Proxy, form: Form, added: &[AddedFile]) -> Fallible<Peer> {
+        let mut peer = self.launch(proxy, added)?;
+        peer.wait_until_ready(&mut self.load, form)?;
+        Ok(peer)
+    }
+
+    pub fn start_all(&mut self, proxies: &[Proxy], form: Form) -> Fallible<Vec<Peer>> {
+        proxies
+            .iter()
+            .map(|proxy| self.start(*proxy, form))
+            .collect()
+    }
+
+    /// Has proxies take turns at a work, so that the machine's noise meets all alike. A first round is
+    /// to warm up and does not count.
+    pub fn take_turns(
+        &mut self,
+        peers: &mut [Peer],
+        rounds: usize,
+        mut work: impl FnMut(&mut Self, &mut Peer) -> Fallible<Sample>,
+    ) -> Fallible<Rounds> {
+        let mut measured = Rounds::default();
+        for round in 0..=rounds {
+            for peer in peers.iter_mut() {
+                let sample = work(self, peer)?;
+                if round > 0 {
+                    measured.add(peer.proxy, sample);
+                }
+            }
+        }
+        Ok(measured)
+    }
+
+    /// One round of requests over so many connections, each when the one before it was answered.
+    pub fn repeat(&mut self, peer: &mut Peer, form: Form, connections: usize) -> Fallible<Sample> {
+        let route = peer.route(form)?;
+        let opened = self.load.open(&route, connections)?;
+        self.all_served(peer, opened)?;
+        let length = self.round;
+        let sample = self.sample(peer, |load| load.repeat(length))?;
+        self.load.close()?;
+        Ok(sample)
+    }
+
+    /// Measures `peer` while `work` asks it; what it served counts as its.
+    pub fn sample(
+        &mut self,
+        peer: &mut Peer,
+        work: impl FnOnce(&mut Load) -> Fallible<Served>,
+    ) -> Fallible<Sample> {
+        let (began, before) = (Instant::now(), peer.cpu()?);
+        let report = work(&mut self.load)?;
+        let cpu = peer.cpu()?.saturating_sub(before);
+        let wall = began.elapsed();
+        let report = self.all_served(peer, report)?;
+        Ok(Sample { report, cpu, wall })
+    }
+
+    /// Takes what was served as served by `peer`; nothing may have failed.
+    pub fn all_served(&mut self, peer: &mut Peer, report: Served) -> Fallible<Served> {
+        peer.served += self.load.take_served();
+        match &report.failure {
+            None => Ok(report),
+            Some(failure) => Err(format!(
+                "{}: {} of {} requests failed: {failure}",
+                peer.proxy.name(),
+                report.failed,
+                report.failed + report.served
+            )
+            .into()),
+        }
+    }
+
+    /// Ends proxies in good order.
+    pub fn end(&self, peers: Vec<Peer>) -> Fallible<()> {
+        peers.into_iter().try_for_each(Peer::end)
+    }
+}
