@@ -1,5 +1,5 @@
-//! The readers of what the kernel writes, for fuzzing from outside of this crate: bytes in, plain values
-//! out.
+//! The readers of what the kernel writes, for fuzzing and measuring from outside of this crate: plain
+//! values out.
 
 use std::io;
 use std::net::SocketAddr;
@@ -70,9 +70,24 @@ pub fn socket_answer(
     listener: SocketAddr,
 ) -> io::Result<Option<SocketReading>> {
     let socket = platform::read_answer(message, caller, listener)?;
-    Ok(socket.map(|socket| SocketReading {
-        inode: socket.inode,
-        uid: socket.uid,
-        cgroup_id: socket.cgroup_id,
-    }))
+    Ok(socket.map(SocketReading::from))
+}
+
+/// Asks the kernel about the socket at `caller` that is connected to `listener`.
+///
+/// # Errors
+/// The kernel's own.
+pub fn tcp_socket(caller: SocketAddr, listener: SocketAddr) -> io::Result<Option<SocketReading>> {
+    let socket = platform::find_tcp(caller, listener)?;
+    Ok(socket.map(SocketReading::from))
+}
+
+impl From<platform::TcpSocket> for SocketReading {
+    fn from(socket: platform::TcpSocket) -> Self {
+        Self {
+            inode: socket.inode,
+            uid: socket.uid,
+            cgroup_id: socket.cgroup_id,
+        }
+    }
 }

@@ -16,11 +16,13 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpListener;
 
 use crate::peers::credential;
-use crate::{Fallible, PROXY_CORE, one_thread, pin};
+use crate::{Fallible, one_thread};
+
+/// Envoy asks before it has read how much it may ask: what is refused then would fail requests.
+const MOST_QUESTIONS: u32 = 4096;
 
 /// Serves until it is killed.
 pub fn serve(address: SocketAddr) -> Fallible<()> {
-    pin(PROXY_CORE)?;
     let answer = Bytes::from(framed(&permission())?);
     one_thread()?.block_on(async {
         let listener = TcpListener::bind(address).await?;
@@ -34,6 +36,7 @@ pub fn serve(address: SocketAddr) -> Fallible<()> {
             });
             tokio::task::spawn(
                 http2::Builder::new(TokioExecutor::new())
+                    .max_concurrent_streams(MOST_QUESTIONS)
                     .serve_connection(TokioIo::new(stream), service),
             );
         }
@@ -69,7 +72,7 @@ fn permission() -> Vec<u8> {
 
 /// A field of the wire type "length-delimited".
 fn field(number: u8, value: &[u8]) -> Vec<u8> {
-    let mut encoded = vec![number << 3 | 2];
+    let mut encoded = vec![(number << 3) | 2];
     let mut length = value.len();
     while length > 0x7f {
         encoded.push(length as u8 | 0x80);

@@ -27,7 +27,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::origin::acceptor;
-use crate::{Fallible, HOST, PROXY_CORE, one_thread, pin};
+use crate::{Fallible, HOST, one_thread};
 
 /// What a bare proxy is started with.
 #[derive(Debug, Serialize, Deserialize)]
@@ -66,7 +66,6 @@ struct Proxy {
 
 /// Serves until it is killed.
 pub fn serve(settings: &Settings) -> Fallible<()> {
-    pin(PROXY_CORE)?;
     let authority = CertificateAuthority::new("bare")?;
     std::fs::write(&settings.certificate, authority.pem())?;
     one_thread()?.block_on(async {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use crate::caller::{Form, Report as Served};
+use crate::caller::{Form, Report as Served, Route};
 use crate::load::Load;
 use crate::measure::{Rounds, Sample};
 use crate::origin::Origin;
@@ -126,10 +126,21 @@ impl Bench {
     /// One round of requests over so many connections, each when the one before it was answered.
     pub fn repeat(&mut self, peer: &mut Peer, form: Form, connections: usize) -> Fallible<Sample> {
         let route = peer.route(form)?;
-        let opened = self.load.open(&route, connections)?;
-        self.all_served(peer, opened)?;
         let length = self.round;
-        let sample = self.sample(peer, |load| load.repeat(length))?;
+        self.over(peer, &route, connections, |load| load.repeat(length))
+    }
+
+    /// Measures `peer` while `work` asks it over so many connections, which are opened before.
+    pub fn over(
+        &mut self,
+        peer: &mut Peer,
+        route: &Route,
+        connections: usize,
+        work: impl FnOnce(&mut Load) -> Fallible<Served>,
+    ) -> Fallible<Sample> {
+        let opened = self.load.open(route, connections)?;
+        self.all_served(peer, opened)?;
+        let sample = self.sample(peer, work)?;
         self.load.close()?;
         Ok(sample)
     }

@@ -18,10 +18,13 @@ use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use serde::{Deserialize, Serialize};
 
-use crate::{Fallible, LOAD_CORE, pin};
+use crate::Fallible;
 
 /// How many paths a caller goes through.
 const PATHS: usize = 1000;
+
+/// A proxy that was just started listens by then.
+const LISTENS_WITHIN: Duration = Duration::from_secs(10);
 
 /// How requests get to the proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,9 +54,11 @@ pub struct Route {
 pub enum Command {
     /// Opens connections, one after the other, with one request on each.
     Open { route: Route, connections: usize },
-    /// Opens connections, then sends one request on each at once.
-    Burst { route: Route, connections: usize },
-    /// Requests on every open connection, each when the one before it was answered.
+    /// Opens one connection, as soon as somebody listens, with one request on it.
+    OpenFirst { route: Route },
+    /// Opens connections, without a request.
+    Connect { route: Route, connections: usize },
+    /// Requests on every open connection, each when the one before it was answered; one at least.
     Repeat { length: Duration },
     /// Requests at a fixed schedule; the latency counts from when a request was due.
     Schedule {
@@ -120,7 +125,6 @@ impl Report {
 
 /// Obeys until its input ends.
 pub fn obey() -> Fallible<()> {
-    pin(LOAD_CORE)?;
     // Sleeps until the schedule says, not 50 microseconds longer.
     nix::sys::prctl::set_timerslack(1)?;
     let mut caller = Caller {
@@ -154,7 +158,8 @@ impl Caller {
     fn perform(&mut self, command: Command) -> Fallible<Report> {
         match command {
             Command::Open { route, connections } => self.open(&route, connections),
-            Command::Burst { route, connections } => self.burst(&route, connections),
+            Command::OpenFirst { route } => self.open_first(&route),
+            Command::Connect { route, connections } => self.connect(&route, connections),
             Command::Repeat { length } => self.repeat(length),
             Command::Schedule {
                 length,
@@ -175,46 +180,55 @@ impl Caller {
         let mut report = Report::default();
         for _ in 0..connections {
             let began = Instant::now();
-            let outcome = connector.connect().and_then(|stream| {
-                let mut connection = Connection::new(stream);
-                connection.send(next(&self.requests, &mut self.next), began)?;
-                connection.receive(&mut self.buffer)?;
-                self.connections.push(connection);
-                Ok(())
-            });
+            let outcome = connector
+                .connect()
+                .and_then(|stream| self.ask(stream, began));
             report.count(&outcome, began.elapsed());
         }
         Ok(report)
     }
 
-    fn burst(&mut self, route: &Route, connections: usize) -> Fallible<Report> {
-        /// So many at a time, that the proxy's queue of connections takes them.
-        const AT_A_TIME: usize = 256;
+    fn open_first(&mut self, route: &Route) -> Fallible<Report> {
         let connector = Connector::new(route)?;
         self.requests = requests(route);
-        for opened in 0..connections {
-            if opened % AT_A_TIME == 0 {
-                std::thread::sleep(Duration::from_millis(50));
+        let began = Instant::now();
+        let stream = loop {
+            match connector.connect() {
+                Ok(stream) => break stream,
+                Err(error) if began.elapsed() > LISTENS_WITHIN => return Err(error.into()),
+                Err(_) => std::thread::sleep(Duration::from_micros(100)),
             }
-            self.connections.push(Connection::new(connector.connect()?));
-        }
-        for connection in &mut self.connections {
-            connection.send(next(&self.requests, &mut self.next), Instant::now())?;
-        }
+        };
         let mut report = Report::default();
-        for connection in &mut self.connections {
-            let since = connection.since.unwrap_or_else(Instant::now);
-            let outcome = connection.receive(&mut self.buffer);
-            report.count(&outcome, since.elapsed());
-        }
+        let outcome = self.ask(stream, began);
+        report.count(&outcome, began.elapsed());
         Ok(report)
+    }
+
+    /// One request on a new connection, which stays open.
+    fn ask(&mut self, stream: Stream, began: Instant) -> io::Result<()> {
+        let mut connection = Connection::new(stream);
+        connection.send(next(&self.requests, &mut self.next), began)?;
+        connection.receive(&mut self.buffer)?;
+        self.connections.push(connection);
+        Ok(())
+    }
+
+    fn connect(&mut self, route: &Route, connections: usize) -> Fallible<Report> {
+        let connector = Connector::new(route)?;
+        self.requests = requests(route);
+        for _ in 0..connections {
+            let connection = Connection::new(connector.connect()?);
+            self.connections.push(connection);
+        }
+        Ok(Report::default())
     }
 
     fn repeat(&mut self, length: Duration) -> Fallible<Report> {
         let mut report = Report::default();
         let deadline = Instant::now() + length;
-        for connection in &mut self.connections {
-            connection.send(next(&self.requests, &mut self.next), Instant::now())?;
+        for index in 0..self.connections.len() {
+            self.send(index, Instant::now(), &mut report);
         }
         while self.is_waiting() {
             for index in self.readable(None)? {
@@ -270,12 +284,11 @@ impl Caller {
         let deadline = Instant::now() + length;
         while Instant::now() < deadline {
             let began = Instant::now();
-            let outcome = connector.connect().and_then(|stream| {
-                let mut connection = Connection::new(stream);
-                connection.send(next(&self.requests, &mut self.next), began)?;
-                connection.receive(&mut self.buffer)
-            });
+            let outcome = connector
+                .connect()
+                .and_then(|stream| self.ask(stream, began));
             report.count(&outcome, began.elapsed());
+            self.connections.clear();
         }
         Ok(report)
     }

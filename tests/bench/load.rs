@@ -60,12 +60,7 @@ impl Load {
 
     /// Opens connections, spread over all callers, with one request on each.
     pub fn open(&mut self, route: &Route, connections: usize) -> Fallible<Report> {
-        self.tell(&spread(connections, IDENTITIES, |connections| {
-            Command::Open {
-                route: route.clone(),
-                connections,
-            }
-        }))
+        self.open_by(IDENTITIES, route, connections)
     }
 
     /// Opens connections of the first `identities` callers only.
@@ -81,6 +76,17 @@ impl Load {
                 connections,
             }
         }))
+    }
+
+    /// Opens connections, spread over all callers, without a request.
+    pub fn connect(&mut self, route: &Route, connections: usize) -> Fallible<()> {
+        self.tell(&spread(connections, IDENTITIES, |connections| {
+            Command::Connect {
+                route: route.clone(),
+                connections,
+            }
+        }))?;
+        Ok(())
     }
 
     /// Requests on all open connections, each when the one before it was answered.

@@ -16,7 +16,7 @@ use crate::caller::{Form, Route};
 use crate::load::{FIRST_UID, IDENTITIES, Load};
 use crate::measure::{cpu, resident, tree};
 use crate::origin::Origin;
-use crate::{Fallible, HOST, PROXY_CORE};
+use crate::{Fallible, HOST, LOAD_CORE, PROXY_CORE, pin};
 
 /// As long as a token of the authorization server, so that all proxies write alike.
 const STATIC_TOKEN_BYTES: usize = 560;
@@ -293,16 +293,18 @@ impl Starting<'_> {
             .create(true)
             .append(true)
             .open(self.directory.join("log"))?;
-        let core = PROXY_CORE.to_string();
-        Ok(Command::new("taskset")
-            .args(["-c", &core])
-            .arg(program.as_ref())
+        let mut command = Command::new(program.as_ref());
+        command
             .args(arguments)
             .current_dir(&self.directory)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()?)
+            .stderr(log);
+        // A process begins on the core of the thread that made it.
+        pin(PROXY_CORE)?;
+        let child = command.spawn();
+        pin(LOAD_CORE)?;
+        Ok(child?)
     }
 
     fn bare(&self, pool_per_connection: bool) -> Fallible<Child> {
@@ -381,14 +383,9 @@ impl Starting<'_> {
         std::fs::set_permissions(&self.directory, std::fs::Permissions::from_mode(0o777))?;
         let made = Command::new("setpriv")
             .args(["--reuid", "proxy", "--regid", "proxy", "--clear-groups"])
-            .args([
-                "/usr/lib/squid/security_file_certgen",
-                "-c",
-                "-M",
-                "4MB",
-                "-s",
-            ])
+            .args(["/usr/lib/squid/security_file_certgen", "-c", "-s"])
             .arg(self.directory.join("certificates"))
+            .args(["-M", "4MB"])
             .stdout(Stdio::null())
             .status()?;
         match made.success() {

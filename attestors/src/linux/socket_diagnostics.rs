@@ -36,7 +36,7 @@ pub(crate) struct TcpSocket {
 
 /// The socket at `caller`, connected to `listener`, in the network namespace of this thread.
 /// `None` when there is none, or when what is left of it says nothing about who made it.
-pub(super) fn find_tcp(caller: SocketAddr, listener: SocketAddr) -> io::Result<Option<TcpSocket>> {
+pub(crate) fn find_tcp(caller: SocketAddr, listener: SocketAddr) -> io::Result<Option<TcpSocket>> {
     let caller = canonical(caller);
     let listener = canonical(listener);
     let family = if caller.is_ipv4() {

@@ -1,11 +1,10 @@
-"""Adds the bearer header, and reaches the origin where it really is."""
+"""Adds the bearer header, and sends requests where the origin really is."""
 
 
 class Inject:
-    def server_connect(self, data):
-        data.server.address = ("127.0.0.1", @HTTPS_ORIGIN_PORT@)
-
     def requestheaders(self, flow):
+        flow.request.host = "127.0.0.1"
+        flow.request.port = @HTTPS_ORIGIN_PORT@
         flow.request.headers["authorization"] = "@CREDENTIAL@"
 
 

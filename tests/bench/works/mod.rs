@@ -1,6 +1,16 @@
 //! What is measured.
 
+mod attestation;
+mod bodies;
+mod cold_token;
+mod decision;
+mod memory;
+mod new_connections;
+mod open_loop;
+mod reload;
 mod request_path;
+mod size;
+mod start;
 
 use crate::Fallible;
 use crate::bench::Bench;
@@ -13,19 +23,24 @@ pub struct Work {
 }
 
 const ALL: &[Work] = &[
-    Work {
-        name: "http",
-        run: request_path::http,
-    },
-    Work {
-        name: "https",
-        run: request_path::https,
-    },
-    Work {
-        name: "intercept",
-        run: request_path::intercept,
-    },
+    work("http", request_path::http),
+    work("https", request_path::https),
+    work("intercept", request_path::intercept),
+    work("new-connections", new_connections::run),
+    work("open-loop", open_loop::run),
+    work("bodies", bodies::run),
+    work("memory", memory::run),
+    work("cold-token", cold_token::run),
+    work("reload", reload::run),
+    work("start", start::run),
+    work("decision", decision::run),
+    work("attestation", attestation::run),
+    work("size", size::run),
 ];
+
+const fn work(name: &'static str, run: fn(&mut Bench) -> Fallible<()>) -> Work {
+    Work { name, run }
+}
 
 /// The works with these names; all, where there are none.
 pub fn named(names: &[&str]) -> Fallible<Vec<Work>> {
