@@ -10,15 +10,20 @@ use crate::support::raw::{open_tunnel, read_response};
 use crate::support::unprivileged;
 use crate::support::world::{COMMON, POLICIES, World};
 
-/// The agent listens on an address of loopback that is nobody else's, so that its ports are known.
+/// The agent's listeners, at an address that is nobody else's; the ports are free ones.
 const LISTENERS: &str = r#"
 listeners:
-  - {name: proxy, type: forward_proxy, bind: "127.0.6.1:7523"}
-  - {name: gateway, type: gateway, bind: "127.0.6.1:7524", destination: orders}
-  - {name: api, type: workload_api, bind: "127.0.6.1:7525"}
+  - {name: proxy, type: forward_proxy, bind: "127.0.6.1:{proxy-port}"}
+  - {name: gateway, type: gateway, bind: "127.0.6.1:{gateway-port}", destination: orders}
+  - {name: api, type: workload_api, bind: "127.0.6.1:{api-port}"}
 "#;
-const ADMIN: &str = "admin: {socket: admin.sock, metrics_bind: \"127.0.6.1:7526\"}\n";
-const PORTS: [u16; 4] = [7523, 7524, 7525, 7526];
+const ADMIN: &str = "admin: {socket: admin.sock, metrics_bind: \"127.0.6.1:{metrics-port}\"}\n";
+const PORTS: [&str; 4] = [
+    "{proxy-port}",
+    "{gateway-port}",
+    "{api-port}",
+    "{metrics-port}",
+];
 
 /// All of loopback may be reached, so that nothing but being the agent's own keeps a listener out.
 const DESTINATIONS: &str = r#"
@@ -30,9 +35,9 @@ destinations:
     connect_to: "{api}"
   - name: loopback
     hosts: ["127.0.6.1", "::ffff:127.0.6.1", "64:ff9b::7f00:601", "2002:7f00:601::", "::127.0.6.1", "::1", "127.0.0.1"]
-    ports: [7523, 7524, 7525, 7526, {port}]
+    ports: [{proxy-port}, {gateway-port}, {api-port}, {metrics-port}, {origin-port}]
     allow_addresses: ["127.0.0.0/8", "::1/128"]
-  - {name: led-here, hosts: [led-here.example.test], ports: [7523], connect_to: "127.0.6.1:7523"}
+  - {name: led-here, hosts: [led-here.example.test], ports: [{proxy-port}], connect_to: "127.0.6.1:{proxy-port}"}
 unmatched: tunnel
 "#;
 
@@ -76,6 +81,12 @@ const SPELLINGS: [&str; 30] = [
     "127.0.6.1#@orders.example.test",
 ];
 
+/// Ports that nobody has at the address.
+fn free_ports() -> [u16; 4] {
+    let listeners = PORTS.map(|_| std::net::TcpListener::bind("127.0.6.1:0").unwrap());
+    listeners.map(|listener| listener.local_addr().unwrap().port())
+}
+
 /// The status of an answer to a head.
 async fn ask(caller: &Puppet, head: &str) -> (u16, String) {
     let mut io = caller.connect().await;
@@ -97,8 +108,12 @@ async fn t06_no_spelling_of_its_own_listeners_leads_the_agent_to_them() {
     let port = origin.address.port();
     let (before, after) = COMMON.split_once("\nlisteners:").unwrap();
     let (_, after) = after.split_once("\nattestors:").unwrap();
-    let destinations = DESTINATIONS.replace("{port}", &port.to_string());
-    let configuration = format!("{before}{LISTENERS}attestors:{after}{ADMIN}{destinations}");
+    let destinations = DESTINATIONS.replace("{origin-port}", &port.to_string());
+    let mut configuration = format!("{before}{LISTENERS}attestors:{after}{ADMIN}{destinations}");
+    let ports = free_ports();
+    for (written, free) in PORTS.iter().zip(ports) {
+        configuration = configuration.replace(written, &free.to_string());
+    }
     world
         .start_agent(&configuration, &format!("{POLICIES}{CONNECTS}"))
         .await;
@@ -111,7 +126,7 @@ async fn t06_no_spelling_of_its_own_listeners_leads_the_agent_to_them() {
 
     let (mut refused, mut judged) = (0, 0);
     for spelling in SPELLINGS {
-        for own in PORTS {
+        for own in ports {
             let authority = format!("{spelling}:{own}");
             let url = format!("GET http://{authority}/ HTTP/1.1\r\nHost: {authority}\r\n\r\n");
             for (status, code) in [connect(&caller, &authority).await, ask(&caller, &url).await] {
@@ -121,7 +136,8 @@ async fn t06_no_spelling_of_its_own_listeners_leads_the_agent_to_them() {
             }
         }
     }
-    let answer = connect(&caller, "led-here.example.test:7523").await;
+    let led_here = format!("led-here.example.test:{}", ports[0]);
+    let answer = connect(&caller, &led_here).await;
     assert_eq!(answer, (403, "address_not_allowed".to_owned()));
     // The admin socket has no address, and its file is its owner's.
     let socket = world.path("admin.sock");

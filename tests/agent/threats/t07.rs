@@ -16,8 +16,12 @@ use crate::support::puppet::Puppet;
 use crate::support::raw::exchange;
 use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World};
 
-/// Where names are looked up.
-const RESOLVER: &str = "127.0.7.53:53";
+/// Where names are looked up: an address of this process's own, since the port is every resolver's.
+fn resolver() -> Ipv4Addr {
+    let [.., high, low] = std::process::id().to_be_bytes();
+    Ipv4Addr::new(127, 53, high, low)
+}
+
 /// Where the name may lead; the rest of loopback is refused.
 const PERMITTED: &str = "127.0.7.1";
 
@@ -26,7 +30,7 @@ type Addresses = Arc<Mutex<Vec<IpAddr>>>;
 
 /// A name server that says the same of every name.
 async fn start_name_server(addresses: Addresses) {
-    let socket = UdpSocket::bind(RESOLVER).await.unwrap();
+    let socket = UdpSocket::bind((resolver(), 53)).await.unwrap();
     tokio::spawn(async move {
         let mut query = [0; 512];
         while let Ok((length, from)) = socket.recv_from(&mut query).await {
@@ -83,8 +87,7 @@ fn t07_a_name_that_flaps_leads_to_permitted_addresses_only() {
         let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
         mount(nothing, "/", nothing, private, nothing).unwrap();
         let configuration = tempfile::NamedTempFile::new().unwrap();
-        let (resolver, _) = RESOLVER.split_once(':').unwrap();
-        std::fs::write(&configuration, format!("nameserver {resolver}\n")).unwrap();
+        std::fs::write(&configuration, format!("nameserver {}\n", resolver())).unwrap();
         let path = configuration.path();
         mount(
             Some(path),
@@ -113,13 +116,12 @@ async fn a_name_that_flaps() {
         let answer = "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\nok";
         vec![answer.to_owned(), String::new()]
     };
-    let permitted: IpAddr = PERMITTED.parse().unwrap();
-    let origin = Origin::start_at((permitted, 0).into(), None, once).await;
-    let port = origin.address.port();
     let arrived = Arc::new(AtomicUsize::new(0));
+    let mut port = 0;
     let elsewhere: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
     for address in elsewhere {
         let canary = TcpListener::bind((address, port)).await.unwrap();
+        port = canary.local_addr().unwrap().port();
         let arrived = Arc::clone(&arrived);
         tokio::spawn(async move {
             while canary.accept().await.is_ok() {
@@ -127,6 +129,8 @@ async fn a_name_that_flaps() {
             }
         });
     }
+    let permitted: IpAddr = PERMITTED.parse().unwrap();
+    let origin = Origin::start_at((permitted, port).into(), None, once).await;
     let flapping = format!(
         "  - {{name: flapping, hosts: [flapping.example.test], scheme: http, ports: [{port}], credentials: [{{name: orders-api}}], allow_addresses: [{PERMITTED}/32]}}\n"
     );
