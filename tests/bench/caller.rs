@@ -397,10 +397,18 @@ impl<'a> Connector<'a> {
     }
 
     fn connect(&self) -> io::Result<Stream> {
+        // Made first: the first of a process takes long, and a proxy waits for its bytes.
+        let session = match &self.tls {
+            None => None,
+            Some((configuration, name)) => {
+                let session = ClientConnection::new(Arc::clone(configuration), name.clone());
+                Some(session.map_err(io::Error::other)?)
+            }
+        };
         let mut socket = TcpStream::connect(self.route.proxy)?;
         socket.set_nodelay(true)?;
         socket.set_read_timeout(Some(Duration::from_secs(30)))?;
-        let Some((configuration, name)) = &self.tls else {
+        let Some(session) = session else {
             return Ok(Stream::Plain(socket));
         };
         let host = &self.route.host;
@@ -416,9 +424,7 @@ impl<'a> Connector<'a> {
         if !is_ok(&answer) {
             return Err(refused(&answer));
         }
-        let connection = ClientConnection::new(Arc::clone(configuration), name.clone())
-            .map_err(io::Error::other)?;
-        Ok(Stream::Tls(Box::new(StreamOwned::new(connection, socket))))
+        Ok(Stream::Tls(Box::new(StreamOwned::new(session, socket))))
     }
 }
 
