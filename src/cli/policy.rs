@@ -479,7 +479,7 @@ mod tests {
         let (directory, config) = example();
         let (code, out, errors) = policy(&["test", "--config", &config]);
         assert_eq!(code, ExitCode::SUCCESS, "{out}{errors}");
-        assert!(out.contains("10 passed, 0 failed"), "{out}");
+        assert!(out.contains("13 passed, 0 failed"), "{out}");
         let cases = directory.path().join("more.test.yaml");
         let case = "workloads: {a: {unix: {uid: 1}}}\ntests:\n  - {as: a, request: GET https://orders.example.com/v1/orders, expect: allow}\n";
         std::fs::write(&cases, case).unwrap();
@@ -526,7 +526,7 @@ mod tests {
         assert!(errors.contains("it is allowed already"), "{errors}");
         let (code, out, errors) = policy(&["test", "--config", &config]);
         assert_eq!(code, ExitCode::SUCCESS, "{out}{errors}");
-        assert!(out.contains("11 passed, 0 failed"), "{out}");
+        assert!(out.contains("14 passed, 0 failed"), "{out}");
     }
 
     #[test]
