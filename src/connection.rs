@@ -208,7 +208,9 @@ impl Caller {
         let facts = workload.facts();
         let time = agent.clock.wall();
         agent.attestors.note(facts, time);
-        let holding = agent.limits.of(workload.isolation_key());
+        let holding = agent
+            .limits
+            .of(workload.isolation_key(), agent.clock.monotonic());
         let connection = holding.connection(limits)?;
         let session = Session {
             generation,

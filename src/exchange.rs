@@ -15,7 +15,7 @@ use crate::config::Destination;
 use crate::connection::Connection;
 use crate::credentials::{self, Credential};
 use crate::inject::{NotInjected, UpstreamRequest, inject, pass, report};
-use crate::limits::Held;
+use crate::limits::{Held, wait_for_turn};
 use crate::policy::{Denial, Grant, Lease, Question, Resource};
 use crate::problem::{self, Surface};
 use crate::proxy::{Verdict, Worker};
@@ -115,11 +115,12 @@ impl Exchange {
         let session = connection
             .caller
             .session(&self.agent, limits, listener, &workload)?;
-        self.held = Some(session.holding.request(limits)?);
         self.note(|record| {
             record.session = Some(session.id);
             record.workload = Some(session.summary);
         });
+        wait_for_turn(&session.holding, limits, self.began_at).await?;
+        self.held = Some(session.holding.request(limits)?);
         Ok(workload)
     }
 

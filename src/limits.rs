@@ -1,8 +1,10 @@
-//! What one identity may hold of the agent at one time, so that its neighbours are served.
+//! What one identity may hold of the agent at one time, and how often it may ask, so that its neighbours
+//! are served.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use countersign_attestors::IsolationKey;
 
@@ -12,10 +14,13 @@ use crate::refusal::{Refusal, RefusalCode};
 /// How many identities are remembered before those that hold nothing are forgotten.
 const SWEEP_ABOVE: usize = 1024;
 
+/// What may be asked of this time at once; and how long who asks more often is kept waiting at most.
+const BURST: Duration = Duration::from_secs(1);
+
 /// What every identity holds.
 #[derive(Debug, Default)]
 pub struct IdentityLimits {
-    holdings: Mutex<HashMap<IsolationKey, Weak<Holding>>>,
+    holdings: Mutex<HashMap<IsolationKey, Arc<Holding>>>,
 }
 
 /// What one identity holds now.
@@ -23,6 +28,8 @@ pub struct IdentityLimits {
 pub struct Holding {
     connections: AtomicUsize,
     requests: AtomicUsize,
+    /// Monotonic nanoseconds at which everything that it asked would be done at its rate.
+    asked_until: AtomicU64,
 }
 
 /// One connection or request, held until it is dropped.
@@ -39,18 +46,20 @@ enum Kind {
 }
 
 impl IdentityLimits {
-    /// What an identity holds. Looked up once per connection and identity.
-    pub fn of(&self, identity: &IsolationKey) -> Arc<Holding> {
+    /// What an identity holds, at the monotonic time `now`. Looked up once per connection and identity.
+    pub fn of(&self, identity: &IsolationKey, now: Duration) -> Arc<Holding> {
         let mut holdings = self.holdings.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(holding) = holdings.get(identity).and_then(Weak::upgrade) {
-            return holding;
+        if let Some(holding) = holdings.get(identity) {
+            return Arc::clone(holding);
         }
         if holdings.len() > SWEEP_ABOVE {
-            holdings.retain(|_, holding| holding.strong_count() > 0);
+            // One that asks over new connections must not be forgotten between two of them.
+            holdings.retain(|_, holding| {
+                Arc::strong_count(holding) > 1
+                    || holding.asked_until.load(Ordering::Relaxed) > nanoseconds(now)
+            });
         }
-        let holding = Arc::<Holding>::default();
-        holdings.insert(identity.clone(), Arc::downgrade(&holding));
-        holding
+        Arc::clone(holdings.entry(identity.clone()).or_default())
     }
 
     /// How many identities hold something.
@@ -58,7 +67,7 @@ impl IdentityLimits {
         let holdings = self.holdings.lock().unwrap_or_else(PoisonError::into_inner);
         holdings
             .values()
-            .filter(|holding| holding.strong_count() > 0)
+            .filter(|holding| Arc::strong_count(holding) > 1)
             .count()
     }
 }
@@ -82,6 +91,35 @@ impl Holding {
             limits.requests_in_flight,
             "requests_in_flight",
         )
+    }
+
+    /// How long a request has to wait at the monotonic time `now`, so that the identity asks
+    /// `limits.requests_per_second` (generic cell rate algorithm, ITU-T I.371 annex A). As many may come
+    /// at once.
+    ///
+    /// # Errors
+    /// [`RefusalCode::TooManyRequests`] when that would be longer than a second.
+    pub fn turn(&self, limits: &Limits, now: Duration) -> Result<Duration, Refusal> {
+        let (now, burst) = (nanoseconds(now), nanoseconds(BURST));
+        let each = burst / limits.requests_per_second.max(1) as u64;
+        let after = |asked_until: u64| asked_until.max(now) + each;
+        let earlier = self
+            .asked_until
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |asked_until| {
+                let next = after(asked_until);
+                (next - now <= 2 * burst).then_some(next)
+            })
+            .map_err(|_| {
+                let most = limits.requests_per_second;
+                Refusal::new(
+                    RefusalCode::TooManyRequests,
+                    format!("this identity asks more than its {most} `limits.per_identity.requests_per_second`"),
+                )
+                .with_retry_after(BURST)
+            })?;
+        Ok(Duration::from_nanos(
+            (after(earlier) - now).saturating_sub(burst),
+        ))
     }
 
     fn take(self: &Arc<Self>, kind: Kind, most: usize, setting: &str) -> Result<Held, Refusal> {
@@ -115,19 +153,45 @@ impl Drop for Held {
     }
 }
 
+/// Waits for a request's turn. One that would wait too long is refused after it waited, so that refusals
+/// are no faster than what is served.
+///
+/// # Errors
+/// Those of [`Holding::turn`].
+pub async fn wait_for_turn(
+    holding: &Holding,
+    limits: &Limits,
+    now: Duration,
+) -> Result<(), Refusal> {
+    let turn = holding.turn(limits, now);
+    let wait = turn.as_ref().map_or(BURST, |wait| *wait);
+    if !wait.is_zero() {
+        // Boxed: waiting is rare, and a timer would make every request's future larger.
+        Box::pin(tokio::time::sleep(wait)).await;
+    }
+    turn.map(drop)
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const NOW: Duration = Duration::from_secs(100);
 
     #[test]
     fn an_identity_holds_no_more_than_its_limit_and_takes_nothing_from_others() {
         let limits = Limits {
             connections: 1,
             requests_in_flight: 2,
+            requests_per_second: 1,
         };
         let identities = IdentityLimits::default();
-        let one = identities.of(&IsolationKey("one".into()));
-        let other = identities.of(&IsolationKey("other".into()));
+        let one = identities.of(&IsolationKey("one".into()), NOW);
+        let other = identities.of(&IsolationKey("other".into()), NOW);
         let held = [one.request(&limits).unwrap(), one.request(&limits).unwrap()];
         let refusal = one.request(&limits).unwrap_err();
         assert_eq!(refusal.code, RefusalCode::TooManyRequests);
@@ -141,5 +205,53 @@ mod tests {
         assert_eq!(identities.active(), 2);
         drop((one, other));
         assert_eq!(identities.active(), 0);
+    }
+
+    #[test]
+    fn who_asks_too_often_waits_and_who_would_wait_too_long_is_refused() {
+        let limits = Limits {
+            connections: 1,
+            requests_in_flight: 1,
+            requests_per_second: 10,
+        };
+        let identities = IdentityLimits::default();
+        let identity = IsolationKey("one".into());
+        let turn = |milliseconds: u64| {
+            let now = NOW + Duration::from_millis(milliseconds);
+            // Over a new connection each time.
+            identities.of(&identity, now).turn(&limits, now)
+        };
+        let waits: Vec<u128> = (0..20).map(|_| turn(0).unwrap().as_millis()).collect();
+        let expected: Vec<u128> = (0..20)
+            .map(|number: u128| number.saturating_sub(9) * 100)
+            .collect();
+        assert_eq!(waits, expected);
+        let refusal = turn(0).unwrap_err();
+        assert_eq!(refusal.code, RefusalCode::TooManyRequests);
+        assert_eq!(refusal.retry_after, Some(BURST));
+        // What is refused is not waited for by the next.
+        assert_eq!(turn(100).unwrap(), BURST);
+        assert_eq!(turn(5_000).unwrap(), Duration::ZERO);
+        let other = identities.of(&IsolationKey("other".into()), NOW);
+        assert_eq!(other.turn(&limits, NOW).unwrap(), Duration::ZERO);
+    }
+
+    #[test]
+    fn an_identity_is_forgotten_when_it_holds_nothing_and_what_it_asked_is_over() {
+        let limits = Limits {
+            connections: 1,
+            requests_in_flight: 1,
+            requests_per_second: 10,
+        };
+        let identities = IdentityLimits::default();
+        for number in 0..=SWEEP_ABOVE {
+            let holding = identities.of(&IsolationKey(number.to_string().into()), NOW);
+            holding.turn(&limits, NOW).unwrap();
+        }
+        let remembered = || identities.holdings.lock().unwrap().len();
+        identities.of(&IsolationKey("soon".into()), NOW);
+        assert_eq!(remembered(), SWEEP_ABOVE + 2);
+        identities.of(&IsolationKey("later".into()), NOW + BURST);
+        assert_eq!(remembered(), 1);
     }
 }

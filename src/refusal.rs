@@ -178,7 +178,7 @@ refusal_codes! {
         "add the range to the destination's `allow_addresses` if it is meant";
     /// A limit of this identity is reached.
     TooManyRequests = TOO_MANY_REQUESTS, "too_many_requests", "http_request_denied", None,
-        "lower the concurrency, or raise `limits.per_identity`";
+        "ask less at once or less often, or raise `limits.per_identity`";
     /// Audit records cannot be written.
     AuditUnavailable = SERVICE_UNAVAILABLE, "audit_unavailable", "proxy_internal_error", None,
         "free space for the audit file; `countersign status` shows the sink";

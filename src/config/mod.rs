@@ -564,6 +564,8 @@ pub struct Limits {
     pub connections: usize,
     /// Requests in flight. Default 4096.
     pub requests_in_flight: usize,
+    /// Requests a second. Default 5000.
+    pub requests_per_second: usize,
 }
 
 /// Where audit records go.

@@ -495,6 +495,9 @@ pub(super) struct PerIdentity {
     /// Requests in flight.
     #[schemars(range(min = 1), extend("default" = 4096))]
     pub(super) requests_in_flight: Option<Located<u32>>,
+    /// Requests a second, and as many at once. More wait for a second at most.
+    #[schemars(range(min = 1), extend("default" = 5000))]
+    pub(super) requests_per_second: Option<Located<u32>>,
 }
 
 /// Where audit records go.

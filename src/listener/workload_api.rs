@@ -36,6 +36,7 @@ use crate::audit::{AttestedRecord, Decided, Latency, Obtained, Record, TokenIssu
 use crate::config::{Bind, Config, CredentialConfig, ListenerKind, TokenSource};
 use crate::connection::evidence_refusal;
 use crate::credentials::IssuedToken;
+use crate::limits::wait_for_turn;
 use crate::policy::{Action, LeaseEnded, Question, Resource, explain};
 use crate::problem::{self, Surface, json_response};
 use crate::providers::wipe;
@@ -360,7 +361,9 @@ impl Caller {
         record.credential = Arc::from(crate::request::printable(&asked.credential));
         let mut snapshot = agent.snapshot.load_full();
         let workload = self.attest(&snapshot, headers).await?;
-        let holding = agent.limits.of(workload.isolation_key());
+        let now = agent.clock.monotonic();
+        let holding = agent.limits.of(workload.isolation_key(), now);
+        wait_for_turn(&holding, &snapshot.config.limits, now).await?;
         let _held = holding.request(&snapshot.config.limits)?;
         let session = self.begin_session(&workload)?;
         record.session = Some(session);

@@ -1,6 +1,6 @@
 //! What one identity may hold of the agent, while its neighbours are served.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
@@ -154,4 +154,40 @@ async fn an_identity_that_has_all_its_connections_is_refused_the_next() {
     drop(kept);
     setting.world.good().await;
     reached("connections_refused", refused);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_identity_that_asks_too_often_waits_and_is_refused_what_would_wait_too_long() {
+    const A_SECOND: usize = 10;
+    const AT_ONCE: usize = 5 * A_SECOND;
+    let setting = Setting::start(&format!("{{requests_per_second: {A_SECOND}}}")).await;
+    setting.world.good().await;
+    let mut connections = Vec::new();
+    for _ in 0..AT_ONCE {
+        connections.push(setting.caller.connect().await);
+    }
+    let before = setting.world.plain_api.seen().len();
+    let began = Instant::now();
+    let asked: Vec<_> = connections
+        .into_iter()
+        .map(|mut io| tokio::spawn(async move { exchange(&mut io, &format!("{PLAIN}\r\n")).await }))
+        .collect();
+    let mut served = 0;
+    for answer in asked {
+        let answer = answer.await.unwrap();
+        match answer.status {
+            200 => served += 1,
+            429 => assert_eq!(answer.code(), "too_many_requests"),
+            _ => panic!("{answer:#?}"),
+        }
+    }
+    let took = began.elapsed();
+    assert_eq!(setting.world.plain_api.seen().len() - before, served);
+    // What comes at once, what may wait, and what became due meanwhile.
+    let most = 2 * A_SECOND + (took.as_secs_f64() * A_SECOND as f64).ceil() as usize;
+    assert!((A_SECOND..=most).contains(&served), "{served} in {took:?}");
+    assert!(took >= Duration::from_millis(900), "{took:?}");
+    assert_eq!(setting.ask(&setting.other).await.0, 200);
+    setting.is_served_again().await;
+    reached("served_and_refused_in_turn", AT_ONCE);
 }

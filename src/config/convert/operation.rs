@@ -72,12 +72,14 @@ impl Converter<'_> {
         let mut limits = Limits {
             connections: 4096,
             requests_in_flight: 4096,
+            requests_per_second: 5000,
         };
         let per_identity = written.and_then(|limits| limits.value.per_identity);
         if let Some(Located { value: written, .. }) = per_identity {
             for (limit, written) in [
                 (&mut limits.connections, written.connections),
                 (&mut limits.requests_in_flight, written.requests_in_flight),
+                (&mut limits.requests_per_second, written.requests_per_second),
             ] {
                 if let Some(number) = self.at_least_one(written) {
                     *limit = number;
