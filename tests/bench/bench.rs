@@ -68,7 +68,14 @@ fn measure(agent: &Path, directory: &Path, works: &[works::Work]) -> Fallible<Re
     };
     for work in works {
         let began = Instant::now();
-        (work.run)(&mut bench).map_err(|error| format!("{}: {error}", work.name))?;
+        if let Err(error) = (work.run)(&mut bench) {
+            // The works after it are measured all the same.
+            bench
+                .report
+                .valid_if(false, format!("{}: {error}", work.name));
+            bench.load.close()?;
+            bench.load.take_served();
+        }
         eprintln!("{}: {:.0?}", work.name, began.elapsed());
     }
     Ok(bench.report)
