@@ -76,8 +76,9 @@ fn many_at_once(bench: &mut Bench) -> Fallible<()> {
     let requests = bench.origin.tokens()?.requests - before;
     if let Some(failure) = report.failure {
         bench.report.note(format!(
-            "Cold token: {} of {CALLERS} callers at once failed: {failure}",
-            report.failed
+            "Cold token: {} of {CALLERS} callers at once failed: {}",
+            report.failed,
+            failure.lines().next().unwrap_or_default()
         ));
     }
     bench.report.must(Must::at_most(
