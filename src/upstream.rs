@@ -655,17 +655,28 @@ fn protocol_refusal(way: &Way<'_>, error: &hyper::Error) -> Refusal {
     }
 }
 
-/// An I/O error without the operating system's number.
+/// An I/O error in the operating system's words, without its number.
 fn describe(error: &io::Error) -> String {
-    match error.kind() {
-        io::ErrorKind::Other => error.to_string(),
-        kind => kind.to_string(),
+    let text = error.to_string();
+    match text.split_once(" (os error") {
+        Some((words, _)) => words.to_lowercase(),
+        None => text,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_error_is_said_in_the_systems_words() {
+        for (number, words) in [
+            (libc::ECONNREFUSED, "connection refused"),
+            (libc::EMFILE, "too many open files"),
+        ] {
+            assert_eq!(describe(&io::Error::from_raw_os_error(number)), words);
+        }
+    }
 
     #[test]
     fn a_connection_is_unused_since_the_sweep_that_found_it_so() {
