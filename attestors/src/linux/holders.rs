@@ -195,18 +195,19 @@ fn read_one(pid: u32, holders: &mut HashMap<u32, Vec<Holder>>) -> io::Result<()>
     let Some(directory) = process::open_directory(pid)? else {
         return Ok(());
     };
-    process::each_socket(&directory, |descriptor, inode| {
+    for socket in process::sockets(&directory)? {
+        let (descriptor, inode) = socket?;
         if let Some(holders) = holders.get_mut(&inode)
             && holders.last().is_none_or(|last| last.pid != pid)
         {
             holders.push(Holder {
                 pid,
                 directory: directory.try_clone()?,
-                descriptor: descriptor.to_owned(),
+                descriptor,
             });
         }
-        Ok(())
-    })
+    }
+    Ok(())
 }
 
 fn pids_in(place: Place) -> io::Result<Vec<u32>> {

@@ -1,7 +1,7 @@
 //! One live process: a pidfd, its open `/proc` directory, and what was read through it.
 
 use std::collections::HashMap;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -234,12 +234,12 @@ impl Process {
 
     /// True when one of the process's descriptors is the socket with `inode`.
     pub(super) fn holds_socket(&self, inode: u32) -> io::Result<bool> {
-        let mut holds = false;
-        each_socket(&self.directory, |_, found| {
-            holds |= found == inode;
-            Ok(())
-        })?;
-        Ok(holds)
+        for socket in sockets(&self.directory)? {
+            if socket?.1 == inode {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// True when this descriptor of the process is the socket with `inode`.
@@ -263,24 +263,22 @@ pub(super) fn open_directory(pid: u32) -> io::Result<Option<OwnedFd>> {
     }
 }
 
-/// Calls `take` with every descriptor in the `/proc` directory of a process that is a socket: its name
-/// and its inode.
-pub(super) fn each_socket(
+/// The descriptors in the `/proc` directory of a process that are sockets: their names and inodes.
+pub(super) fn sockets(
     directory: &OwnedFd,
-    mut take: impl FnMut(&OsStr, u32) -> io::Result<()>,
-) -> io::Result<()> {
+) -> io::Result<impl Iterator<Item = io::Result<(OsString, u32)>>> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let descriptors = openat(directory, c"fd", flags, Mode::empty())?;
-    for entry in std::fs::read_dir(format!("/proc/self/fd/{}", descriptors.as_raw_fd()))? {
-        let name = entry?.file_name();
+    let entries = std::fs::read_dir(format!("/proc/self/fd/{}", descriptors.as_raw_fd()))?;
+    Ok(entries.filter_map(move |entry| {
+        let name = match entry {
+            Ok(entry) => entry.file_name(),
+            Err(error) => return Some(Err(error)),
+        };
         // A descriptor may be closed while we look.
-        if let Ok(target) = readlinkat(&descriptors, name.as_os_str())
-            && let Some(inode) = socket_inode(&target)
-        {
-            take(&name, inode)?;
-        }
-    }
-    Ok(())
+        let target = readlinkat(&descriptors, name.as_os_str()).ok()?;
+        Some(Ok((name, socket_inode(&target)?)))
+    }))
 }
 
 /// The inode in what a socket's descriptor links to: `socket:[INODE]` (proc_pid_fd(5)).
