@@ -15,7 +15,7 @@ use crate::config::Destination;
 use crate::connection::Connection;
 use crate::credentials::{self, Credential};
 use crate::inject::{NotInjected, UpstreamRequest, inject, pass, report};
-use crate::limits::{Held, wait_for_turn};
+use crate::limits::Held;
 use crate::policy::{Denial, Grant, Lease, Question, Resource};
 use crate::problem::{self, Surface};
 use crate::proxy::{Verdict, Worker};
@@ -119,8 +119,7 @@ impl Exchange {
             record.session = Some(session.id);
             record.workload = Some(session.summary);
         });
-        wait_for_turn(&session.holding, limits, self.began_at).await?;
-        self.held = Some(session.holding.request(limits)?);
+        self.held = Some(session.holding.request(limits, self.began_at).await?);
         Ok(workload)
     }
 

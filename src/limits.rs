@@ -81,11 +81,24 @@ impl Holding {
         self.take(Kind::Connection, limits.connections, "connections")
     }
 
-    /// Takes one request in flight.
+    /// Waits for a request's turn, which came at the monotonic time `now`, and takes one in flight. One that
+    /// would wait too long is refused after it waited, so that refusals are no faster than what is served.
     ///
     /// # Errors
-    /// [`RefusalCode::TooManyRequests`] when `limits.requests_in_flight` are held.
-    pub fn request(self: &Arc<Self>, limits: &Limits) -> Result<Held, Refusal> {
+    /// [`RefusalCode::TooManyRequests`] when `limits.requests_in_flight` are held, or a second is too short a
+    /// wait for `limits.requests_per_second`.
+    pub async fn request(
+        self: &Arc<Self>,
+        limits: &Limits,
+        now: Duration,
+    ) -> Result<Held, Refusal> {
+        let turn = self.turn(limits, now);
+        let wait = turn.as_ref().map_or(BURST, |wait| *wait);
+        if !wait.is_zero() {
+            // Boxed: waiting is rare, and a timer would make every request's future larger.
+            Box::pin(tokio::time::sleep(wait)).await;
+        }
+        turn?;
         self.take(
             Kind::Request,
             limits.requests_in_flight,
@@ -99,7 +112,7 @@ impl Holding {
     ///
     /// # Errors
     /// [`RefusalCode::TooManyRequests`] when that would be longer than a second.
-    pub fn turn(&self, limits: &Limits, now: Duration) -> Result<Duration, Refusal> {
+    fn turn(&self, limits: &Limits, now: Duration) -> Result<Duration, Refusal> {
         let (now, burst) = (nanoseconds(now), nanoseconds(BURST));
         let each = burst / limits.requests_per_second.max(1) as u64;
         let after = |asked_until: u64| asked_until.max(now) + each;
@@ -153,25 +166,6 @@ impl Drop for Held {
     }
 }
 
-/// Waits for a request's turn. One that would wait too long is refused after it waited, so that refusals
-/// are no faster than what is served.
-///
-/// # Errors
-/// Those of [`Holding::turn`].
-pub async fn wait_for_turn(
-    holding: &Holding,
-    limits: &Limits,
-    now: Duration,
-) -> Result<(), Refusal> {
-    let turn = holding.turn(limits, now);
-    let wait = turn.as_ref().map_or(BURST, |wait| *wait);
-    if !wait.is_zero() {
-        // Boxed: waiting is rare, and a timer would make every request's future larger.
-        Box::pin(tokio::time::sleep(wait)).await;
-    }
-    turn.map(drop)
-}
-
 fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
@@ -182,22 +176,25 @@ mod tests {
 
     const NOW: Duration = Duration::from_secs(100);
 
-    #[test]
-    fn an_identity_holds_no_more_than_its_limit_and_takes_nothing_from_others() {
+    #[tokio::test]
+    async fn an_identity_holds_no_more_than_its_limit_and_takes_nothing_from_others() {
         let limits = Limits {
             connections: 1,
             requests_in_flight: 2,
-            requests_per_second: 1,
+            requests_per_second: 1000,
         };
         let identities = IdentityLimits::default();
         let one = identities.of(&IsolationKey("one".into()), NOW);
         let other = identities.of(&IsolationKey("other".into()), NOW);
-        let held = [one.request(&limits).unwrap(), one.request(&limits).unwrap()];
-        let refusal = one.request(&limits).unwrap_err();
+        let held = [
+            one.request(&limits, NOW).await.unwrap(),
+            one.request(&limits, NOW).await.unwrap(),
+        ];
+        let refusal = one.request(&limits, NOW).await.unwrap_err();
         assert_eq!(refusal.code, RefusalCode::TooManyRequests);
-        other.request(&limits).unwrap();
+        other.request(&limits, NOW).await.unwrap();
         drop(held);
-        one.request(&limits).unwrap();
+        one.request(&limits, NOW).await.unwrap();
         let connection = one.connection(&limits).unwrap();
         one.connection(&limits).unwrap_err();
         drop(connection);

@@ -36,7 +36,6 @@ use crate::audit::{AttestedRecord, Decided, Latency, Obtained, Record, TokenIssu
 use crate::config::{Bind, Config, CredentialConfig, ListenerKind, TokenSource};
 use crate::connection::evidence_refusal;
 use crate::credentials::IssuedToken;
-use crate::limits::wait_for_turn;
 use crate::policy::{Action, LeaseEnded, Question, Resource, explain};
 use crate::problem::{self, Surface, json_response};
 use crate::providers::wipe;
@@ -363,8 +362,7 @@ impl Caller {
         let workload = self.attest(&snapshot, headers).await?;
         let now = agent.clock.monotonic();
         let holding = agent.limits.of(workload.isolation_key(), now);
-        wait_for_turn(&holding, &snapshot.config.limits, now).await?;
-        let _held = holding.request(&snapshot.config.limits)?;
+        let _held = holding.request(&snapshot.config.limits, now).await?;
         let session = self.begin_session(&workload)?;
         record.session = Some(session);
         record.workload = Some(workload_summary(workload.facts()));
