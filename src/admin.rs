@@ -28,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 use crate::audit::Audit;
 use crate::config::{AdminConfig, Bind};
 use crate::credentials::CredentialStatus;
-use crate::diagnostics::Diagnostic;
+use crate::diagnostics::{Diagnostic, system_words};
 use crate::policy::Revoked;
 use crate::problem::{json_response, problem_response};
 use crate::request_id::RequestId;
@@ -257,7 +257,7 @@ impl AdminServer {
             return Ok(());
         };
         file.move_to(path).map_err(|error| {
-            let reason = format!("the admin socket cannot be bound: {}", words(&error));
+            let reason = format!("the admin socket cannot be bound: {}", system_words(&error));
             unusable(path, reason)
         })
     }
@@ -308,7 +308,7 @@ impl AdminServer {
 }
 
 async fn pause(error: &io::Error) {
-    tracing::warn!(error = %words(error), "the admin listener cannot accept");
+    tracing::warn!(error = %system_words(error), "the admin listener cannot accept");
     tokio::time::sleep(ACCEPT_PAUSE).await;
 }
 
@@ -334,7 +334,10 @@ async fn bind_metrics(
         Diagnostic::error(
             "metrics_bind_unusable",
             address.to_string(),
-            format!("metrics cannot be served at `{address}`: {}", words(&error)),
+            format!(
+                "metrics cannot be served at `{address}`: {}",
+                system_words(&error)
+            ),
         )
         .next("set `admin.metrics_bind` to a free address")
     })?;
@@ -379,15 +382,9 @@ fn bind_unix(path: &Path, takes_over: bool) -> Result<AdminSocket, Diagnostic> {
     bind().map_err(|error| {
         problem(format!(
             "the admin socket cannot be bound: {}",
-            words(&error)
+            system_words(&error)
         ))
     })
-}
-
-fn words(error: &io::Error) -> String {
-    let text = error.to_string();
-    let text = text.split(" (os error").next().unwrap_or(&text);
-    text.to_lowercase()
 }
 
 /// What a listener serves.

@@ -323,9 +323,29 @@ pub fn did_you_mean<'a>(
         .map(|(_, candidate)| format!("did you mean `{candidate}`?"))
 }
 
+/// An I/O error in the operating system's words, without its number, in the style of our messages.
+pub(crate) fn system_words(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    match text.split_once(" (os error") {
+        Some((words, _)) => words.to_lowercase(),
+        None => text,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_error_is_said_in_the_systems_words() {
+        for (number, words) in [
+            (libc::ECONNREFUSED, "connection refused"),
+            (libc::EMFILE, "too many open files"),
+        ] {
+            let error = std::io::Error::from_raw_os_error(number);
+            assert_eq!(system_words(&error), words);
+        }
+    }
 
     fn sample() -> Diagnostics {
         let mut diagnostics = Diagnostics::new();

@@ -31,6 +31,7 @@ use tokio_rustls::TlsConnector;
 
 use crate::address::AddressGuard;
 use crate::config::{Destination, Scheme};
+use crate::diagnostics::system_words;
 use crate::inject::UpstreamRequest;
 use crate::local::LocalExecutor;
 use crate::refusal::{Refusal, RefusalCode};
@@ -403,7 +404,7 @@ impl Upstreams {
                 format!(
                     "`{}` could not be reached: {}",
                     way.target,
-                    describe(&error)
+                    system_words(&error)
                 ),
             ),
             (None, Some(refused)) => Refusal::new(
@@ -432,7 +433,11 @@ impl Upstreams {
             Ok(Ok(addresses)) => Ok(addresses),
             Ok(Err(error)) => Err(Refusal::new(
                 RefusalCode::UpstreamNameUnresolved,
-                format!("`{}` does not resolve: {}", target.host(), describe(&error)),
+                format!(
+                    "`{}` does not resolve: {}",
+                    target.host(),
+                    system_words(&error)
+                ),
             )),
             Err(_) => Err(Refusal::new(
                 RefusalCode::ShuttingDown,
@@ -631,7 +636,7 @@ fn tls_refusal(way: &Way<'_>, error: &io::Error) -> Refusal {
             format!(
                 "`{}` broke off the TLS handshake: {}",
                 way.target,
-                describe(error)
+                system_words(error)
             ),
         ),
     }
@@ -655,28 +660,9 @@ fn protocol_refusal(way: &Way<'_>, error: &hyper::Error) -> Refusal {
     }
 }
 
-/// An I/O error in the operating system's words, without its number.
-fn describe(error: &io::Error) -> String {
-    let text = error.to_string();
-    match text.split_once(" (os error") {
-        Some((words, _)) => words.to_lowercase(),
-        None => text,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_error_is_said_in_the_systems_words() {
-        for (number, words) in [
-            (libc::ECONNREFUSED, "connection refused"),
-            (libc::EMFILE, "too many open files"),
-        ] {
-            assert_eq!(describe(&io::Error::from_raw_os_error(number)), words);
-        }
-    }
 
     #[test]
     fn a_connection_is_unused_since_the_sweep_that_found_it_so() {

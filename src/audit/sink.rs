@@ -12,7 +12,7 @@ use std::time::SystemTime;
 use serde::Deserialize;
 
 use crate::audit::{Hash, Head, line};
-use crate::diagnostics::Diagnostic;
+use crate::diagnostics::{Diagnostic, system_words};
 
 /// The code of a file to which another process writes.
 const IN_USE: &str = "audit_file_in_use";
@@ -120,14 +120,7 @@ impl Sink {
     /// Opens a file, or what stands in its place: a pipe or a device, which is written as it is,
     /// without waiting.
     pub(super) fn file(path: &Path, rotate_size: u64, keep: usize) -> Result<Opened, Diagnostic> {
-        let problem = |error: &io::Error| {
-            Diagnostic::error(
-                "audit_file_unusable",
-                path,
-                format!("the audit file cannot be opened: {}", cause(error)),
-            )
-            .next("create its directory, and let the agent's user write in it")
-        };
+        let problem = |error: &io::Error| not_opened(path, error);
         if let Ok(metadata) = std::fs::metadata(path)
             && !metadata.is_file()
         {
@@ -194,7 +187,7 @@ impl Sink {
                 "stdout",
                 format!(
                     "standard output cannot be used for the audit: {}",
-                    cause(&error)
+                    system_words(&error)
                 ),
             )
             .next("do not close standard output, or configure a file")
@@ -288,7 +281,7 @@ impl Sink {
             }
             // Records in a file that is too large are better than none.
             Err(error) => {
-                tracing::error!(path = %rotation.path.display(), error = %cause(&error), "the audit file cannot be rotated");
+                tracing::error!(path = %rotation.path.display(), error = %system_words(&error), "the audit file cannot be rotated");
                 rotation.retry_size = rotation.size + rotation.rotate_size / 10;
             }
         }
@@ -307,7 +300,7 @@ impl Sink {
                 0 => Ok(file),
                 _ => Err(io::Error::other("another file stands in its place")),
             })
-            .map_err(|error| cause(&error))
+            .map_err(|error| system_words(&error))
             .and_then(|file| match lock(&file, &rotation.path) {
                 Ok(()) => Ok(file),
                 Err(diagnostic) => Err(diagnostic.message),
@@ -379,17 +372,19 @@ fn open_regular(path: &Path) -> io::Result<(File, u64)> {
     Ok((file, size))
 }
 
+fn not_opened(path: &Path, error: &io::Error) -> Diagnostic {
+    Diagnostic::error(
+        "audit_file_unusable",
+        path,
+        format!("the audit file cannot be opened: {}", system_words(error)),
+    )
+    .next("create its directory, and let the agent's user write in it")
+}
+
 /// Opens a regular file, and locks it. Until it is locked its writer may rotate it away and let it go:
 /// then this is no longer the file at `path`, and its chain goes on elsewhere.
 fn open_locked(path: &Path) -> Result<(File, u64), Diagnostic> {
-    let problem = |error: &io::Error| {
-        Diagnostic::error(
-            "audit_file_unusable",
-            path,
-            format!("the audit file cannot be opened: {}", cause(error)),
-        )
-        .next("create its directory, and let the agent's user write in it")
-    };
+    let problem = |error: &io::Error| not_opened(path, error);
     loop {
         let (file, _) = open_regular(path).map_err(|error| problem(&error))?;
         lock(&file, path)?;
@@ -419,7 +414,7 @@ fn lock(file: &File, path: &Path) -> Result<(), Diagnostic> {
         TryLockError::Error(error) => Diagnostic::error(
             "audit_file_unusable",
             path,
-            format!("the audit file cannot be locked: {}", cause(&error)),
+            format!("the audit file cannot be locked: {}", system_words(&error)),
         )
         .next("put it on a file system that has locks"),
     })
@@ -457,8 +452,12 @@ fn head_of(path: &Path, file: &mut File, end: u64) -> Result<Head, Diagnostic> {
         file.read_exact(&mut line)?;
         Ok(line)
     };
-    let line = read()
-        .map_err(|error| unusable(format!("the audit file cannot be read: {}", cause(&error))))?;
+    let line = read().map_err(|error| {
+        unusable(format!(
+            "the audit file cannot be read: {}",
+            system_words(&error)
+        ))
+    })?;
     match serde_json::from_slice::<ChainMembers>(&line) {
         Ok(members) => Ok(Head {
             sequence: members.sequence,
@@ -508,11 +507,4 @@ fn rotated_numbers(path: &Path) -> Vec<usize> {
         .collect();
     numbers.sort_unstable_by(|one, other| other.cmp(one));
     numbers
-}
-
-/// The operating system's words, in the style of our messages.
-pub(super) fn cause(error: &io::Error) -> String {
-    let text = error.to_string();
-    let text = text.split(" (os error").next().unwrap_or(&text);
-    text.to_lowercase()
 }

@@ -89,7 +89,7 @@ pub enum VerifyError {
     #[error("{0}")]
     Broken(Break),
     /// A file cannot be read.
-    #[error("`{}` cannot be read: {}", path.display(), crate::audit::sink::cause(error))]
+    #[error("`{}` cannot be read: {}", path.display(), crate::diagnostics::system_words(error))]
     Unreadable {
         /// The file.
         path: PathBuf,

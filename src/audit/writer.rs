@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use crate::audit::sink::{Batch, Sink, cause};
+use crate::audit::sink::{Batch, Sink};
 use crate::audit::{LifecycleEvent, LifecycleRecord, Message, Record, Shared};
+use crate::diagnostics::system_words;
 
 /// How long records gather before they are written: one system call for all of them, and one
 /// wake-up of this thread. What a SIGKILL can lose is this and the time of one write.
@@ -134,7 +135,7 @@ impl Writer {
                     Err(error) => {
                         if !failed {
                             failed = true;
-                            tracing::error!(error = %cause(&error), "audit records cannot be written");
+                            tracing::error!(error = %system_words(&error), "audit records cannot be written");
                         }
                         true
                     }
