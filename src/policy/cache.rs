@@ -14,6 +14,7 @@ use super::decision::{Decision, Denial};
 use super::grant::Grant;
 use super::principal::Principal;
 use super::question::{Action, Question, ResourceType};
+use super::reads::PathRead;
 use super::snapshot::PolicySnapshot;
 
 /// The most decisions that one worker remembers.
@@ -67,8 +68,12 @@ impl DecisionCache {
             self.snapshot = Some(Arc::clone(snapshot));
         }
         snapshot.check_liveness(workload, question)?;
-        let view = KeyView::new(snapshot, workload, question);
-        let decision = match self.decisions.get(&view) {
+        let key = KeyView::new(snapshot, workload, question);
+        let remembered = self
+            .decisions
+            .get(&key)
+            .or_else(|| self.decisions.get(&key.with_the_path_itself(question)));
+        let decision = match remembered {
             Some(decision) => {
                 self.hits += 1;
                 decision.clone()
@@ -77,7 +82,12 @@ impl DecisionCache {
                 self.misses += 1;
                 let principal = self.principal(snapshot, workload);
                 let decision = snapshot.evaluate(workload, &principal, question);
-                self.decisions.insert(view.to_key(), decision.clone());
+                let key = match &decision {
+                    Decision::Allow(_) => key.to_key(),
+                    // What came nearest says which path was asked for.
+                    Decision::Deny(_) => key.with_the_path_itself(question).to_key(),
+                };
+                self.decisions.insert(key, decision.clone());
                 decision
             }
         };
@@ -142,7 +152,7 @@ struct Key {
     has_request: bool,
     ambiguous: bool,
     method: Option<Method>,
-    path: Option<String>,
+    path: PathKey<String>,
     safe: Option<bool>,
     scopes: Vec<String>,
     audience: Option<String>,
@@ -151,8 +161,50 @@ struct Key {
     expired: usize,
 }
 
+/// What a decision depends on of a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum PathKey<Path> {
+    /// Nothing: it is not read, or there is no request.
+    Nothing,
+    /// One bit for each of the slice's patterns: whether it matches.
+    Outcomes(u64),
+    Whole(Path),
+}
+
+impl<'a> PathKey<&'a str> {
+    fn new(read: &PathRead, path: &'a str) -> Self {
+        match read {
+            PathRead::Unread => Self::Nothing,
+            PathRead::Matched(patterns) if patterns.len() <= u64::BITS as usize => {
+                Self::Outcomes(patterns.iter().fold(0, |outcomes, pattern| {
+                    outcomes << 1 | u64::from(pattern.matches(path))
+                }))
+            }
+            PathRead::Matched(_) | PathRead::Whole => Self::Whole(path),
+        }
+    }
+
+    fn to_owned(self) -> PathKey<String> {
+        match self {
+            Self::Nothing => PathKey::Nothing,
+            Self::Outcomes(outcomes) => PathKey::Outcomes(outcomes),
+            Self::Whole(path) => PathKey::Whole(path.to_owned()),
+        }
+    }
+}
+
+impl PathKey<String> {
+    fn borrowed(&self) -> PathKey<&str> {
+        match self {
+            Self::Nothing => PathKey::Nothing,
+            Self::Outcomes(outcomes) => PathKey::Outcomes(*outcomes),
+            Self::Whole(path) => PathKey::Whole(path),
+        }
+    }
+}
+
 /// A [`Key`] that borrows: the hit path allocates nothing. Fields are in the order of [`Key`], so that both hash alike.
-#[derive(Debug, Hash)]
+#[derive(Debug, Clone, Hash)]
 struct KeyView<'a> {
     generation: Generation,
     action: Action,
@@ -162,7 +214,7 @@ struct KeyView<'a> {
     has_request: bool,
     ambiguous: bool,
     method: Option<&'a Method>,
-    path: Option<&'a str>,
+    path: PathKey<&'a str>,
     safe: Option<bool>,
     scopes: &'a [String],
     audience: Option<&'a str>,
@@ -191,14 +243,15 @@ impl<'a> KeyView<'a> {
             resource,
             destination: question.destination.map(|destination| &*destination.name),
             has_request: request.is_some(),
-            ambiguous: read(|reads| reads.path)
+            ambiguous: read(|reads| reads.path.is_read())
                 && request.is_some_and(|request| request.path.is_ambiguous()),
             method: request
                 .filter(|_| read(|reads| reads.method))
                 .map(|request| &request.method),
-            path: request
-                .filter(|_| read(|reads| reads.path))
-                .map(|request| request.path.as_str()),
+            path: match (reads, request) {
+                (Some(reads), Some(request)) => PathKey::new(&reads.path, request.path.as_str()),
+                _ => PathKey::Nothing,
+            },
             safe: request
                 .filter(|_| read(|reads| reads.safe))
                 .map(|request| request.is_safe()),
@@ -215,6 +268,15 @@ impl<'a> KeyView<'a> {
         }
     }
 
+    /// The same, where the path is read, with the path instead of what it matches.
+    fn with_the_path_itself(&self, question: &Question<'a>) -> Self {
+        let mut key = self.clone();
+        if let (PathKey::Outcomes(_), Some(request)) = (self.path, question.request) {
+            key.path = PathKey::Whole(request.path.as_str());
+        }
+        key
+    }
+
     fn to_key(&self) -> Key {
         Key {
             generation: self.generation,
@@ -225,7 +287,7 @@ impl<'a> KeyView<'a> {
             has_request: self.has_request,
             ambiguous: self.ambiguous,
             method: self.method.cloned(),
-            path: self.path.map(str::to_owned),
+            path: self.path.to_owned(),
             safe: self.safe,
             scopes: self.scopes.to_vec(),
             audience: self.audience.map(str::to_owned),
@@ -246,7 +308,7 @@ impl Equivalent<Key> for KeyView<'_> {
             && self.has_request == key.has_request
             && self.ambiguous == key.ambiguous
             && self.method == key.method.as_ref()
-            && self.path == key.path.as_deref()
+            && self.path == key.path.borrowed()
             && self.safe == key.safe
             && self.scopes == key.scopes
             && self.audience == key.audience.as_deref()

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::decision::{Condition, NearestMiss};
 use super::engine::{LoadedPolicy, Prepared, Slice};
 use super::question::Question;
-use super::reads::{PathRead, conditions, paths};
+use super::reads::{Chain, conditions, paths};
 
 /// How many permits are compared for the nearest miss of a request: a bound on what a denied caller may cost.
 const CANDIDATES: usize = 64;
@@ -20,7 +20,7 @@ pub(super) struct Conjunct {
     pub(super) text: String,
     /// A permit with this condition only.
     set: PolicySet,
-    paths: Vec<PathRead>,
+    paths: Vec<Chain>,
 }
 
 impl Conjunct {

@@ -9,6 +9,7 @@ use cedar_policy::{
     PolicySet, Request, ResourceConstraint, RestrictedExpression,
 };
 use countersign_attestors::{AttributeDeclaration, FailureKind, WorkloadFacts};
+use foldhash::fast::RandomState;
 use jiff::tz::TimeZone;
 
 use super::decision::{Decision, Denial, DenialKind, Permission};
@@ -32,8 +33,8 @@ pub struct PolicyEngine {
     version: Arc<str>,
     pub(super) policies: Vec<Arc<LoadedPolicy>>,
     by_id: HashMap<PolicyId, Arc<LoadedPolicy>>,
-    pub(super) credentials: HashMap<String, LoadedResource>,
-    pub(super) destinations: HashMap<String, LoadedResource>,
+    pub(super) credentials: LoadedResources,
+    pub(super) destinations: LoadedResources,
     environments: Vec<EnvironmentRule>,
     repository_hosts: BTreeMap<String, String>,
     issuer_groups: BTreeSet<String>,
@@ -60,6 +61,9 @@ pub(super) struct LoadedPolicy {
     /// Made when first explained.
     pub(super) conditions: std::sync::OnceLock<Vec<conditions::Conjunct>>,
 }
+
+/// By name; looked up for every request.
+pub(super) type LoadedResources = HashMap<String, LoadedResource, RandomState>;
 
 #[derive(Debug)]
 pub(super) struct LoadedResource {
@@ -170,8 +174,8 @@ impl PolicyEngine {
                 .iter()
                 .map(|policy| (policy.policy.id().clone(), Arc::clone(policy)))
                 .collect(),
-            credentials: HashMap::new(),
-            destinations: HashMap::new(),
+            credentials: LoadedResources::default(),
+            destinations: LoadedResources::default(),
             environments: config.environments.clone(),
             repository_hosts: config
                 .attestors
@@ -202,16 +206,10 @@ impl PolicyEngine {
     }
 
     /// Every resource of the configuration with its slices; resources with the same policies share one.
-    fn slices(
-        &self,
-        config: &Config,
-    ) -> (
-        HashMap<String, LoadedResource>,
-        HashMap<String, LoadedResource>,
-    ) {
+    fn slices(&self, config: &Config) -> (LoadedResources, LoadedResources) {
         let mut shared: HashMap<Vec<usize>, Arc<Slice>> = HashMap::new();
-        let mut credentials = HashMap::new();
-        let mut destinations = HashMap::new();
+        let mut credentials = LoadedResources::default();
+        let mut destinations = LoadedResources::default();
         let mut add = |resource_type: ResourceType,
                        name: &str,
                        environment: Option<&str>,
@@ -291,7 +289,7 @@ impl PolicyEngine {
     fn all_attributes_read(&self, config: &Config) -> BTreeSet<(String, String)> {
         let mut read = BTreeSet::new();
         for policy in &self.policies {
-            read.extend(self.expanded(&policy.reads));
+            read.extend(self.attributes_of(&policy.reads).into_iter().map(owned));
         }
         let whole_name = |attribute: &String| {
             attribute
@@ -348,8 +346,11 @@ impl PolicyEngine {
         question: &Question<'_>,
     ) -> BTreeSet<(String, String)> {
         self.slice(question)
-            .map(|slice| self.expanded(&slice.reads))
+            .map(|slice| self.attributes_of(&slice.reads))
             .unwrap_or_default()
+            .into_iter()
+            .map(owned)
+            .collect()
     }
 
     pub(super) fn issuer_groups(&self) -> &BTreeSet<String> {
@@ -413,11 +414,11 @@ impl PolicyEngine {
         principal: &Principal,
         question: &Question<'_>,
     ) -> Decision {
-        let deny = |kind: DenialKind, policies: Vec<Arc<str>>| {
-            let attributes_read = self.values_read(facts, &policies);
+        let deny = |kind: DenialKind, policies: &[&Arc<LoadedPolicy>]| {
+            let attributes_read = self.values_read(facts, policies);
             Decision::Deny(Arc::new(Denial {
                 kind,
-                policies: policies.into(),
+                policies: ids(policies),
                 policy_version: Arc::clone(&self.version),
                 nearest: None,
                 environment: Arc::clone(&principal.environment),
@@ -425,28 +426,28 @@ impl PolicyEngine {
             }))
         };
         let Some(slice) = self.slice(question) else {
-            return deny(DenialKind::NoPermit, Vec::new());
+            return deny(DenialKind::NoPermit, &[]);
         };
         if let Some(kind) = self.lacks_evidence(facts, question) {
-            return deny(kind, Vec::new());
+            return deny(kind, &[]);
         }
-        if slice.reads.path
+        if slice.reads.path.is_read()
             && question
                 .request
                 .is_some_and(|request| request.path.is_ambiguous())
         {
-            return deny(DenialKind::AmbiguousPath, Vec::new());
+            return deny(DenialKind::AmbiguousPath, &[]);
         }
         let unavailable = self.unavailable(facts, &slice.reads);
         if !unavailable.is_empty() {
             let kind = DenialKind::AttestationUnavailable {
                 attestors: unavailable,
             };
-            return deny(kind, Vec::new());
+            return deny(kind, &[]);
         }
         let prepared = match self.prepare(facts, principal, question, &slice.reads) {
             Ok(prepared) => prepared,
-            Err(detail) => return deny(DenialKind::EvaluationError { detail }, Vec::new()),
+            Err(detail) => return deny(DenialKind::EvaluationError { detail }, &[]),
         };
         let unexpired;
         let set = match slice.expired(question.wall) {
@@ -465,31 +466,22 @@ impl PolicyEngine {
         let mut detail = String::new();
         for error in response.diagnostics().errors() {
             let cedar_policy::AuthorizationError::PolicyEvaluationError(error) = error;
-            failed.push(self.name_of(error.policy_id()));
+            failed.push(error.policy_id());
             if !detail.is_empty() {
                 detail.push_str("; ");
             }
             detail.push_str(&source::sentence(&error.to_string()));
         }
         if !failed.is_empty() {
-            failed.sort();
-            return deny(DenialKind::EvaluationError { detail }, failed);
+            let failed = self.by_name(failed);
+            return deny(DenialKind::EvaluationError { detail }, &failed);
         }
 
-        let mut deciding: Vec<&Arc<LoadedPolicy>> = response
-            .diagnostics()
-            .reason()
-            .filter_map(|id| self.by_id.get(id))
-            .collect();
-        deciding.sort_by(|one, other| one.id.cmp(&other.id));
-        let names: Vec<Arc<str>> = deciding
-            .iter()
-            .map(|policy| Arc::clone(&policy.id))
-            .collect();
+        let deciding = self.by_name(response.diagnostics().reason());
         match response.decision() {
             cedar_policy::Decision::Allow => match permission(&deciding, question, principal) {
                 Some(mut permission) => {
-                    permission.attributes_read = self.values_read(facts, &names);
+                    permission.attributes_read = self.values_read(facts, &deciding);
                     permission.valid_until = permission
                         .valid_until
                         .into_iter()
@@ -497,12 +489,12 @@ impl PolicyEngine {
                         .min();
                     Decision::Allow(Arc::new(permission))
                 }
-                None => deny(DenialKind::NoPermit, Vec::new()),
+                None => deny(DenialKind::NoPermit, &[]),
             },
             cedar_policy::Decision::Deny => {
                 match self.missing_evidence(facts, slice, &deciding, question.wall) {
-                    Some(kind) => deny(kind, names),
-                    None if !names.is_empty() => deny(DenialKind::Forbidden, names),
+                    Some(kind) => deny(kind, &deciding),
+                    None if !deciding.is_empty() => deny(DenialKind::Forbidden, &deciding),
                     None => {
                         let nearest = conditions::nearest_miss(slice, &prepared, question);
                         Decision::Deny(Arc::new(Denial {
@@ -511,9 +503,8 @@ impl PolicyEngine {
                             policy_version: Arc::clone(&self.version),
                             attributes_read: nearest
                                 .as_ref()
-                                .map(|miss| {
-                                    self.values_read(facts, std::slice::from_ref(&miss.policy))
-                                })
+                                .and_then(|miss| self.by_id.get(&PolicyId::new(&*miss.policy)))
+                                .map(|policy| self.values_read(facts, &[policy]))
                                 .unwrap_or_default(),
                             nearest,
                             environment: Arc::clone(&principal.environment),
@@ -575,18 +566,27 @@ impl PolicyEngine {
             )
         };
         let (scopes, audience) = question.resource.asked();
-        let mut pairs = vec![
-            ("scopes".to_owned(), texts(scopes)),
-            ("audience".to_owned(), text(audience.unwrap_or_default())),
-            ("evidence".to_owned(), texts(&facts.evidence)),
-        ];
-        if let Some(destination) = question.destination {
+        let mut pairs = Vec::new();
+        if reads.scopes {
+            pairs.push(("scopes".to_owned(), texts(scopes)));
+        }
+        if reads.audience {
+            pairs.push(("audience".to_owned(), text(audience.unwrap_or_default())));
+        }
+        if reads.evidence {
+            pairs.push(("evidence".to_owned(), texts(&facts.evidence)));
+        }
+        if reads.destination
+            && let Some(destination) = question.destination
+        {
             pairs.push((
                 "destination".to_owned(),
                 RestrictedExpression::new_entity_uid(uid("Destination", &destination.name)),
             ));
         }
-        if let Some(request) = question.request {
+        if reads.request
+            && let Some(request) = question.request
+        {
             let record = RestrictedExpression::new_record([
                 ("method".to_owned(), text(request.method.as_str())),
                 ("path".to_owned(), text(request.path.as_str())),
@@ -715,13 +715,17 @@ impl PolicyEngine {
     }
 
     /// `(group, attribute)` that are read, also by way of the environment, a parent, or a group as a whole.
-    fn expanded(&self, reads: &Reads) -> BTreeSet<(String, String)> {
-        let mut attributes = reads.attributes.clone();
+    fn attributes_of<'a>(&'a self, reads: &'a Reads) -> BTreeSet<(&'a str, &'a str)> {
+        let mut attributes: BTreeSet<(&str, &str)> = reads
+            .attributes
+            .iter()
+            .map(|(group, name)| (&**group, &**name))
+            .collect();
         for group in &reads.groups {
             // `principal has unix && principal.unix.uid == 0` needs the uid only.
             if !reads.attributes.iter().any(|(known, _)| known == group) {
                 let names = self.declared.get(group).into_iter().flatten();
-                attributes.extend(names.map(|name| (group.clone(), name.clone())));
+                attributes.extend(names.map(|name| (&**group, &**name)));
             }
         }
         if reads.environment {
@@ -729,8 +733,7 @@ impl PolicyEngine {
                 self.environments
                     .iter()
                     .flat_map(|rule| rule.when.keys())
-                    .filter_map(|attribute| attribute.split_once('.'))
-                    .map(|(group, name)| (group.to_owned(), name.to_owned())),
+                    .filter_map(|attribute| attribute.split_once('.')),
             );
         }
         if reads.parents {
@@ -740,30 +743,28 @@ impl PolicyEngine {
                     names
                         .iter()
                         .filter(|name| declared.is_some_and(|declared| declared.contains(**name)))
-                        .map(|name| (group.to_owned(), (*name).to_owned())),
+                        .map(|name| (group, *name)),
                 );
             }
             attributes.extend(
                 self.repository_hosts
                     .keys()
-                    .map(|group| (group.clone(), REPOSITORY_ATTRIBUTE.to_owned())),
+                    .map(|group| (&**group, REPOSITORY_ATTRIBUTE)),
             );
         }
         attributes
     }
 
     /// The established values of what these policies read.
-    fn values_read(&self, facts: &WorkloadFacts, policies: &[Arc<str>]) -> Arc<[String]> {
-        let mut attributes = BTreeSet::new();
-        for policy in policies {
-            if let Some(policy) = self.by_id.get(&PolicyId::new(&**policy)) {
-                attributes.extend(self.expanded(&policy.reads));
-            }
-        }
+    fn values_read(&self, facts: &WorkloadFacts, policies: &[&Arc<LoadedPolicy>]) -> Arc<[String]> {
+        let attributes: BTreeSet<(&str, &str)> = policies
+            .iter()
+            .flat_map(|policy| self.attributes_of(&policy.reads))
+            .collect();
         attributes
             .into_iter()
             .filter_map(|(group, name)| {
-                let value = facts.attribute(&group, &name)?;
+                let value = facts.attribute(group, name)?;
                 Some(format!("{group}.{name}={value}"))
             })
             .collect()
@@ -807,11 +808,14 @@ impl PolicyEngine {
         })
     }
 
-    fn name_of(&self, id: &PolicyId) -> Arc<str> {
-        match self.by_id.get(id) {
-            Some(policy) => Arc::clone(&policy.id),
-            None => Arc::from(AsRef::<str>::as_ref(id)),
-        }
+    /// The policies with these ids, in the order of their names.
+    fn by_name<'a>(&self, ids: impl IntoIterator<Item = &'a PolicyId>) -> Vec<&Arc<LoadedPolicy>> {
+        let mut policies: Vec<_> = ids
+            .into_iter()
+            .filter_map(|id| self.by_id.get(id))
+            .collect();
+        policies.sort_by(|one, other| one.id.cmp(&other.id));
+        policies
     }
 }
 
@@ -835,6 +839,17 @@ impl LoadedPolicy {
             conditions: std::sync::OnceLock::new(),
         }
     }
+}
+
+fn ids(policies: &[&Arc<LoadedPolicy>]) -> Arc<[Arc<str>]> {
+    policies
+        .iter()
+        .map(|policy| Arc::clone(&policy.id))
+        .collect()
+}
+
+fn owned((group, name): (&str, &str)) -> (String, String) {
+    (group.to_owned(), name.to_owned())
 }
 
 /// Why the token that was presented does not count, where it would be one of these issuers'.
@@ -877,10 +892,7 @@ fn permission(
     }
     let expiries: Option<Vec<SystemTime>> = permits.iter().map(|permit| permit.expires).collect();
     Some(Permission {
-        policies: permits
-            .iter()
-            .map(|permit| Arc::clone(&permit.id))
-            .collect(),
+        policies: ids(permits),
         max_lifetime: permits
             .iter()
             .filter_map(|permit| permit.max_lifetime)

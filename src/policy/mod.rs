@@ -16,6 +16,7 @@ mod grant;
 mod lint;
 mod load;
 mod never;
+mod pattern;
 mod principal;
 mod question;
 mod reads;

@@ -1,7 +1,7 @@
 //! A workload as policies see it: `Workload::"caller"` with one record per group of attributes.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use cedar_policy::{
     Entity, EntityAttrEvaluationError, EntityId, EntityTypeName, EntityUid, RestrictedExpression,
@@ -73,11 +73,29 @@ pub(super) fn workload_uid() -> EntityUid {
     uid("Workload", "caller")
 }
 
-/// An entity's uid; `entity_type` is one of this module's literals.
+/// Read once: to parse a name costs more than to evaluate a policy.
+static ENTITY_TYPES: LazyLock<HashMap<&str, EntityTypeName>> = LazyLock::new(|| {
+    [
+        "Action",
+        "Credential",
+        "CredentialGroup",
+        "Destination",
+        "Namespace",
+        "Repository",
+        "ServiceAccount",
+        "TrustDomain",
+        "Workload",
+    ]
+    .into_iter()
+    .filter_map(|name| Some((name, name.parse().ok()?)))
+    .collect()
+});
+
+/// An entity's uid; `entity_type` is one of the schema's.
 pub(super) fn uid(entity_type: &'static str, name: &str) -> EntityUid {
-    match entity_type.parse::<EntityTypeName>() {
-        Ok(type_name) => EntityUid::from_type_name_and_id(type_name, EntityId::new(name)),
-        Err(_) => unreachable!("`{entity_type}` is an identifier"),
+    match ENTITY_TYPES.get(entity_type) {
+        Some(known) => EntityUid::from_type_name_and_id(known.clone(), EntityId::new(name)),
+        None => unreachable!("`{entity_type}` is a type of the schema"),
     }
 }
 

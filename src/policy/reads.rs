@@ -5,6 +5,8 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
+use super::pattern::Pattern;
+
 /// The attributes that an expression, a policy or a slice reads.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Reads {
@@ -18,16 +20,58 @@ pub(super) struct Reads {
     pub(super) labels: bool,
     /// `principal in ...`.
     pub(super) parents: bool,
+    /// `context.scopes`.
+    pub(super) scopes: bool,
+    /// `context.audience`.
+    pub(super) audience: bool,
+    /// `context.evidence`.
+    pub(super) evidence: bool,
+    /// `context.destination`.
+    pub(super) destination: bool,
+    /// Whether there is a `context.request`, or something of it.
+    pub(super) request: bool,
     /// `context.request.method`.
     pub(super) method: bool,
     /// `context.request.path`.
-    pub(super) path: bool,
+    pub(super) path: PathRead,
     /// `context.request.safe`.
     pub(super) safe: bool,
     /// `context.time`.
     pub(super) time: bool,
     /// `context.local`.
     pub(super) local: bool,
+}
+
+/// How the path of a request is read.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) enum PathRead {
+    /// Not at all.
+    #[default]
+    Unread,
+    /// It is compared with these, in order, and with nothing else: two paths with the same outcomes are
+    /// the same to the policies.
+    Matched(Vec<Pattern>),
+    /// In ways that are not understood.
+    Whole,
+}
+
+impl PathRead {
+    /// Whether it is read.
+    pub(super) fn is_read(&self) -> bool {
+        *self != Self::Unread
+    }
+
+    fn add(&mut self, other: &Self) {
+        match (&mut *self, other) {
+            (_, Self::Unread) | (Self::Whole, _) => {}
+            (Self::Matched(patterns), Self::Matched(others)) => {
+                patterns.extend(others.iter().cloned());
+                patterns.sort();
+                patterns.dedup();
+            }
+            _ => *self = other.clone(),
+        }
+    }
 }
 
 impl Reads {
@@ -53,8 +97,13 @@ impl Reads {
         self.environment |= other.environment;
         self.labels |= other.labels;
         self.parents |= other.parents;
+        self.scopes |= other.scopes;
+        self.audience |= other.audience;
+        self.evidence |= other.evidence;
+        self.destination |= other.destination;
+        self.request |= other.request;
         self.method |= other.method;
-        self.path |= other.path;
+        self.path.add(&other.path);
         self.safe |= other.safe;
         self.time |= other.time;
         self.local |= other.local;
@@ -75,17 +124,17 @@ impl Reads {
     }
 
     fn visit(&mut self, expression: &Value) {
-        for path in paths(expression) {
-            self.record(&path);
+        for chain in paths(expression) {
+            self.record(&chain);
         }
     }
 
-    fn record(&mut self, path: &PathRead) {
-        let names: Vec<&str> = path.names.iter().map(String::as_str).collect();
-        match (path.variable.as_str(), names.as_slice()) {
-            ("principal", []) => match path.usage {
+    fn record(&mut self, chain: &Chain) {
+        let names: Vec<&str> = chain.names.iter().map(String::as_str).collect();
+        match (chain.variable.as_str(), names.as_slice()) {
+            ("principal", []) => match chain.usage {
                 Usage::Tags => self.labels = true,
-                Usage::In | Usage::Value => self.parents = true,
+                Usage::In | Usage::Matched(_) | Usage::Value => self.parents = true,
             },
             ("principal", ["environment", ..]) => self.environment = true,
             ("principal", [group]) => {
@@ -95,22 +144,50 @@ impl Reads {
                 self.attributes
                     .insert(((*group).to_owned(), (*name).to_owned()));
             }
-            ("context", ["request"]) if path.existence => {}
-            ("context", []) | ("context", ["request"]) => {
-                self.method = true;
-                self.path = true;
-                self.safe = true;
-                if names.is_empty() {
-                    self.time = true;
-                    self.local = true;
+            ("context", []) => *self = self.with_the_whole_context(),
+            ("context", ["request", part @ ..]) => {
+                self.request = true;
+                match part {
+                    [] if chain.existence => {}
+                    ["method", ..] => self.method = true,
+                    ["path"] if let Usage::Matched(pattern) = &chain.usage => {
+                        self.path.add(&PathRead::Matched(vec![pattern.clone()]));
+                    }
+                    ["path", ..] => self.path = PathRead::Whole,
+                    ["safe", ..] => self.safe = true,
+                    _ => {
+                        self.method = true;
+                        self.path = PathRead::Whole;
+                        self.safe = true;
+                    }
                 }
             }
-            ("context", ["request", "method", ..]) => self.method = true,
-            ("context", ["request", "path", ..]) => self.path = true,
-            ("context", ["request", "safe", ..]) => self.safe = true,
+            ("context", ["scopes", ..]) => self.scopes = true,
+            ("context", ["audience", ..]) => self.audience = true,
+            ("context", ["evidence", ..]) => self.evidence = true,
+            ("context", ["destination", ..]) => self.destination = true,
             ("context", ["time", ..]) => self.time = true,
             ("context", ["local", ..]) => self.local = true,
             _ => {}
+        }
+    }
+
+    /// With everything of the context.
+    pub(super) fn with_the_whole_context(&self) -> Self {
+        Self {
+            scopes: true,
+            audience: true,
+            evidence: true,
+            destination: true,
+            request: true,
+            method: true,
+            path: PathRead::Whole,
+            safe: true,
+            time: true,
+            local: true,
+            attributes: self.attributes.clone(),
+            groups: self.groups.clone(),
+            ..*self
         }
     }
 }
@@ -124,17 +201,19 @@ pub(super) fn conditions(policy: &Value) -> impl Iterator<Item = &Value> {
         .flatten()
 }
 
-/// How a bare variable is used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+/// What is done with what is read.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Usage {
     Value,
     In,
     Tags,
+    /// It is compared with this text.
+    Matched(Pattern),
 }
 
 /// One longest chain of attributes from a variable: `principal.unix.uid`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct PathRead {
+pub(super) struct Chain {
     pub(super) variable: String,
     pub(super) names: Vec<String>,
     /// Only asked whether it is there.
@@ -142,7 +221,7 @@ pub(super) struct PathRead {
     pub(super) usage: Usage,
 }
 
-impl PathRead {
+impl Chain {
     /// `principal.NAME.NAME`.
     pub(super) fn of_principal(names: &[&str]) -> Self {
         Self {
@@ -174,26 +253,26 @@ impl PathRead {
 }
 
 /// Every longest chain of attributes in an expression, in the order of the text.
-pub(super) fn paths(expression: &Value) -> Vec<PathRead> {
+pub(super) fn paths(expression: &Value) -> Vec<Chain> {
     let mut found = Vec::new();
-    collect(expression, Usage::Value, &mut found);
+    collect(expression, &Usage::Value, &mut found);
     found
 }
 
-fn collect(expression: &Value, usage: Usage, found: &mut Vec<PathRead>) {
+fn collect(expression: &Value, usage: &Usage, found: &mut Vec<Chain>) {
     if let Some((variable, names)) = chain(expression) {
-        found.push(PathRead {
+        found.push(Chain {
             variable,
             names,
             existence: false,
-            usage,
+            usage: usage.clone(),
         });
         return;
     }
     let Some(object) = expression.as_object() else {
         if let Some(items) = expression.as_array() {
             for item in items {
-                collect(item, Usage::Value, found);
+                collect(item, &Usage::Value, found);
             }
         }
         return;
@@ -207,14 +286,14 @@ fn collect(expression: &Value, usage: Usage, found: &mut Vec<PathRead>) {
                 match (left, attributes) {
                     (Some((variable, mut names)), Some(more)) => {
                         names.extend(more);
-                        found.push(PathRead {
+                        found.push(Chain {
                             variable,
                             names,
                             existence: true,
-                            usage,
+                            usage: usage.clone(),
                         });
                     }
-                    _ => collect(operands, Usage::Value, found),
+                    _ => collect(operands, &Usage::Value, found),
                 }
             }
             "hasTag" | "getTag" | "in" | "is" => {
@@ -226,21 +305,34 @@ fn collect(expression: &Value, usage: Usage, found: &mut Vec<PathRead>) {
                 };
                 for (name, operand) in operands.as_object().into_iter().flatten() {
                     match name.as_str() {
-                        "left" => collect(operand, usage, found),
-                        _ => collect(operand, Usage::Value, found),
+                        "left" => collect(operand, &usage, found),
+                        _ => collect(operand, &Usage::Value, found),
                     }
                 }
+            }
+            "like" | "==" if let Some((left, pattern)) = comparison(operands) => {
+                collect(left, &Usage::Matched(pattern), found);
             }
             _ => match operands {
                 Value::Object(named) => {
                     for operand in named.values() {
-                        collect(operand, Usage::Value, found);
+                        collect(operand, &Usage::Value, found);
                     }
                 }
-                other => collect(other, Usage::Value, found),
+                other => collect(other, &Usage::Value, found),
             },
         }
     }
+}
+
+/// What a chain is compared with, where that is a text.
+fn comparison(operands: &Value) -> Option<(&Value, Pattern)> {
+    let left = operands.get("left").filter(|left| chain(left).is_some())?;
+    let pattern = match operands.get("pattern") {
+        Some(elements) => Pattern::of_json(elements)?,
+        None => Pattern::exactly(operands.pointer("/right/Value")?.as_str()?),
+    };
+    Some((left, pattern))
 }
 
 fn names_of(attribute: Option<&Value>) -> Option<Vec<String>> {

@@ -6,7 +6,7 @@ use countersign_attestors::{AttributeValue, WorkloadFacts};
 use serde::{Deserialize, Serialize};
 
 use super::question::{Action, Question};
-use super::reads::PathRead;
+use super::reads::Chain;
 use super::schema::quoted;
 
 /// A policy and its test, ready to be put into the policy directory.
@@ -116,7 +116,7 @@ fn identity(facts: &WorkloadFacts) -> Identity<'_> {
 }
 
 fn principal_path(group: &str, name: &str) -> String {
-    PathRead::of_principal(&[group, name]).text()
+    Chain::of_principal(&[group, name]).text()
 }
 
 /// `unix`, or `unix.executable` where an attribute need not be there.

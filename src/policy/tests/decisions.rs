@@ -645,10 +645,44 @@ when { principal has unix && context has request && context.request.method == "G
             }
         }
     }
-    // orders-api is keyed by the path (3 distinct, one of them twice by method, one ambiguous), orders-admin by the method (2).
+    // orders-api is keyed by what the path is (yes: 1, no: 2 distinct paths, one ambiguous), orders-admin by the method (2).
     assert_eq!(cache.hits() + cache.misses(), 32);
     assert_eq!(cache.misses(), 2 * (3 + 2));
     assert_eq!(cache.len(), 10);
+}
+
+#[test]
+fn a_yes_is_remembered_by_what_its_path_matches_and_a_no_by_the_path() {
+    let fixture = Fixture::new();
+    let snapshot = fixture.snapshot(
+        r#"@id("read") permit (principal, action, resource == Credential::"orders-api")
+           when { principal has unix && context has request && context.request.path like "/v1/orders/*" };
+           @id("not") forbid (principal, action, resource == Credential::"orders-api")
+           when { context has request && context.request.path == "/v1/orders/secret" };"#,
+    );
+    let mut cache = DecisionCache::new();
+    let workload = attested(orders());
+    for number in 0..10 {
+        let request = request(&format!(
+            "GET https://orders.example.com/v1/orders/{number}"
+        ));
+        let question = fixture.inject("orders-api", &[], &request);
+        cache.decide(&snapshot, &workload, &question).unwrap();
+    }
+    assert_eq!((cache.hits(), cache.misses()), (9, 1));
+    for path in ["orders/secret", "other/1", "other/2"] {
+        let request = request(&format!("GET https://orders.example.com/v1/{path}"));
+        let question = fixture.inject("orders-api", &[], &request);
+        for _ in 0..2 {
+            let denial = cache.decide(&snapshot, &workload, &question).unwrap_err();
+            let nearest = denial.nearest.as_ref().map(ToString::to_string);
+            assert!(
+                nearest.is_none_or(|nearest| nearest.contains(path)),
+                "{denial:?} is not of {path}"
+            );
+        }
+    }
+    assert_eq!((cache.hits(), cache.misses()), (9 + 3, 1 + 3));
 }
 
 #[test]

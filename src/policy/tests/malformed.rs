@@ -181,8 +181,14 @@ fn what_is_asked_of_cedar_fits_the_schema() {
     let request = request("GET https://orders.example.com/v1/orders");
     let question = fixture.inject("orders-api", &[], &request);
     let principal = crate::policy::principal::Principal::new(&all, &engine);
-    let reads = &engine.slice(&question).unwrap().reads;
-    let prepared = engine.prepare(&all, &principal, &question, reads).unwrap();
+    let everything = engine
+        .slice(&question)
+        .unwrap()
+        .reads
+        .with_the_whole_context();
+    let prepared = engine
+        .prepare(&all, &principal, &question, &everything)
+        .unwrap();
     cedar_policy::Entities::from_entities(prepared.entities.iter().cloned(), Some(&cedar_schema))
         .unwrap();
     cedar_policy::Request::new(

@@ -9,7 +9,7 @@ use crate::policy::principal::Principal;
 use crate::policy::reads::Reads;
 use crate::policy::{DecisionCache, unmatched};
 
-const CONDITIONS: [&str; 14] = [
+const CONDITIONS: [&str; 17] = [
     "principal has unix && principal.unix.uid == 990",
     "principal has unix && principal.unix.uid < 1000",
     "principal has unix.executable && principal.unix.gid > 5 && principal.unix.executable like \"/usr/*\"",
@@ -20,6 +20,9 @@ const CONDITIONS: [&str; 14] = [
     "context has request && context.request.safe",
     "context has request && context.request.method == \"POST\"",
     "context has request && context.request.path == \"/v1/orders\"",
+    "context has request && context.request.path like \"/v1/*/7\"",
+    "context has request && context.request.path like \"*orders*\"",
+    "context has request && context.request.path != \"/v1/orders/7\"",
     "context has destination && context.destination == Destination::\"orders\"",
     "context.scopes.contains(\"orders.read\")",
     "context.time < datetime(\"2026-11-18T12:00:01Z\")",
@@ -106,6 +109,7 @@ fn every_question(fixture: &Fixture, mut check: impl FnMut(&Question<'_>)) {
     let scopes = ["orders.read".to_owned()];
     let requests = [
         "GET https://orders.example.com/v1/orders",
+        "GET https://orders.example.com/v1/orders/8",
         "POST https://orders.example.com/v1/orders/7",
     ]
     .map(request);
@@ -137,11 +141,7 @@ fn by_the_whole_set(
     facts: &WorkloadFacts,
     question: &Question<'_>,
 ) -> (bool, bool, Vec<String>) {
-    let everything = Reads {
-        time: true,
-        local: true,
-        ..Reads::default()
-    };
+    let everything = Reads::default().with_the_whole_context();
     let principal = Principal::new(facts, engine);
     let prepared = engine
         .prepare(facts, &principal, question, &everything)

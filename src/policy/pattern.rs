@@ -1,0 +1,113 @@
+//! The patterns of `like`, as Cedar matches them.
+
+use serde_json::Value;
+
+/// Pieces of text with anything between them: the right side of `like`
+/// (<https://docs.cedarpolicy.com/policies/syntax-operators.html#like-string-matching-with-wildcard>).
+/// One piece alone is the right side of `==` as well.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Pattern {
+    first: String,
+    /// After each wildcard one, the last at the end of the text.
+    others: Vec<String>,
+}
+
+impl Pattern {
+    /// What is this text and no other.
+    pub(super) fn exactly(text: &str) -> Self {
+        Self {
+            first: text.to_owned(),
+            others: Vec::new(),
+        }
+    }
+
+    /// Reads `["Wildcard", {"Literal": "text"}]`; `None` where that is not understood.
+    pub(super) fn of_json(elements: &Value) -> Option<Self> {
+        let mut pattern = Self::exactly("");
+        for element in elements.as_array()? {
+            match element {
+                Value::String(word) if word == "Wildcard" => pattern.others.push(String::new()),
+                _ => {
+                    let literal = element.get("Literal")?.as_str()?;
+                    let piece = pattern.others.last_mut().unwrap_or(&mut pattern.first);
+                    piece.push_str(literal);
+                }
+            }
+        }
+        Some(pattern)
+    }
+
+    /// Whether the whole text matches.
+    pub(super) fn matches(&self, text: &str) -> bool {
+        let Some((last, between)) = self.others.split_last() else {
+            return text == self.first;
+        };
+        let Some(mut rest) = text.strip_prefix(&*self.first) else {
+            return false;
+        };
+        for piece in between {
+            // The earliest place leaves the most for what follows.
+            match rest.split_once(&**piece) {
+                Some((_, after)) => rest = after,
+                None => return false,
+            }
+        }
+        rest.ends_with(&**last)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cedar_policy::{Context, EvalResult, Expression, Request, eval_expression};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::policy::reads::{Usage, paths};
+
+    fn cedar_says(text: &str, pattern: &str) -> bool {
+        let expression: Expression = format!("{text:?} like {pattern:?}").parse().unwrap();
+        let uid = |kind: &str| format!("{kind}::\"one\"").parse().unwrap();
+        let request = Request::new(uid("P"), uid("A"), uid("R"), Context::empty(), None).unwrap();
+        let result = eval_expression(&request, &cedar_policy::Entities::empty(), &expression);
+        result.unwrap() == EvalResult::Bool(true)
+    }
+
+    /// As a policy's JSON form has it.
+    fn parsed(pattern: &str) -> Pattern {
+        let policy: cedar_policy::Policy = format!(
+            "permit (principal, action, resource) when {{ context.request.path like {pattern:?} }};"
+        )
+        .parse()
+        .unwrap();
+        let json = policy.to_json().unwrap();
+        let body = json.pointer("/conditions/0/body").unwrap();
+        match paths(body).remove(0).usage {
+            Usage::Matched(pattern) => pattern,
+            other => panic!("{other:?} is not a pattern"),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_pattern_matches_what_cedar_says(text in "[a/é]{0,8}", pattern in "[a/é*]{0,6}") {
+            prop_assert_eq!(parsed(&pattern).matches(&text), cedar_says(&text, &pattern));
+        }
+    }
+
+    #[test]
+    fn a_star_that_is_escaped_is_a_star() {
+        let policy =
+            r#"permit (principal, action, resource) when { context.request.path like "/a\**" };"#;
+        let json = policy
+            .parse::<cedar_policy::Policy>()
+            .unwrap()
+            .to_json()
+            .unwrap();
+        let found = paths(json.pointer("/conditions/0/body").unwrap());
+        let Some(Usage::Matched(pattern)) = found.first().map(|path| &path.usage) else {
+            panic!("{found:?} is not a pattern");
+        };
+        assert!(pattern.matches("/a*") && pattern.matches("/a*b"));
+        assert!(!pattern.matches("/ab"));
+    }
+}
