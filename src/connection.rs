@@ -221,14 +221,14 @@ impl Caller {
         };
         agent
             .audit
-            .record(Record::Attested(Box::new(AttestedRecord {
+            .record(Record::Attested(&AttestedRecord {
                 time,
                 session: session.id,
                 listener: Arc::clone(listener),
                 identity: workload.isolation_key().clone(),
                 facts: Arc::clone(facts),
                 valid_until: workload.valid_until(),
-            })))
+            }))
             .map_err(|_| audit_refusal())?;
         *self.known.lock().unwrap_or_else(PoisonError::into_inner) = Some(Known {
             session: session.id,

@@ -296,7 +296,7 @@ impl Exchange {
         }
         self.agent
             .audit
-            .record(Record::Request(record))
+            .record(Record::Request(&record))
             .map(|()| self.request_id)
             .map_err(|_| self.request_id)
     }

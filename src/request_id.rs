@@ -25,10 +25,15 @@ impl RequestId {
         Self(unique(now))
     }
 
+    /// Writes the 36 characters of the id into `buffer`.
+    pub fn encode(self, buffer: &mut [u8; 36]) -> &str {
+        self.0.hyphenated().encode_lower(buffer)
+    }
+
     /// The id as a header's value.
     pub fn to_header_value(self) -> HeaderValue {
-        let mut buffer = Uuid::encode_buffer();
-        let text: &str = self.0.hyphenated().encode_lower(&mut buffer);
+        let mut buffer = [0; 36];
+        let text = self.encode(&mut buffer);
         // Hexadecimal digits and hyphens are always a valid header value.
         HeaderValue::from_str(text).unwrap_or(HeaderValue::from_static(""))
     }
@@ -38,6 +43,11 @@ impl SessionId {
     /// A new id at the wall-clock time `now`.
     pub fn new(now: SystemTime) -> Self {
         Self(unique(now))
+    }
+
+    /// Writes the 36 characters of the id into `buffer`.
+    pub fn encode(self, buffer: &mut [u8; 36]) -> &str {
+        self.0.hyphenated().encode_lower(buffer)
     }
 }
 

@@ -15,10 +15,11 @@ use crate::audit::record::{
     LifecycleRecord, Record, RequestRecord, TokenIssueRecord, TokenReference,
 };
 use crate::refusal::{Cause, RefusalCode};
+use crate::request::Target;
 use crate::request_id::{SessionId, TraceId};
 
 /// Appends the record's members, from the first quotation mark to the closing brace.
-pub(super) fn append_members(record: &Record, text: &mut Vec<u8>) {
+pub(super) fn append_members(record: Record<'_>, text: &mut Vec<u8>) {
     match record {
         Record::Request(record) => {
             let mut line = Object::begun(text);
@@ -47,15 +48,14 @@ fn append_serialized(line: &impl Serialize, text: &mut Vec<u8>) {
 
 /// Appends a whole line that follows `head`, and returns its bytes' place in `text`.
 pub(super) fn append_chained(head: &Head, members: &[u8], text: &mut Vec<u8>) -> usize {
-    use std::io::Write as _;
     let start = text.len();
-    // Writing to a vector does not fail.
-    let _ = write!(
-        text,
-        r#"{{"sequence":{},"previous":"{}","#,
-        head.sequence + 1,
-        head.hash
-    );
+    text.push(b'{');
+    let mut line = Object::begun(text);
+    line.number("sequence", head.sequence + 1);
+    line.plain("previous", |text| {
+        text.extend_from_slice(&head.hash.digits());
+    });
+    text.push(b',');
     text.extend_from_slice(members);
     text.push(b'\n');
     start
@@ -75,19 +75,43 @@ impl<T: fmt::Display> Serialize for Displayed<T> {
 /// RFC 3339 in UTC, to the millisecond; empty where no calendar has the time.
 struct Timestamp(SystemTime);
 
-impl fmt::Display for Timestamp {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match jiff::Timestamp::try_from(self.0) {
-            Ok(timestamp) => write!(formatter, "{timestamp:.3}"),
-            Err(_) => Ok(()),
-        }
+impl Serialize for Timestamp {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut text = Vec::new();
+        push_time(&mut text, self.0);
+        serializer.serialize_str(std::str::from_utf8(&text).unwrap_or_default())
     }
 }
 
-impl Serialize for Timestamp {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
+/// As [`Timestamp`]. Written digit by digit: two of them are in every record.
+fn push_time(text: &mut Vec<u8>, time: SystemTime) {
+    let Ok(timestamp) = jiff::Timestamp::try_from(time) else {
+        return;
+    };
+    let time = jiff::tz::Offset::UTC.to_datetime(timestamp);
+    let mut written = *b"0000-00-00T00:00:00.000Z";
+    let mut put = |place: std::ops::Range<usize>, mut number: i32| {
+        for digit in written.get_mut(place).into_iter().flatten().rev() {
+            *digit += u8::try_from(number % 10).unwrap_or_default();
+            number /= 10;
+        }
+    };
+    put(0..4, time.year().into());
+    put(5..7, time.month().into());
+    put(8..10, time.day().into());
+    put(11..13, time.hour().into());
+    put(14..16, time.minute().into());
+    put(17..19, time.second().into());
+    put(20..23, time.millisecond().into());
+    text.extend_from_slice(&written);
+}
+
+fn push_authority(text: &mut Vec<u8>, target: &Target) {
+    let is_ipv6 = target.host().contains(':');
+    text.extend_from_slice(if is_ipv6 { b"[" } else { b"" });
+    text.extend_from_slice(target.host().as_bytes());
+    text.extend_from_slice(if is_ipv6 { b"]:" } else { b":" });
+    text.extend_from_slice(itoa::Buffer::new().format(target.port()).as_bytes());
 }
 
 fn microseconds(duration: Duration) -> u64 {
@@ -126,9 +150,11 @@ impl<'a> AttestedLine<'a> {
 }
 
 fn append_request(record: &RequestRecord, line: &mut Object<'_>) {
-    line.plain("time", Timestamp(record.time));
+    line.plain("time", |text| push_time(text, record.time));
     line.text("kind", "request");
-    line.plain("request_id", record.request_id);
+    line.plain("request_id", |text| {
+        text.extend_from_slice(record.request_id.encode(&mut [0; 36]).as_bytes());
+    });
     append_caller(
         line,
         record.trace_id,
@@ -139,7 +165,7 @@ fn append_request(record: &RequestRecord, line: &mut Object<'_>) {
     line.text_if_any("destination", record.destination.as_deref());
     if let Some(asked) = &record.asked {
         line.text("scheme", asked.scheme.as_str());
-        line.plain("authority", &asked.target);
+        line.plain("authority", |text| push_authority(text, &asked.target));
     }
     line.text_if_any("method", record.method.as_ref().map(http::Method::as_str));
     if let Some(asked) = &record.asked {
@@ -162,9 +188,11 @@ fn append_request(record: &RequestRecord, line: &mut Object<'_>) {
 }
 
 fn append_token_issue(record: &TokenIssueRecord, line: &mut Object<'_>) {
-    line.plain("time", Timestamp(record.time));
+    line.plain("time", |text| push_time(text, record.time));
     line.text("kind", "token_issue");
-    line.plain("request_id", record.request_id);
+    line.plain("request_id", |text| {
+        text.extend_from_slice(record.request_id.encode(&mut [0; 36]).as_bytes());
+    });
     append_caller(
         line,
         record.trace_id,
@@ -192,10 +220,12 @@ fn append_caller(
     listener: &str,
 ) {
     if let Some(trace_id) = trace_id {
-        line.plain("trace_id", trace_id);
+        line.text("trace_id", &trace_id.to_string());
     }
     if let Some(session) = session {
-        line.plain("session", session);
+        line.plain("session", |text| {
+            text.extend_from_slice(session.encode(&mut [0; 36]).as_bytes());
+        });
     }
     line.text_if_any("workload", workload);
     line.text("listener", listener);
@@ -224,7 +254,7 @@ fn append_asked_and_granted(
     if let Some(token) = token {
         line.object("token", |line| {
             line.text("sha256", &token.sha256);
-            line.plain("expires_at", Timestamp(token.expires_at));
+            line.plain("expires_at", |text| push_time(text, token.expires_at));
             line.text("obtained", token.obtained.as_str());
         });
     }

@@ -1,18 +1,19 @@
 //! The audit: one record per request, per token issued and per event of the agent's own life, one
 //! JSON object per line, chained by SHA-256 (`docs/audit.md`).
 //!
-//! A data worker moves a [`Record`] into a bounded queue and goes on; the writer's thread turns
-//! records into lines, chains them and writes them in batches. [`verify`] and [`tail`] read what was
-//! written.
+//! A data worker puts the text of a [`Record`] into a bounded queue and goes on; the writer's thread
+//! chains what has gathered and writes it in batches. [`verify`] and [`tail`] read what was written.
 
+use std::cell::RefCell;
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{self, SyncSender, TrySendError};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
+
+use self::queue::Queue;
 
 use crate::clock::Clock;
 use crate::config::{AuditConfig, AuditSink, OnAuditFailure};
@@ -21,6 +22,7 @@ use crate::telemetry::metrics::{AuditState, AuditStateSource, Metrics};
 
 mod line;
 mod object;
+mod queue;
 pub mod record;
 mod sink;
 pub mod tail;
@@ -32,10 +34,6 @@ pub use record::{
     LifecycleRecord, Obtained, Record, RequestRecord, TokenIssueRecord, TokenReference,
     workload_summary,
 };
-
-/// How many records may wait. At 64 connections a worker cannot have more than a few waiting; this
-/// many cover a burst of some 100 ms.
-const QUEUE_CAPACITY: usize = 16_384;
 
 /// With `on_failure: block`, requests are refused when a write has taken this long.
 const STALL_LIMIT: Duration = Duration::from_millis(100);
@@ -74,6 +72,17 @@ impl Hash {
         Some(Self(bytes))
     }
 
+    /// 64 lower-case hexadecimal digits.
+    fn digits(&self) -> [u8; 64] {
+        let mut digits = [0; 64];
+        for (pair, byte) in digits.chunks_exact_mut(2).zip(self.0) {
+            if let [high, low] = pair {
+                (*high, *low) = (digit(byte >> 4), digit(byte & 15));
+            }
+        }
+        digits
+    }
+
     /// The first 48 bits.
     fn prefix(&self) -> u64 {
         let [a, b, c, d, e, f, ..] = self.0;
@@ -99,13 +108,7 @@ fn digit(value: u8) -> u8 {
 
 impl fmt::Display for Hash {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut digits = [0; 64];
-        for (pair, byte) in digits.chunks_exact_mut(2).zip(self.0) {
-            if let [high, low] = pair {
-                (*high, *low) = (digit(byte >> 4), digit(byte & 15));
-            }
-        }
-        formatter.write_str(std::str::from_utf8(&digits).map_err(|_| fmt::Error)?)
+        formatter.write_str(std::str::from_utf8(&self.digits()).map_err(|_| fmt::Error)?)
     }
 }
 
@@ -130,13 +133,6 @@ pub enum OtherAgents {
     MayBeDraining,
 }
 
-/// What travels to the writer.
-enum Message {
-    Record(Record),
-    Flush(oneshot::Sender<()>),
-    Stop,
-}
-
 /// What the writer and the handles share.
 #[derive(Debug)]
 struct Shared {
@@ -145,12 +141,13 @@ struct Shared {
     /// The files that are written.
     files: Vec<PathBuf>,
     head: Mutex<Head>,
+    queue: Queue,
+    /// How many records are queued, or are being written.
     queued: AtomicU64,
     written: AtomicU64,
     dropped: AtomicU64,
     /// Monotonic milliseconds, plus one, at which the write under way began; 0 when there is none.
     writing_since: AtomicU64,
-    writer_lives: AtomicBool,
 }
 
 impl Shared {
@@ -166,7 +163,7 @@ impl Shared {
         let stalled = writing_since != 0
             && u128::from((self.now() + 1).saturating_sub(writing_since))
                 >= STALL_LIMIT.as_millis();
-        !stalled && self.writer_lives.load(Ordering::Relaxed)
+        !stalled && self.queue.is_open()
     }
 
     fn head(&self) -> Head {
@@ -191,7 +188,6 @@ impl AuditStateSource for Shared {
 /// Takes records. Cheap to clone; every data worker has one.
 #[derive(Clone)]
 pub struct Audit {
-    queue: SyncSender<Message>,
     shared: Arc<Shared>,
 }
 
@@ -257,26 +253,26 @@ impl Audit {
         clock: Arc<dyn Clock>,
         metrics: &Metrics,
     ) -> (Self, AuditWriter) {
-        let (queue, receiver) = mpsc::sync_channel(QUEUE_CAPACITY);
         let (ended_sender, ended) = mpsc::sync_channel(1);
+        let batch_limit = sinks.iter().map(sink::Sink::batch_limit).min();
         let shared = Arc::new(Shared {
             clock,
             on_failure,
             files,
             head: Mutex::new(sinks.first().map(sink::Sink::head).unwrap_or_default()),
+            queue: Queue::new(batch_limit.unwrap_or(u64::MAX)),
             queued: AtomicU64::new(0),
             written: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
             writing_since: AtomicU64::new(0),
-            writer_lives: AtomicBool::new(true),
         });
         metrics.observe_audit(Arc::clone(&shared) as Arc<dyn AuditStateSource>);
-        let writer = writer::Writer::new(sinks, receiver, Arc::clone(&shared));
-        let audit = Self { queue, shared };
+        let writer = writer::Writer::new(sinks, Arc::clone(&shared));
+        let audit = Self { shared };
         for event in events {
             let _ = audit.lifecycle(event);
         }
-        // Without the thread `writer_lives` is reset, and every request is refused.
+        // Without the thread the queue is closed, and every request is refused.
         if let Err(error) = std::thread::Builder::new()
             .name("audit".to_owned())
             .spawn(move || {
@@ -295,28 +291,35 @@ impl Audit {
 
     /// Queues a record, without waiting. With `on_failure: degrade` a record that finds the queue full
     /// is dropped and counted; otherwise that is an error, and the response must not be released.
-    pub fn record(&self, record: Record) -> Result<(), AuditUnavailable> {
-        // Counted before it is sent, so that the writer never counts below zero.
-        self.shared.queued.fetch_add(1, Ordering::Relaxed);
-        match self.queue.try_send(Message::Record(record)) {
-            Ok(()) => Ok(()),
-            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
-                self.shared.queued.fetch_sub(1, Ordering::Relaxed);
-                self.shared.dropped.fetch_add(1, Ordering::Relaxed);
-                match self.shared.on_failure {
-                    OnAuditFailure::Degrade => Ok(()),
-                    OnAuditFailure::Block => Err(AuditUnavailable),
-                }
-            }
+    pub fn record(&self, record: Record<'_>) -> Result<(), AuditUnavailable> {
+        thread_local! {
+            static MEMBERS: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+        }
+        let shared = &*self.shared;
+        let is_queued = MEMBERS.with_borrow_mut(|members| {
+            members.clear();
+            line::append_members(record, members);
+            // Counted before it is queued, so that the writer never counts below zero.
+            shared.queued.fetch_add(1, Ordering::Relaxed);
+            shared.queue.push(members)
+        });
+        if is_queued {
+            return Ok(());
+        }
+        shared.queued.fetch_sub(1, Ordering::Relaxed);
+        shared.dropped.fetch_add(1, Ordering::Relaxed);
+        match shared.on_failure {
+            OnAuditFailure::Degrade => Ok(()),
+            OnAuditFailure::Block => Err(AuditUnavailable),
         }
     }
 
     /// Queues a record of the agent's own life.
     pub fn lifecycle(&self, event: LifecycleEvent) -> Result<(), AuditUnavailable> {
-        self.record(Record::Lifecycle(Box::new(LifecycleRecord {
+        self.record(Record::Lifecycle(&LifecycleRecord {
             time: self.shared.clock.wall(),
             event,
-        })))
+        }))
     }
 
     /// Whether requests may be served: false when nothing could be written for 100 ms and
@@ -345,17 +348,7 @@ impl Audit {
     /// Waits until everything queued before is written. Does not return while the sinks hang.
     pub async fn flush(&self) {
         let (sender, receiver) = oneshot::channel();
-        let mut message = Message::Flush(sender);
-        loop {
-            match self.queue.try_send(message) {
-                Ok(()) => break,
-                Err(TrySendError::Full(returned)) => {
-                    message = returned;
-                    tokio::time::sleep(writer::BATCH_INTERVAL).await;
-                }
-                Err(TrySendError::Disconnected(_)) => return,
-            }
-        }
+        self.shared.queue.flush(sender);
         let _ = receiver.await;
     }
 }
@@ -380,17 +373,8 @@ impl AuditWriter {
     /// Writes what is queued and ends the thread; waits for `limit` at most. Returns whether
     /// everything was written.
     pub fn stop(self, limit: Duration) -> bool {
-        let deadline = self.audit.shared.clock.monotonic() + limit;
-        let mut message = Message::Stop;
-        while let Err(TrySendError::Full(returned)) = self.audit.queue.try_send(message) {
-            if self.audit.shared.clock.monotonic() >= deadline {
-                return false;
-            }
-            message = returned;
-            std::thread::sleep(writer::BATCH_INTERVAL);
-        }
-        let left = deadline.saturating_sub(self.audit.shared.clock.monotonic());
-        self.ended.recv_timeout(left).is_ok()
+        self.audit.shared.queue.stop();
+        self.ended.recv_timeout(limit).is_ok()
     }
 }
 

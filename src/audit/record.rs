@@ -1,4 +1,4 @@
-//! What is recorded. Building a record costs reference counts; it becomes text in the writer.
+//! What is recorded.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,16 +12,16 @@ use crate::request::EgressRequest;
 use crate::request_id::{RequestId, SessionId, TraceId};
 
 /// A record.
-#[derive(Debug, Clone)]
-pub enum Record {
+#[derive(Debug, Clone, Copy)]
+pub enum Record<'a> {
     /// A workload was attested: everything that request records of the session refer to.
-    Attested(Box<AttestedRecord>),
+    Attested(&'a AttestedRecord),
     /// A request was answered.
-    Request(Box<RequestRecord>),
+    Request(&'a RequestRecord),
     /// A token was handed out, or refused, by the workload API.
-    TokenIssue(Box<TokenIssueRecord>),
+    TokenIssue(&'a TokenIssueRecord),
     /// Something happened to the agent itself.
-    Lifecycle(Box<LifecycleRecord>),
+    Lifecycle(&'a LifecycleRecord),
 }
 
 /// One attestation of one connection, or of one presented token.

@@ -28,15 +28,15 @@ pub(super) struct ChainMembers {
 }
 
 /// Members of records, one after another.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(super) struct Batch {
     members: Vec<u8>,
     ends: Vec<usize>,
 }
 
 impl Batch {
-    pub(super) fn push(&mut self, record: &super::Record) {
-        line::append_members(record, &mut self.members);
+    pub(super) fn push(&mut self, members: &[u8]) {
+        self.members.extend_from_slice(members);
         self.ends.push(self.members.len());
     }
 
@@ -50,8 +50,13 @@ impl Batch {
     }
 
     /// At least as many bytes as the lines will have.
-    pub(super) fn bytes(&self) -> usize {
+    fn bytes(&self) -> usize {
         self.members.len() + self.ends.len() * line::CHAIN_BYTES
+    }
+
+    /// As many with one more record.
+    pub(super) fn bytes_with(&self, members: &[u8]) -> usize {
+        self.bytes() + members.len() + line::CHAIN_BYTES
     }
 
     fn iter(&self) -> impl Iterator<Item = &[u8]> {

@@ -142,7 +142,7 @@ fn start(config: &AuditConfig) -> (Audit, AuditWriter) {
 fn record_requests(config: &AuditConfig, count: usize) -> (u64, String) {
     let (audit, writer) = start(config);
     for _ in 0..count {
-        audit.record(Record::Request(Box::new(request()))).unwrap();
+        audit.record(Record::Request(&request())).unwrap();
     }
     assert!(writer.stop(PATIENCE));
     audit.head()
@@ -192,11 +192,9 @@ fn records_are_chained_lines_and_hold_what_was_asked_for() {
             policy_version: "9c1e2f".to_owned(),
         })
         .unwrap();
-    audit
-        .record(Record::Attested(Box::new(attested())))
-        .unwrap();
-    audit.record(Record::Request(Box::new(request()))).unwrap();
-    audit.record(Record::Request(Box::new(denied()))).unwrap();
+    audit.record(Record::Attested(&attested())).unwrap();
+    audit.record(Record::Request(&request())).unwrap();
+    audit.record(Record::Request(&denied())).unwrap();
     assert!(writer.stop(PATIENCE));
 
     let text = fs::read_to_string(&path).unwrap();
@@ -456,11 +454,11 @@ fn a_file_that_was_moved_away_is_begun_anew() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("audit.jsonl");
     let (audit, writer) = start(&file_config(&path, 1 << 20, 3));
-    audit.record(Record::Request(Box::new(request()))).unwrap();
+    audit.record(Record::Request(&request())).unwrap();
     wait_until("the first record", || audit.head().0 == 1);
     fs::rename(&path, directory.path().join("audit.jsonl.1")).unwrap();
     wait_until("a new file", || path.exists());
-    audit.record(Record::Request(Box::new(request()))).unwrap();
+    audit.record(Record::Request(&request())).unwrap();
     assert!(writer.stop(PATIENCE));
     assert_eq!(whole(&path).records, 3);
 }
@@ -476,7 +474,7 @@ fn a_sink_that_hangs_stops_requests_and_takes_the_records_later() {
     let mut recorded = 0;
     wait_until("requests are refused", || {
         if audit.is_accepting() {
-            audit.record(Record::Request(Box::new(request()))).unwrap();
+            audit.record(Record::Request(&request())).unwrap();
             recorded += 1;
         }
         !audit.is_accepting()
@@ -500,7 +498,7 @@ fn a_sink_that_hangs_stops_requests_and_takes_the_records_later() {
         }
     });
     wait_until("requests are served again", || audit.is_accepting());
-    audit.record(Record::Request(Box::new(request()))).unwrap();
+    audit.record(Record::Request(&request())).unwrap();
     recorded += 1;
     assert!(writer.stop(PATIENCE));
     let mut last = (0, Vec::new());
@@ -534,7 +532,7 @@ fn a_write_that_does_not_return_stops_requests() {
     );
     wait_until("requests are refused", || {
         if audit.is_accepting() {
-            audit.record(Record::Request(Box::new(request()))).unwrap();
+            audit.record(Record::Request(&request())).unwrap();
         }
         !audit.is_accepting()
     });
@@ -565,8 +563,8 @@ fn degrade_drops_counts_and_records_the_loss() {
         clock,
         &metrics,
     );
-    for _ in 0..QUEUE_CAPACITY + 4_000 {
-        audit.record(Record::Request(Box::new(request()))).unwrap();
+    for _ in 0..queue::CAPACITY + 4_000 {
+        audit.record(Record::Request(&request())).unwrap();
         assert!(audit.is_accepting());
     }
     let dropped = audit.state().dropped;
@@ -590,7 +588,7 @@ fn degrade_drops_counts_and_records_the_loss() {
         .sum();
     let written = text.matches(r#""kind":"request""#).count() as u64;
     assert_eq!(lost, dropped);
-    assert_eq!(written + lost, QUEUE_CAPACITY as u64 + 4_000);
+    assert_eq!(written + lost, queue::CAPACITY as u64 + 4_000);
 }
 
 /// A device that has no space: what a full disk answers, without being root.
@@ -604,7 +602,7 @@ fn a_full_device_stops_requests_or_not_as_configured() {
             on_failure,
             ..file_config(Path::new("/dev/full"), 1 << 20, 3)
         });
-        audit.record(Record::Request(Box::new(request()))).unwrap();
+        audit.record(Record::Request(&request())).unwrap();
         std::thread::sleep(STALL_LIMIT * 3);
         assert_eq!(audit.is_accepting(), accepting);
         assert!(!writer.stop(Duration::from_millis(20)));
@@ -647,7 +645,7 @@ fn a_full_disk_stops_requests_until_there_is_space() {
         let mut recorded = 0;
         wait_until("requests are refused", || {
             if audit.is_accepting() {
-                audit.record(Record::Request(Box::new(request()))).unwrap();
+                audit.record(Record::Request(&request())).unwrap();
                 recorded += 1;
             }
             !audit.is_accepting()
@@ -677,7 +675,7 @@ fn child_that_is_killed() {
     loop {
         let record = request();
         let id = record.request_id;
-        audit.record(Record::Request(Box::new(record))).unwrap();
+        audit.record(Record::Request(&record)).unwrap();
         writeln!(said, "recorded {id} {}", started.elapsed().as_micros()).unwrap();
         std::thread::sleep(Duration::from_micros(300));
     }
@@ -751,7 +749,7 @@ fn child_that_writes_to_standard_output() {
         sinks: vec![AuditSink::Stdout],
     });
     for _ in 0..100 {
-        audit.record(Record::Request(Box::new(request()))).unwrap();
+        audit.record(Record::Request(&request())).unwrap();
     }
     assert!(writer.stop(PATIENCE));
 }
@@ -789,10 +787,10 @@ fn the_last_records_are_readable_lines() {
     let allowed = request();
     let refused = denied();
     for record in [
-        Record::Attested(Box::new(attested())),
-        Record::Request(Box::new(allowed.clone())),
-        Record::Attested(Box::new(attested())),
-        Record::Request(Box::new(refused.clone())),
+        Record::Attested(&attested()),
+        Record::Request(&allowed),
+        Record::Attested(&attested()),
+        Record::Request(&refused),
     ] {
         audit.record(record).unwrap();
     }
@@ -834,7 +832,7 @@ fn control_characters_do_not_reach_a_terminal() {
         ..request()
     };
     let mut text = vec![b'{'];
-    line::append_members(&Record::Request(Box::new(record)), &mut text);
+    line::append_members(Record::Request(&record), &mut text);
     let line = String::from_utf8(text).unwrap();
     assert!(!tail::render(&line).unwrap().contains(char::is_control));
 }
@@ -844,7 +842,7 @@ fn following_goes_on_through_rotation() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("audit.jsonl");
     let (audit, writer) = start(&file_config(&path, 4096, 100));
-    audit.record(Record::Request(Box::new(request()))).unwrap();
+    audit.record(Record::Request(&request())).unwrap();
     wait_until("the first record", || audit.head().0 == 1);
     let (sender, received) = mpsc::channel();
     std::thread::spawn(move || {
@@ -858,7 +856,7 @@ fn following_goes_on_through_rotation() {
     // The follower must have seen the file's end before more is written to it.
     std::thread::sleep(Duration::from_millis(200));
     for _ in 0..20 {
-        audit.record(Record::Request(Box::new(request()))).unwrap();
+        audit.record(Record::Request(&request())).unwrap();
         wait_until("it is written", || audit.state().queue_depth == 0);
         // Files are replaced more slowly than they are looked at.
         std::thread::sleep(Duration::from_millis(60));
@@ -883,7 +881,7 @@ fn an_agent_beside_another_has_a_chain_of_its_own() {
     };
     let beside = directory.path().join("audit.jsonl.beside1");
     let write = |audit: &Audit| {
-        audit.record(Record::Request(Box::new(request()))).unwrap();
+        audit.record(Record::Request(&request())).unwrap();
     };
 
     let (first, first_writer) = start_beside();

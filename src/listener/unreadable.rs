@@ -58,12 +58,7 @@ impl Unreadable {
         }
         record.status = refusal.code.properties().status;
         record.outcome = refusal.code.as_str();
-        if self
-            .agent
-            .audit
-            .record(Record::Request(Box::new(record)))
-            .is_err()
-        {
+        if self.agent.audit.record(Record::Request(&record)).is_err() {
             refusal = audit_refusal();
         }
         self.agent.metrics.refusal(refusal.code);

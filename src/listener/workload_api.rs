@@ -342,7 +342,7 @@ impl Caller {
             .total
             .saturating_sub(record.latency.token_endpoint);
         // Nothing is answered that is not recorded.
-        match agent.audit.record(Record::TokenIssue(Box::new(record))) {
+        match agent.audit.record(Record::TokenIssue(&record)) {
             Ok(()) => response,
             Err(_) => problem::response(&audit_refusal(), request_id, Surface::Gateway),
         }
@@ -429,14 +429,14 @@ impl Caller {
         self.agent.attestors.note(workload.facts(), time);
         self.agent
             .audit
-            .record(Record::Attested(Box::new(AttestedRecord {
+            .record(Record::Attested(&AttestedRecord {
                 time,
                 session,
                 listener: Arc::clone(&self.listener),
                 identity: workload.isolation_key().clone(),
                 facts: Arc::clone(workload.facts()),
                 valid_until: workload.valid_until(),
-            })))
+            }))
             .map_err(|_| audit_refusal())?;
         Ok(session)
     }
