@@ -146,21 +146,28 @@ impl std::fmt::Display for Target {
 /// A DNS name in lower case without its trailing dot, or a dotted-quad IPv4 address. Other spellings
 /// of addresses (octal, hexadecimal, fewer parts) are refused: resolvers read them differently.
 fn normalised_name(host: &str) -> Option<Arc<str>> {
+    const LONGEST_LABEL: usize = 63;
     let host = host.strip_suffix('.').unwrap_or(host);
-    if host.is_empty() || host.len() > 253 {
+    if host.len() > 253 {
         return None;
     }
-    let labels_are_valid = host.split('.').all(|label| {
-        !label.is_empty()
-            && label.len() <= 63
-            && label
-                .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
-    });
-    if !labels_are_valid {
+    let mut label = 0;
+    let mut has_upper_case = false;
+    for byte in host.bytes() {
+        match byte {
+            b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' => label += 1,
+            b'A'..=b'Z' => {
+                has_upper_case = true;
+                label += 1;
+            }
+            b'.' if (1..=LONGEST_LABEL).contains(&label) => label = 0,
+            _ => return None,
+        }
+    }
+    if !(1..=LONGEST_LABEL).contains(&label) {
         return None;
     }
-    let last_label = host.rsplit('.').next().unwrap_or(host);
+    let (_, last_label) = host.split_at_checked(host.len() - label)?;
     // WHATWG URL, "ends in a number": such a host is an IPv4 address to some resolvers.
     let ends_in_number = last_label.bytes().all(|byte| byte.is_ascii_digit())
         || last_label
@@ -170,7 +177,7 @@ fn normalised_name(host: &str) -> Option<Arc<str>> {
     if ends_in_number && host.parse::<std::net::Ipv4Addr>().is_err() {
         return None;
     }
-    Some(match host.bytes().any(|byte| byte.is_ascii_uppercase()) {
+    Some(match has_upper_case {
         true => Arc::from(host.to_ascii_lowercase()),
         false => Arc::from(host),
     })
@@ -249,11 +256,16 @@ fn decode_segments(path: &str) -> Option<String> {
 /// The reading segment by segment where it is not the path as sent, and the fully decoded one where
 /// it differs from that; one that nothing matches where no server's reading is known.
 fn readings(path: &str) -> (Option<String>, Option<String>) {
+    let mut before = 0;
     let is_plain = path.bytes().all(|byte| {
-        byte.is_ascii_alphanumeric()
-            || matches!(byte, b'-' | b'_' | b'~' | b'/' | b':' | b'@' | b',')
+        let follows_slash = std::mem::replace(&mut before, byte) == b'/';
+        match byte {
+            b'/' => !follows_slash,
+            b'-' | b'_' | b'~' | b':' | b'@' | b',' => true,
+            _ => byte.is_ascii_alphanumeric(),
+        }
     });
-    if is_plain && !path.contains("//") {
+    if is_plain {
         return (None, None);
     }
     let unknown = Some(String::new());

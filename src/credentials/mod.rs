@@ -70,7 +70,7 @@ pub struct Credentials {
     clock: Arc<dyn Clock>,
     metrics: Arc<Metrics>,
     events: TokenEvents,
-    entries: ArcSwap<HashMap<Arc<str>, Arc<Entry>>>,
+    entries: ArcSwap<HashMap<Arc<str>, Arc<Entry>, RandomState>>,
     hasher: RandomState,
     shards: Vec<Shard>,
     /// What was minted and has not expired, whether it is in the cache, was replaced there or was
@@ -94,7 +94,7 @@ struct Entry {
     metrics: CredentialMetrics,
 }
 
-type Slots = HashMap<u64, Vec<Arc<Slot>>>;
+type Slots = HashMap<u64, Vec<Arc<Slot>>, RandomState>;
 
 #[derive(Default)]
 struct Shard {
@@ -253,7 +253,7 @@ impl Credentials {
         own_listeners: &Arc<[SocketAddr]>,
     ) {
         let known = self.entries.load_full();
-        let mut entries = HashMap::new();
+        let mut entries = HashMap::default();
         for credential in credentials {
             let certificate_authority_sha256 = certificate_authority_sha256(credential);
             let unchanged = known.get(&credential.name).filter(|entry| {

@@ -262,7 +262,8 @@ where
                 let owed = connection.interim.as_ref().map(Owed::on);
                 let agent = Arc::clone(&connection.worker.agent);
                 let is_connect = request.method() == Method::CONNECT;
-                let mut response = answer(connection, request).await;
+                // Boxed: idle connections keep none of its state.
+                let mut response = Box::pin(answer(connection, request)).await;
                 if let Some(owed) = &owed {
                     owed.settle(changes_protocol(is_connect, response.status()));
                 }

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use foldhash::fast::RandomState;
 use http::StatusCode;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder, NoLabelSet};
@@ -346,7 +347,7 @@ pub struct Metrics {
     cache_misses: Family<Labels<1>, Counter>,
     upstream_rejections: Family<Labels<2>, Counter>,
     revoked_token_uses: Counter,
-    decisions: HashMap<&'static str, Counter>,
+    decisions: HashMap<&'static str, Counter, RandomState>,
     decision_cache_hits: Counter,
     decision_cache_misses: Counter,
     attestations: Family<Labels<2>, Counter>,
