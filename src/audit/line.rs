@@ -9,7 +9,7 @@ use http::{StatusCode, Version};
 use serde::{Serialize, Serializer};
 
 use crate::audit::Head;
-use crate::audit::object::Object;
+use crate::audit::object::{Object, name};
 use crate::audit::record::{
     AskedAndGranted, AttestedRecord, Decided, DecisionReference, Latency, LifecycleEvent,
     LifecycleRecord, Record, RequestRecord, TokenIssueRecord, TokenReference,
@@ -51,8 +51,8 @@ pub(super) fn append_chained(head: &Head, members: &[u8], text: &mut Vec<u8>) ->
     let start = text.len();
     text.push(b'{');
     let mut line = Object::begun(text);
-    line.number("sequence", head.sequence + 1);
-    line.plain("previous", |text| {
+    line.number(name!("sequence"), head.sequence + 1);
+    line.pushed(name!("previous"), |text| {
         text.extend_from_slice(&head.hash.digits());
     });
     text.push(b',');
@@ -89,21 +89,37 @@ fn push_time(text: &mut Vec<u8>, time: SystemTime) {
         return;
     };
     let time = jiff::tz::Offset::UTC.to_datetime(timestamp);
-    let mut written = *b"0000-00-00T00:00:00.000Z";
-    let mut put = |place: std::ops::Range<usize>, mut number: i32| {
-        for digit in written.get_mut(place).into_iter().flatten().rev() {
-            *digit += u8::try_from(number % 10).unwrap_or_default();
-            number /= 10;
-        }
-    };
-    put(0..4, time.year().into());
-    put(5..7, time.month().into());
-    put(8..10, time.day().into());
-    put(11..13, time.hour().into());
-    put(14..16, time.minute().into());
-    put(17..19, time.second().into());
-    put(20..23, time.millisecond().into());
-    text.extend_from_slice(&written);
+    let digit = |number: i16| b'0' + u8::try_from(number % 10).unwrap_or_default();
+    let two = |number: i8| [digit(i16::from(number) / 10), digit(number.into())];
+    let (year, millisecond) = (time.year(), time.millisecond());
+    let [month, day] = [time.month(), time.day()].map(two);
+    let [hour, minute, second] = [time.hour(), time.minute(), time.second()].map(two);
+    text.extend_from_slice(&[
+        digit(year / 1000),
+        digit(year / 100),
+        digit(year / 10),
+        digit(year),
+        b'-',
+        month[0],
+        month[1],
+        b'-',
+        day[0],
+        day[1],
+        b'T',
+        hour[0],
+        hour[1],
+        b':',
+        minute[0],
+        minute[1],
+        b':',
+        second[0],
+        second[1],
+        b'.',
+        digit(millisecond / 100),
+        digit(millisecond / 10),
+        digit(millisecond),
+        b'Z',
+    ]);
 }
 
 fn push_authority(text: &mut Vec<u8>, target: &Target) {
@@ -150,9 +166,9 @@ impl<'a> AttestedLine<'a> {
 }
 
 fn append_request(record: &RequestRecord, line: &mut Object<'_>) {
-    line.plain("time", |text| push_time(text, record.time));
-    line.text("kind", "request");
-    line.plain("request_id", |text| {
+    line.pushed(name!("time"), |text| push_time(text, record.time));
+    line.plain(name!("kind"), "request");
+    line.pushed(name!("request_id"), |text| {
         text.extend_from_slice(record.request_id.encode(&mut [0; 36]).as_bytes());
     });
     append_caller(
@@ -162,17 +178,22 @@ fn append_request(record: &RequestRecord, line: &mut Object<'_>) {
         record.workload.as_deref(),
         &record.listener,
     );
-    line.text_if_any("destination", record.destination.as_deref());
+    line.text_if_any(name!("destination"), record.destination.as_deref());
     if let Some(asked) = &record.asked {
-        line.text("scheme", asked.scheme.as_str());
-        line.plain("authority", |text| push_authority(text, &asked.target));
+        line.plain(name!("scheme"), asked.scheme.as_str());
+        line.pushed(name!("authority"), |text| {
+            push_authority(text, &asked.target)
+        });
     }
-    line.text_if_any("method", record.method.as_ref().map(http::Method::as_str));
+    line.text_if_any(
+        name!("method"),
+        record.method.as_ref().map(http::Method::as_str),
+    );
     if let Some(asked) = &record.asked {
-        line.text("path", asked.path.as_sent());
+        line.text(name!("path"), asked.path.as_sent());
     }
-    line.text("protocol", protocol_name(record.protocol));
-    line.text_if_any("credential", record.credential.as_deref());
+    line.plain(name!("protocol"), protocol_name(record.protocol));
+    line.text_if_any(name!("credential"), record.credential.as_deref());
     append_asked_and_granted(line, &record.asked_and_granted, record.token.as_ref());
     append_decision(line, record.decision.as_ref());
     append_outcome(
@@ -183,14 +204,14 @@ fn append_request(record: &RequestRecord, line: &mut Object<'_>) {
         &record.latency,
     );
     if record.attempts != 1 {
-        line.number("attempts", record.attempts.into());
+        line.number(name!("attempts"), record.attempts.into());
     }
 }
 
 fn append_token_issue(record: &TokenIssueRecord, line: &mut Object<'_>) {
-    line.plain("time", |text| push_time(text, record.time));
-    line.text("kind", "token_issue");
-    line.plain("request_id", |text| {
+    line.pushed(name!("time"), |text| push_time(text, record.time));
+    line.plain(name!("kind"), "token_issue");
+    line.pushed(name!("request_id"), |text| {
         text.extend_from_slice(record.request_id.encode(&mut [0; 36]).as_bytes());
     });
     append_caller(
@@ -200,7 +221,7 @@ fn append_token_issue(record: &TokenIssueRecord, line: &mut Object<'_>) {
         record.workload.as_deref(),
         &record.listener,
     );
-    line.text("credential", &record.credential);
+    line.text(name!("credential"), &record.credential);
     append_asked_and_granted(line, &record.asked_and_granted, record.token.as_ref());
     append_decision(line, record.decision.as_ref());
     append_outcome(
@@ -220,15 +241,15 @@ fn append_caller(
     listener: &str,
 ) {
     if let Some(trace_id) = trace_id {
-        line.text("trace_id", &trace_id.to_string());
+        line.plain(name!("trace_id"), &trace_id.to_string());
     }
     if let Some(session) = session {
-        line.plain("session", |text| {
+        line.pushed(name!("session"), |text| {
             text.extend_from_slice(session.encode(&mut [0; 36]).as_bytes());
         });
     }
-    line.text_if_any("workload", workload);
-    line.text("listener", listener);
+    line.text_if_any(name!("workload"), workload);
+    line.text(name!("listener"), listener);
 }
 
 fn append_asked_and_granted(
@@ -242,34 +263,36 @@ fn append_asked_and_granted(
         audience_asked,
         audience_granted,
     } = asked_and_granted;
-    line.texts_if_any("scopes_asked", &**scopes_asked);
+    line.texts_if_any(name!("scopes_asked"), &**scopes_asked);
     // Left out where it is what was asked for.
     if token.is_some() && scopes_granted != scopes_asked {
-        line.texts_if_any("scopes_granted", &**scopes_granted);
+        line.texts_if_any(name!("scopes_granted"), &**scopes_granted);
     }
-    line.text_if_any("audience_asked", audience_asked.as_deref());
+    line.text_if_any(name!("audience_asked"), audience_asked.as_deref());
     if audience_granted != audience_asked {
-        line.text_if_any("audience_granted", audience_granted.as_deref());
+        line.text_if_any(name!("audience_granted"), audience_granted.as_deref());
     }
     if let Some(token) = token {
-        line.object("token", |line| {
-            line.text("sha256", &token.sha256);
-            line.plain("expires_at", |text| push_time(text, token.expires_at));
-            line.text("obtained", token.obtained.as_str());
+        line.object(name!("token"), |line| {
+            line.plain(name!("sha256"), &token.sha256);
+            line.pushed(name!("expires_at"), |text| {
+                push_time(text, token.expires_at)
+            });
+            line.plain(name!("obtained"), token.obtained.as_str());
         });
     }
 }
 
 fn append_decision(line: &mut Object<'_>, decision: Option<&DecisionReference>) {
     let Some(decision) = decision else {
-        line.text("decision", Decided::Error.as_str());
+        line.plain(name!("decision"), Decided::Error.as_str());
         return;
     };
-    line.text("decision", decision.decided.as_str());
-    line.texts_if_any("policies", &*decision.policies);
-    line.text_if_any("nearest", decision.nearest.as_deref());
-    line.text("policy_version", &decision.policy_version);
-    line.texts_if_any("attributes_read", &*decision.attributes);
+    line.plain(name!("decision"), decision.decided.as_str());
+    line.texts_if_any(name!("policies"), &*decision.policies);
+    line.text_if_any(name!("nearest"), decision.nearest.as_deref());
+    line.plain(name!("policy_version"), &decision.policy_version);
+    line.texts_if_any(name!("attributes_read"), &*decision.attributes);
 }
 
 fn append_outcome(
@@ -279,19 +302,19 @@ fn append_outcome(
     internal: Option<&str>,
     latency: &Latency,
 ) {
-    line.number("status", status.as_u16().into());
-    line.text("outcome", outcome);
+    line.number(name!("status"), status.as_u16().into());
+    line.plain(name!("outcome"), outcome);
     // Most are; the rest can be looked up.
     let refused = (outcome != "ok").then(|| RefusalCode::named(outcome));
     let cause = refused.flatten().and_then(|code| code.properties().cause);
-    line.text_if_any("cause", cause.map(Cause::as_str));
-    line.text_if_any("internal", internal);
-    line.object("latency_us", |line| {
-        line.number("total", microseconds(latency.total));
-        line.number("ours", microseconds(latency.ours));
+    line.text_if_any(name!("cause"), cause.map(Cause::as_str));
+    line.text_if_any(name!("internal"), internal);
+    line.object(name!("latency_us"), |line| {
+        line.number(name!("total"), microseconds(latency.total));
+        line.number(name!("ours"), microseconds(latency.ours));
         for (name, share) in [
-            ("upstream", latency.upstream),
-            ("token_endpoint", latency.token_endpoint),
+            (name!("upstream"), latency.upstream),
+            (name!("token_endpoint"), latency.token_endpoint),
         ] {
             if !share.is_zero() {
                 line.number(name, microseconds(share));

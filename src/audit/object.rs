@@ -1,6 +1,14 @@
 //! Writes a JSON object (RFC 8259) member by member. A record is written for every request, and its
 //! names are ours: only values need to be looked at for what JSON escapes.
 
+/// A member's name, as it stands in front of its value: one piece, for a record has some thirty.
+macro_rules! name {
+    ($name:literal) => {
+        concat!(",\"", $name, "\":")
+    };
+}
+pub(super) use name;
+
 /// An object under way at the end of a text.
 pub(super) struct Object<'a> {
     text: &'a mut Vec<u8>,
@@ -21,10 +29,16 @@ impl<'a> Object<'a> {
         self.text.push(b'}');
     }
 
-    /// A member whose value is text.
+    /// A member whose value is text. Each `name` is made by [`name!`].
     pub(super) fn text(&mut self, name: &'static str, value: &str) {
         self.name(name);
         push_text(self.text, value);
+    }
+
+    /// A member whose value is text in which JSON escapes nothing: a word of ours, an id, a method.
+    pub(super) fn plain(&mut self, name: &'static str, value: &str) {
+        self.name(name);
+        push_plain(self.text, value);
     }
 
     /// As [`Object::text`]; nothing where there is no value.
@@ -34,8 +48,8 @@ impl<'a> Object<'a> {
         }
     }
 
-    /// A member whose value is text in which JSON escapes nothing: an id, a time, a host.
-    pub(super) fn plain(&mut self, name: &'static str, push: impl FnOnce(&mut Vec<u8>)) {
+    /// As [`Object::plain`], of a value that is written by `push`.
+    pub(super) fn pushed(&mut self, name: &'static str, push: impl FnOnce(&mut Vec<u8>)) {
         self.name(name);
         self.text.push(b'"');
         push(self.text);
@@ -80,12 +94,9 @@ impl<'a> Object<'a> {
     }
 
     fn name(&mut self, name: &'static str) {
-        if !std::mem::take(&mut self.is_empty) {
-            self.text.push(b',');
-        }
-        self.text.push(b'"');
+        let is_first = std::mem::take(&mut self.is_empty);
+        let name = name.strip_prefix(',').filter(|_| is_first).unwrap_or(name);
         self.text.extend_from_slice(name.as_bytes());
-        self.text.extend_from_slice(b"\":");
     }
 }
 
@@ -99,6 +110,11 @@ fn push_text(text: &mut Vec<u8>, value: &str) {
         let _ = serde_json::to_writer(text, value);
         return;
     }
+    push_plain(text, value);
+}
+
+fn push_plain(text: &mut Vec<u8>, value: &str) {
+    text.reserve(value.len() + 2);
     text.push(b'"');
     text.extend_from_slice(value.as_bytes());
     text.push(b'"');
@@ -120,15 +136,16 @@ mod tests {
         ) {
             let mut text = b"{".to_vec();
             let mut object = Object::begun(&mut text);
-            object.text("text", &value);
-            object.text_if_any("absent", None);
-            object.plain("plain", |text| text.extend_from_slice(number.to_string().as_bytes()));
-            object.number("number", number);
-            object.texts_if_any("texts", &values);
-            object.object("object", |object| object.text("inner", &value));
+            object.text(name!("text"), &value);
+            object.text_if_any(name!("absent"), None);
+            object.plain(name!("plain"), &number.to_string());
+            object.pushed(name!("pushed"), |text| text.extend_from_slice(b"pushed"));
+            object.number(name!("number"), number);
+            object.texts_if_any(name!("texts"), &values);
+            object.object(name!("object"), |object| object.text(name!("inner"), &value));
             object.end();
             let mut expected = serde_json::json!({
-                "text": value, "plain": number.to_string(), "number": number,
+                "text": value, "plain": number.to_string(), "pushed": "pushed", "number": number,
                 "object": {"inner": value},
             });
             if !values.is_empty() {
