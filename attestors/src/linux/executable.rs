@@ -69,34 +69,39 @@ pub(super) fn identify_on_host(path: &Path) -> Option<FileIdentity> {
     kernel::identify(AT_FDCWD, &below(b"/proc/1/root")?).ok()
 }
 
-/// Hashes an open executable, once per identity.
-pub(super) fn sha256(mut file: File) -> io::Result<Option<[u8; 32]>> {
+/// Hashes an open executable, once per identity: who asks while it is hashed waits for that.
+pub(super) fn sha256(file: File) -> io::Result<Option<[u8; 32]>> {
     let kind = fstatfs(&file)?.filesystem_type();
     if !LOCAL_FILE_SYSTEMS.contains(&(file_system(kind) & 0xffff_ffff)) {
         return Ok(None);
     }
-    let before = kernel::identify_open(file.as_fd())?;
-    if before.size > LARGEST_EXECUTABLE {
+    let identity = kernel::identify_open(file.as_fd())?;
+    if identity.size > LARGEST_EXECUTABLE {
         return Ok(None);
     }
-    if let Some(hash) = HASHES.get(&before) {
-        return Ok(Some(hash));
+    match HASHES.get_or_insert_with(&identity, || digest(file, &identity)) {
+        Ok(hash) => Ok(Some(hash)),
+        Err(None) => Ok(None),
+        Err(Some(error)) => Err(error),
     }
+}
+
+/// The hash of a file's bytes; an error without a cause where it was written meanwhile: the hash is of
+/// no version of it then.
+fn digest(mut file: File, identity: &FileIdentity) -> Result<[u8; 32], Option<io::Error>> {
     let mut digest = Context::new(&SHA256);
     let mut buffer = vec![0_u8; 256 * 1024];
     loop {
-        let read = file.read(&mut buffer)?;
+        let read = file.read(&mut buffer).map_err(Some)?;
         let Some(chunk) = buffer.get(..read).filter(|chunk| !chunk.is_empty()) else {
             break;
         };
         digest.update(chunk);
     }
-    // Written while we read: the hash is of no version of the file.
-    if kernel::identify_open(file.as_fd())? != before {
-        return Ok(None);
+    if kernel::identify_open(file.as_fd()).map_err(Some)? != *identity {
+        return Err(None);
     }
     let mut hash = [0; 32];
     hash.copy_from_slice(digest.finish().as_ref());
-    HASHES.insert(before, hash);
-    Ok(Some(hash))
+    Ok(hash)
 }

@@ -7,11 +7,14 @@
     reason = "a failed expectation is a failed test"
 )]
 
+use std::fs::File;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Barrier;
+use std::time::Duration;
 
+use super::executable;
 use crate::evidence::PeerEvidence;
 
 /// A client and the server's view of it: (client, accepted, local, peer).
@@ -99,4 +102,36 @@ fn callers_who_come_at_once_each_learn_of_their_own_socket() {
             });
         }
     });
+}
+
+#[test]
+fn a_program_of_which_many_ask_at_once_is_hashed_by_one_of_them() {
+    const ASKED: usize = 8;
+    let directory = tempfile::tempdir().unwrap();
+    let program = directory.path().join("program");
+    std::fs::write(&program, vec![7; 32 << 20]).unwrap();
+    let processor_time = || -> Duration {
+        let clock = nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID;
+        nix::time::clock_gettime(clock).unwrap().into()
+    };
+    let ready = Barrier::new(ASKED);
+    let ask = || {
+        let file = File::open(&program).unwrap();
+        ready.wait();
+        let before = processor_time();
+        let hash = executable::sha256(file).unwrap().unwrap();
+        (hash, processor_time() - before)
+    };
+    let answers: Vec<([u8; 32], Duration)> = std::thread::scope(|scope| {
+        let asked: Vec<_> = (0..ASKED).map(|_| scope.spawn(ask)).collect();
+        asked
+            .into_iter()
+            .map(|asked| asked.join().unwrap())
+            .collect()
+    });
+    assert!(answers.iter().all(|(hash, _)| *hash == answers[0].0));
+    let all: Duration = answers.iter().map(|(_, took)| *took).sum();
+    let most = answers.iter().map(|(_, took)| *took).max().unwrap();
+    println!("{ASKED} asked: {all:?} of the processor, {most:?} of them one");
+    assert!(all < most * 2, "{all:?}, {most:?}");
 }
