@@ -11,7 +11,7 @@ pub mod workload_api;
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -42,6 +42,9 @@ use crate::telemetry::metrics::OpenConnection;
 const SWEEP: Duration = Duration::from_millis(250);
 /// How long accepting pauses when descriptors have run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// One of so many descriptors is not for callers that come anew: requests under way need destinations,
+/// and probes are to be answered.
+const RESERVED_PART: u64 = 8;
 
 /// Lets this process have as many descriptors as it may: every connection is one, and every
 /// connection to a destination. What distributions start services with is for programs that use
@@ -377,6 +380,13 @@ pub async fn accept(
                 continue;
             }
         };
+        if leaves_few(&socket) {
+            tracing::debug!(listener = %name, "few descriptors are left");
+            metrics.connection_refused();
+            drop(socket);
+            tokio::time::sleep(ACCEPT_PAUSE).await;
+            continue;
+        }
         let Some(place) = entry.places.take() else {
             tracing::debug!(listener = %name, "too many connections wait to be attested");
             continue;
@@ -421,6 +431,17 @@ pub async fn accept(
             drop(arriving);
         });
     }
+}
+
+/// Whether a connection that was accepted just now leaves no more descriptors than are reserved: the
+/// kernel gives the lowest number that is free.
+fn leaves_few(socket: &Socket) -> bool {
+    let number = match socket {
+        Socket::Tcp(stream) => stream.as_raw_fd(),
+        Socket::Unix(stream) => stream.as_raw_fd(),
+    };
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    u64::try_from(number).is_ok_and(|number| number >= limit - limit / RESERVED_PART)
 }
 
 /// Asks the kernel who is at the other end; procfs blocks.

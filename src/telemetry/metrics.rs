@@ -291,7 +291,7 @@ impl ListenerMetrics {
         OpenConnection(self.open_connections.clone())
     }
 
-    /// A connection or tunnel was closed because too many waited to be attested.
+    /// A connection or tunnel was closed because too many waited to be attested, or few descriptors were left.
     pub fn connection_refused(&self) {
         self.refused_connections.inc();
     }
@@ -489,7 +489,7 @@ impl Metrics {
         let refused_connections = Family::default();
         registry.register(
             "refused_connections",
-            "Connections and tunnels of callers that were closed because too many waited to be attested",
+            "Connections and tunnels of callers that were closed because too many waited to be attested, or few descriptors were left",
             refused_connections.clone(),
         );
         let request_duration = Family::default();
