@@ -19,6 +19,7 @@ mod causes;
 mod cgroups;
 mod changes;
 mod clients;
+mod endurance;
 mod entrances;
 mod faults;
 mod hardening;

@@ -25,6 +25,7 @@ use crate::support::curl::{Answer, curl};
 use crate::support::eventually;
 use crate::support::manager::Service;
 use crate::support::raw::{exchange, open_tunnel, read_head};
+use crate::support::repetitions::repetitions;
 use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World, audit_lines};
 
 const ORDERS: &str = "https://orders.example.test/v1/orders";
@@ -338,10 +339,7 @@ fn tls_trusting(root: &Path) -> TlsConnector {
 async fn clients_go_on_over_restarts() {
     const CLIENTS: usize = 200;
     let began = Instant::now();
-    let restarts = match std::env::var_os("COUNTERSIGN_ENDURANCE") {
-        Some(_) => 20,
-        None => 2,
-    };
+    let restarts = repetitions(20);
     let world = world("20s").await;
     let sockets = Sockets::listen(&world);
     let start = || Service::start(world.directory.path(), sockets.handed_over());

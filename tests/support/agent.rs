@@ -32,7 +32,11 @@ pub struct Agent {
 impl Agent {
     /// Starts it as `uid`, with `extra` configuration beside the usual.
     pub async fn start(uid: Option<u32>, extra: &str, policies: &str) -> Self {
-        let world = World::servers().await;
+        Self::start_in(World::servers().await, uid, extra, policies).await
+    }
+
+    /// As [`Agent::start`], in a world of the test's making.
+    pub async fn start_in(world: World, uid: Option<u32>, extra: &str, policies: &str) -> Self {
         world.write(
             "countersign.yaml",
             &world.fill(&format!("{COMMON}{ADMIN}{extra}")),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use countersign::app::App;
-use countersign::clock::SystemClock;
+use countersign::clock::{Clock, SystemClock};
 use countersign::config::{Bind, Config, SigningAlgorithm};
 use countersign::dev::api::Seen;
 use countersign::dev::{
@@ -106,6 +106,8 @@ pub struct World {
     pub issuer: OidcIssuer,
     /// Further `{name}` placeholders.
     pub origins: Vec<(String, SocketAddr)>,
+    /// The agent's clock.
+    pub clock: Arc<dyn Clock>,
     app: Option<Arc<App>>,
 }
 
@@ -164,6 +166,7 @@ impl World {
             authority,
             authorization_server,
             origins: Vec::new(),
+            clock: Arc::new(SystemClock::new()),
             app: None,
             directory,
         };
@@ -192,7 +195,7 @@ impl World {
             Ok(config) => config,
             Err(diagnostics) => panic!("{}", diagnostics.render(false)),
         };
-        match App::start(config, Arc::new(SystemClock::new())).await {
+        match App::start(config, Arc::clone(&self.clock)).await {
             Ok(app) => self.app = Some(app),
             Err(diagnostics) => panic!("{}", diagnostics.render(false)),
         }

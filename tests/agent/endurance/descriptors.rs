@@ -1,0 +1,151 @@
+//! An agent that has many connections, and one whose descriptors have run out.
+
+use std::time::{Duration, Instant};
+
+use nix::unistd::{SysconfVar, sysconf};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use tokio::io::{AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+
+use crate::support::agent::Agent;
+use crate::support::counts::reached;
+use crate::support::eventually;
+use crate::support::raw::{exchange, read_response};
+use crate::support::repetitions::repetitions;
+use crate::support::world::{DESTINATIONS, POLICIES};
+
+const SOON: Duration = Duration::from_secs(20);
+/// How long a manager waits for a probe, at most.
+const PROBED: Duration = Duration::from_secs(5);
+const PLAIN: &str =
+    "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
+
+/// How many descriptors are open.
+pub(super) fn descriptors(pid: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .unwrap()
+        .count()
+}
+
+/// The processor time that a process has used (proc_pid_stat(5): utime and stime).
+fn processor_time(pid: u32) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let (_, fields) = stat.rsplit_once(')').unwrap();
+    let ticks: u32 = fields
+        .split_whitespace()
+        .skip(11)
+        .take(2)
+        .map(|ticks| ticks.parse::<u32>().unwrap())
+        .sum();
+    let a_second = sysconf(SysconfVar::CLK_TCK).unwrap().unwrap();
+    Duration::from_secs(1) * ticks / u32::try_from(a_second).unwrap()
+}
+
+/// Asks the admin socket what a manager of agents would; how many answers came.
+async fn probe(agent: &Agent) -> usize {
+    const PATHS: [&str; 3] = ["/livez", "/readyz", "/metrics"];
+    let socket = agent.world.path("admin.sock");
+    let mut admin = BufReader::new(UnixStream::connect(socket).await.unwrap());
+    for path in PATHS {
+        let request = format!("GET {path} HTTP/1.1\r\nHost: agent\r\n\r\n");
+        let answer = tokio::time::timeout(PROBED, exchange(&mut admin, &request));
+        answer.await.expect("a probe is answered").expect(200);
+    }
+    PATHS.len()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_without_descriptors_rests_answers_probes_and_recovers() {
+    const CALLERS: usize = 500;
+    const PROBES: usize = 20;
+    let agent = Agent::start(None, DESTINATIONS, POLICIES).await;
+    agent.good(None).await;
+    let proxy = agent.world.path("proxy.sock");
+    let mut served = UnixStream::connect(&proxy).await.unwrap();
+    exchange(&mut served, PLAIN).await.expect(200);
+
+    let limit = descriptors(agent.pid()) as u64 + 150;
+    let pid = Pid::from_raw(agent.pid().try_into().unwrap());
+    let limits = Rlimit {
+        current: Some(limit),
+        maximum: Some(limit),
+    };
+    prlimit(pid, Resource::Nofile, limits).unwrap();
+    // They stay open, or are closed by the agent; who finds no place waits.
+    let mut callers = Vec::new();
+    for _ in 0..CALLERS {
+        callers.push(UnixStream::connect(&proxy).await.unwrap());
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+
+    let (before, period) = (processor_time(agent.pid()), Duration::from_secs(2));
+    let mut probes = 0;
+    for _ in 0..PROBES {
+        probes += probe(&agent).await;
+        tokio::time::sleep(period / PROBES as u32).await;
+    }
+    let used = processor_time(agent.pid()) - before;
+    assert!(used < period / 2, "{used:?} in {period:?}");
+    // Who has a connection goes on, to a destination to which none is open yet too.
+    exchange(&mut served, PLAIN).await.expect(200);
+    let open = descriptors(agent.pid());
+    println!(
+        "{open} of {limit} descriptors are open, {probes} probes answered, {used:?} of the processor in {period:?}"
+    );
+    assert!(open * 10 > limit as usize * 6, "{open} of {limit}");
+
+    drop(callers);
+    eventually(SOON, || async {
+        let mut io = UnixStream::connect(&proxy).await.ok()?;
+        io.write_all(PLAIN.as_bytes()).await.ok()?;
+        let answer = read_response(&mut io).await;
+        (answer.status == 200).then_some(())
+    })
+    .await;
+    agent.good(None).await;
+    reached("probes_without_descriptors", probes);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn probes_are_answered_beside_idle_connections() {
+    const AT_ONCE: usize = 10;
+    const PROBES: usize = 50;
+    let idle = repetitions(10_000);
+    countersign::listener::allow_many_connections().unwrap();
+    let limits = "limits: {per_identity: {connections: 20000}}\n";
+    let agent = Agent::start(None, &format!("{limits}{DESTINATIONS}"), POLICIES).await;
+    agent.good(None).await;
+    let mut callers = Vec::new();
+    for _ in 0..AT_ONCE {
+        let proxy = agent.world.path("proxy.sock");
+        callers.push(tokio::spawn(async move {
+            let mut kept = Vec::new();
+            for _ in 0..idle / AT_ONCE {
+                let mut io = BufReader::new(UnixStream::connect(&proxy).await.unwrap());
+                exchange(&mut io, PLAIN).await.expect(200);
+                kept.push(io);
+            }
+            kept
+        }));
+    }
+    let mut kept = Vec::new();
+    for caller in callers {
+        kept.extend(caller.await.unwrap());
+    }
+    let mut longest = Duration::ZERO;
+    for _ in 0..PROBES {
+        let asked = Instant::now();
+        probe(&agent).await;
+        longest = longest.max(asked.elapsed());
+    }
+    let open = descriptors(agent.pid());
+    println!(
+        "{idle} idle connections, {open} descriptors, {PROBES} probes answered, the slowest after {longest:?}"
+    );
+    assert!(open > idle);
+    assert!(longest < Duration::from_secs(1), "{longest:?}");
+    // The last that came are as good as the first.
+    let mut last = kept.pop().unwrap();
+    exchange(&mut last, PLAIN).await.expect(200);
+    reached("idle_connections", kept.len() + 1);
+}
