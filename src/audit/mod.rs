@@ -272,7 +272,7 @@ impl Audit {
         for event in events {
             let _ = audit.lifecycle(event);
         }
-        // Without the thread the queue is closed, and every request is refused.
+        // Without the thread its writer is gone and the queue closed: every request is refused.
         if let Err(error) = std::thread::Builder::new()
             .name("audit".to_owned())
             .spawn(move || {

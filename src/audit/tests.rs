@@ -547,6 +547,21 @@ fn a_write_that_does_not_return_stops_requests() {
 }
 
 #[test]
+fn nothing_is_taken_that_nobody_will_write() {
+    let directory = tempfile::tempdir().unwrap();
+    let (audit, _writer) = start(&file_config(
+        &directory.path().join("audit.jsonl"),
+        1 << 20,
+        3,
+    ));
+    audit.record(Record::Request(&request())).unwrap();
+    // As where its thread cannot be started.
+    drop(writer::Writer::new(Vec::new(), Arc::clone(&audit.shared)));
+    assert!(!audit.is_accepting());
+    audit.record(Record::Request(&request())).unwrap_err();
+}
+
+#[test]
 fn degrade_drops_counts_and_records_the_loss() {
     let (reading, writing) = nix::unistd::pipe().unwrap();
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());

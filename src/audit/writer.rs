@@ -25,12 +25,10 @@ pub(super) struct Writer {
     dropped_recorded: u64,
 }
 
-/// Closes the queue when the thread ends, however it ends.
-struct Lives(Arc<Shared>);
-
-impl Drop for Lives {
+/// However its thread ends, or where none can be started: nothing is taken that nobody writes.
+impl Drop for Writer {
     fn drop(&mut self) {
-        self.0.queue.close();
+        self.shared.queue.close();
     }
 }
 
@@ -45,7 +43,6 @@ impl Writer {
 
     pub(super) fn run(mut self) {
         let shared = Arc::clone(&self.shared);
-        let _lives = Lives(Arc::clone(&shared));
         let mut looked = shared.clock.monotonic();
         loop {
             let taken = shared.queue.take(LOOK_INTERVAL, BATCH_INTERVAL);
