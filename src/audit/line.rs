@@ -15,7 +15,6 @@ use crate::audit::record::{
     LifecycleRecord, Record, RequestRecord, TokenIssueRecord, TokenReference,
 };
 use crate::refusal::{Cause, RefusalCode};
-use crate::request::Target;
 use crate::request_id::{SessionId, TraceId};
 
 /// Appends the record's members, from the first quotation mark to the closing brace.
@@ -122,14 +121,6 @@ fn push_time(text: &mut Vec<u8>, time: SystemTime) {
     ]);
 }
 
-fn push_authority(text: &mut Vec<u8>, target: &Target) {
-    let is_ipv6 = target.host().contains(':');
-    text.extend_from_slice(if is_ipv6 { b"[" } else { b"" });
-    text.extend_from_slice(target.host().as_bytes());
-    text.extend_from_slice(if is_ipv6 { b"]:" } else { b":" });
-    text.extend_from_slice(itoa::Buffer::new().format(target.port()).as_bytes());
-}
-
 fn microseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
@@ -168,9 +159,7 @@ impl<'a> AttestedLine<'a> {
 fn append_request(record: &RequestRecord, line: &mut Object<'_>) {
     line.pushed(name!("time"), |text| push_time(text, record.time));
     line.plain(name!("kind"), "request");
-    line.pushed(name!("request_id"), |text| {
-        text.extend_from_slice(record.request_id.encode(&mut [0; 36]).as_bytes());
-    });
+    line.plain(name!("request_id"), record.request_id.encode(&mut [0; 36]));
     append_caller(
         line,
         record.trace_id,
@@ -181,9 +170,7 @@ fn append_request(record: &RequestRecord, line: &mut Object<'_>) {
     line.text_if_any(name!("destination"), record.destination.as_deref());
     if let Some(asked) = &record.asked {
         line.plain(name!("scheme"), asked.scheme.as_str());
-        line.pushed(name!("authority"), |text| {
-            push_authority(text, &asked.target)
-        });
+        line.plain(name!("authority"), &asked.target.to_string());
     }
     line.text_if_any(
         name!("method"),
@@ -211,9 +198,7 @@ fn append_request(record: &RequestRecord, line: &mut Object<'_>) {
 fn append_token_issue(record: &TokenIssueRecord, line: &mut Object<'_>) {
     line.pushed(name!("time"), |text| push_time(text, record.time));
     line.plain(name!("kind"), "token_issue");
-    line.pushed(name!("request_id"), |text| {
-        text.extend_from_slice(record.request_id.encode(&mut [0; 36]).as_bytes());
-    });
+    line.plain(name!("request_id"), record.request_id.encode(&mut [0; 36]));
     append_caller(
         line,
         record.trace_id,
@@ -244,9 +229,7 @@ fn append_caller(
         line.plain(name!("trace_id"), &trace_id.to_string());
     }
     if let Some(session) = session {
-        line.pushed(name!("session"), |text| {
-            text.extend_from_slice(session.encode(&mut [0; 36]).as_bytes());
-        });
+        line.plain(name!("session"), session.encode(&mut [0; 36]));
     }
     line.text_if_any(name!("workload"), workload);
     line.text(name!("listener"), listener);

@@ -39,6 +39,13 @@ struct Waiting {
     spare: Vec<Batch>,
 }
 
+impl Waiting {
+    /// Whether somebody waits for what is queued to be written.
+    fn is_awaited(&self) -> bool {
+        self.stops || !self.flushes.is_empty()
+    }
+}
+
 /// What the writer takes at once.
 #[derive(Debug)]
 pub(super) struct Taken {
@@ -116,14 +123,12 @@ impl Queue {
     /// Waits until there is something to take, for `limit` at most; then, where nobody waits for it, lets
     /// more gather for `gathering`. While the writer sleeps, nobody pays for waking it.
     pub(super) fn take(&self, limit: Duration, gathering: Duration) -> Taken {
-        let is_empty = |waiting: &mut Waiting| {
-            waiting.batches.is_empty() && waiting.flushes.is_empty() && !waiting.stops
-        };
+        let is_empty = |waiting: &mut Waiting| waiting.batches.is_empty() && !waiting.is_awaited();
         let (mut waiting, _) = self
             .arrived
             .wait_timeout_while(self.lock(), limit, is_empty)
             .unwrap_or_else(PoisonError::into_inner);
-        if !waiting.batches.is_empty() && waiting.flushes.is_empty() && !waiting.stops {
+        if !waiting.batches.is_empty() && !waiting.is_awaited() {
             drop(waiting);
             std::thread::sleep(gathering);
             waiting = self.lock();

@@ -73,7 +73,7 @@ pub(super) fn workload_uid() -> EntityUid {
     uid("Workload", "caller")
 }
 
-/// Read once: to parse a name costs more than to evaluate a policy.
+/// Read once: every decision names several.
 static ENTITY_TYPES: LazyLock<HashMap<&str, EntityTypeName>> = LazyLock::new(|| {
     [
         "Action",

@@ -7,6 +7,7 @@ use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
+use super::PLAIN;
 use crate::support::agent::Agent;
 use crate::support::counts::reached;
 use crate::support::eventually;
@@ -17,8 +18,6 @@ use crate::support::world::{DESTINATIONS, POLICIES};
 const SOON: Duration = Duration::from_secs(20);
 /// How long a manager waits for a probe, at most.
 const PROBED: Duration = Duration::from_secs(5);
-const PLAIN: &str =
-    "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
 
 /// How many descriptors are open.
 pub(super) fn descriptors(pid: u32) -> usize {

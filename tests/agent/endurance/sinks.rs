@@ -18,14 +18,13 @@ use serde_json::Value;
 use tokio::io::BufReader;
 use tokio::net::UnixStream;
 
+use super::PLAIN;
 use crate::support::counts::reached;
 use crate::support::manager::Service;
 use crate::support::raw::exchange;
 use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World};
 use crate::support::{Stalls, come_first, is_root};
 
-const PLAIN: &str =
-    "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
 /// Within what it is decided that records cannot be written: 100 ms from the first write that fails. Before
 /// it a batch gathers, and one or another still fits.
 const DECIDED: Duration = Duration::from_millis(120);

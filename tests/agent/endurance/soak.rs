@@ -8,7 +8,7 @@ use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::{TcpStream, UnixStream};
 
 use super::descriptors::descriptors;
-use super::forgetful_origin;
+use super::{PLAIN, forgetful_origin};
 use crate::support::agent::Agent;
 use crate::support::client::Client;
 use crate::support::counts::reached;
@@ -17,8 +17,6 @@ use crate::support::raw::exchange;
 use crate::support::repetitions::are_full;
 use crate::support::world::{DESTINATIONS, POLICIES, World};
 
-const PLAIN: &str =
-    "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
 const REFUSED: &str =
     "DELETE http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
 
