@@ -276,18 +276,40 @@ fn readings(path: &str) -> (Option<String>, Option<String>) {
     let Some(decoded) = decode_repeatedly(path) else {
         return (differing(&by_segment), unknown);
     };
-    // A separator that only some servers see decides what a dot segment takes away, and whether one of
-    // parameters alone is the last.
-    let is_separator = ['/', '\\'];
-    let some_separators_are_hidden =
-        decoded.matches(is_separator).count() != path.matches('/').count();
-    let may_go = |segment: &str| is_dot_segment(segment) || segment.starts_with(';');
-    if some_separators_are_hidden && decoded.split(is_separator).any(may_go) {
+    if is_resolved_differently(path, &decoded) {
         return (differing(&by_segment), unknown);
     }
     let fully_decoded = normalise(&decoded);
     let same = fully_decoded == by_segment;
     (differing(&by_segment), (!same).then_some(fully_decoded))
+}
+
+/// Whether servers differ in what a dot segment takes away, or in which segment is the last one: some see
+/// more separators, or more dot segments, than were sent, or count empty segments.
+fn is_resolved_differently(sent: &str, decoded: &str) -> bool {
+    let is_separator = ['/', '\\'];
+    let dot_segments = decoded
+        .split(is_separator)
+        .filter(|segment| is_dot_segment(segment))
+        .count();
+    let has_hidden_separators = decoded.matches(is_separator).count() != sent.matches('/').count();
+    if dot_segments == 0 {
+        return has_hidden_separators
+            && decoded
+                .split(is_separator)
+                .any(|segment| segment.starts_with(';'));
+    }
+    let dot_segments_sent = sent
+        .split('/')
+        .filter(|segment| matches!(*segment, "." | ".."))
+        .count();
+    let inner = decoded.strip_prefix(is_separator).unwrap_or(decoded);
+    let inner = inner.strip_suffix(is_separator).unwrap_or(inner);
+    has_hidden_separators
+        || dot_segments_sent != dot_segments
+        || inner
+            .split(is_separator)
+            .any(|segment| without_parameters(segment).is_empty())
 }
 
 /// Decodes until nothing changes; `None` for what no server would decode as often, and where a round leaves
@@ -621,6 +643,14 @@ mod tests {
             "/v1/a\\b/../../admin",
             "/v1/a%5cb/../../admin",
             "/v1/a%2fb/..%3b/../admin",
+            // An empty segment here, none there.
+            "/v1/..//v1/",
+            "/v1/../;x/v1/",
+            "/v1/%2E%2e//v1//%ef%bc%8e%253ba%2e",
+            // Dots here, a name there.
+            "/v1/../admin/..;/v1/",
+            "/v1/../admin/%2e%2e/v1/",
+            "/v1/%252e%252e/admin/%252e%252e/../v1/",
             // The second round leaves no UTF-8, and another slash.
             "/v1/%252f..%2f%25admin",
             // The collection or the empty name in it.

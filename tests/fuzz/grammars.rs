@@ -65,10 +65,13 @@ const PATH: &[&str] = &[
     "/",
     "v1",
     "v1/",
+    "v1/",
     "admin",
     "a",
     ".",
     "..",
+    "..",
+    "../",
     "...",
     "%2e",
     "%2E%2e",
@@ -108,7 +111,7 @@ fn joined(parts: &'static [&'static str]) -> impl Strategy<Value = String> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(20_000))]
+    #![proptest_config(ProptestConfig::with_cases(50_000))]
 
     #[test]
     fn an_authority_of_any_parts_is_read_one_way_or_refused(authority in joined(AUTHORITY)) {

@@ -32,7 +32,7 @@ pub fn run(input: &[u8]) {
 }
 
 /// Every reading of the servers that are known to be lenient: decoded up to three times, before or after
-/// dot segments are resolved, with `\` as `/`, without path parameters, with slashes merged.
+/// dot segments are resolved, written or encoded ones, with `\` as `/`, without path parameters, with slashes merged.
 fn readings(path: &str) -> Vec<String> {
     let mut decoded = vec![path.to_owned()];
     for round in 0..3 {
@@ -46,14 +46,16 @@ fn readings(path: &str) -> Vec<String> {
         for backslash in [false, true] {
             for parameters in [false, true] {
                 for merged in [false, true] {
-                    let resolved = resolve(&text, backslash, parameters, merged);
-                    // One that resolves first and decodes afterwards.
-                    readings.push(
-                        percent_decode_str(&resolved)
-                            .decode_utf8_lossy()
-                            .into_owned(),
-                    );
-                    readings.push(resolved);
+                    for encoded_dots in [false, true] {
+                        let resolved = resolve(&text, backslash, parameters, merged, encoded_dots);
+                        // One that resolves first and decodes afterwards.
+                        readings.push(
+                            percent_decode_str(&resolved)
+                                .decode_utf8_lossy()
+                                .into_owned(),
+                        );
+                        readings.push(resolved);
+                    }
                 }
             }
         }
@@ -62,7 +64,13 @@ fn readings(path: &str) -> Vec<String> {
 }
 
 /// RFC 3986 section 5.2.4, with a server's own ideas of what separates and what counts.
-fn resolve(path: &str, backslash: bool, parameters: bool, merged: bool) -> String {
+fn resolve(
+    path: &str,
+    backslash: bool,
+    parameters: bool,
+    merged: bool,
+    encoded_dots: bool,
+) -> String {
     let separated = match backslash {
         true => path.replace('\\', "/"),
         false => path.to_owned(),
@@ -73,7 +81,11 @@ fn resolve(path: &str, backslash: bool, parameters: bool, merged: bool) -> Strin
             true => segment.split(';').next().unwrap_or_default(),
             false => segment,
         };
-        match percent_decode_str(name).decode_utf8_lossy().as_ref() {
+        let dots = match encoded_dots {
+            true => percent_decode_str(name).decode_utf8_lossy(),
+            false => name.into(),
+        };
+        match dots.as_ref() {
             "." => {}
             ".." => drop(segments.pop()),
             "" if merged => {}
