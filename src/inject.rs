@@ -211,9 +211,7 @@ pub fn covers(destination: &Destination, asked: &EgressRequest) -> bool {
             .hosts
             .iter()
             .any(|host| host == asked.target.host())
-        && asked
-            .path
-            .all_readings(|path| destination.paths.is_match(path))
+        && asked.path.is_covered_by(&destination.paths)
 }
 
 /// Removes the fields in which a caller may have put a credential of its own: `Authorization`, and

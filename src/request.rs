@@ -14,7 +14,7 @@ use http::{HeaderMap, Method};
 use percent_encoding::percent_decode_str;
 use zeroize::Zeroizing;
 
-use crate::config::{Destination, Scheme};
+use crate::config::{Destination, PathPatterns, Scheme};
 use crate::refusal::{Refusal, RefusalCode};
 
 /// How often a path may be encoded over: more would cost time that grows with the square of its length.
@@ -235,6 +235,15 @@ impl RequestPath {
     /// Whether every reading satisfies `matches`.
     pub fn all_readings(&self, matches: impl Fn(&str) -> bool) -> bool {
         matches(self.as_str()) && self.fully_decoded.as_deref().is_none_or(&matches)
+    }
+
+    /// Whether a destination's `paths` cover every reading; where they cover everything, also one that is
+    /// not known.
+    pub fn is_covered_by(&self, patterns: &PathPatterns) -> bool {
+        match patterns.cover_everything() {
+            true => patterns.is_match(self.as_str()),
+            false => self.all_readings(|reading| patterns.is_match(reading)),
+        }
     }
 }
 

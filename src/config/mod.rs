@@ -422,7 +422,7 @@ impl PathPatterns {
         self.prefixes.iter().any(|prefix| path.starts_with(prefix)) || self.compiled.is_match(path)
     }
 
-    /// Whether every path is covered, whatever it is.
+    /// Whether every path is covered, also one of which no reading is known.
     pub fn cover_everything(&self) -> bool {
         self.patterns.iter().any(|pattern| pattern == "/**")
     }

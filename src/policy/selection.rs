@@ -16,11 +16,7 @@ pub fn route<'a>(routes: &'a Routes, request: &EgressRequest) -> Route<'a> {
         request.scheme,
         request.target.host(),
         request.target.port(),
-        |destination| {
-            request
-                .path
-                .all_readings(|path| destination.paths.is_match(path))
-        },
+        |destination| request.path.is_covered_by(&destination.paths),
     )
 }
 
