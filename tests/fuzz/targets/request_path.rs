@@ -54,13 +54,37 @@ fn readings(path: &str) -> Vec<String> {
                                 .decode_utf8_lossy()
                                 .into_owned(),
                         );
-                        readings.push(resolved);
+                        readings.push(with_unreserved_decoded(&resolved));
                     }
                 }
             }
         }
     }
     readings
+}
+
+/// An encoded unreserved character is the character itself to every server (RFC 3986 section 6.2.2.2).
+fn with_unreserved_decoded(path: &str) -> String {
+    let mut decoded = String::new();
+    let mut rest = path;
+    while let Some(at) = rest.find('%') {
+        let (before, encoded) = rest.split_at(at);
+        decoded.push_str(before);
+        let digits = encoded
+            .get(1..3)
+            .and_then(|digits| u8::from_str_radix(digits, 16).ok());
+        match digits.map(char::from) {
+            Some(character) if character.is_ascii_alphanumeric() || "-._~".contains(character) => {
+                decoded.push(character);
+                rest = &encoded[3..];
+            }
+            _ => {
+                decoded.push('%');
+                rest = &encoded[1..];
+            }
+        }
+    }
+    decoded + rest
 }
 
 /// RFC 3986 section 5.2.4, with a server's own ideas of what separates and what counts.
