@@ -1,0 +1,49 @@
+"""Compares the instructions that gungraun counted with those expected, line by line."""
+
+import json
+import pathlib
+import sys
+
+MOST_OVER = 0.05
+
+
+def counted(path):
+    counts = {}
+    for line in pathlib.Path(path).read_text().splitlines():
+        part = json.loads(line)
+        name = ".".join(filter(None, [part["function_name"], part.get("id")]))
+        [profile] = part["profiles"]
+        counts[name] = profile["data"]["total"]["metrics"]["Ir"]["values"]["new"]
+    return counts
+
+
+def expected(path):
+    lines = pathlib.Path(path).read_text().splitlines()
+    pairs = (line.split() for line in lines if not line.startswith("#"))
+    return {name: int(count) for name, count in pairs}
+
+
+def main(counts_file, expected_file, write=None):
+    counts = counted(counts_file)
+    if write == "--write":
+        lines = [f"{name} {count}\n" for name, count in counts.items()]
+        heading = "# Instructions of each part, as `tests/instructions/run --write` counted them.\n"
+        pathlib.Path(expected_file).write_text(heading + "".join(lines))
+    before = expected(expected_file)
+    wrong = [f"{name} was not counted" for name in before.keys() - counts.keys()]
+    for name, count in counts.items():
+        if name not in before:
+            wrong.append(f"{name} is not in {expected_file}")
+            continue
+        change = count / before[name] - 1
+        print(f"{name:45} {count:>10} {change:+8.1%}")
+        if change > MOST_OVER:
+            wrong.append(f"{name} takes {change:.1%} more instructions than expected")
+    print(f"{len(counts)} parts counted, {len(wrong)} wrong")
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
