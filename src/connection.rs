@@ -4,7 +4,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use countersign_attestors::evidence::EvidenceError;
 use countersign_attestors::{
@@ -36,8 +36,6 @@ pub struct Entry {
     pub gateway: Option<Arc<str>>,
     /// Places for those whose caller is not attested yet.
     pub places: Places,
-    /// How long a request head may take.
-    pub head_timeout: Duration,
 }
 
 /// The tunnel that requests come through.

@@ -182,6 +182,7 @@ mod tests {
             connections: 1,
             requests_in_flight: 2,
             requests_per_second: 1000,
+            ..Limits::default()
         };
         let identities = IdentityLimits::default();
         let one = identities.of(&IsolationKey("one".into()), NOW);
@@ -210,6 +211,7 @@ mod tests {
             connections: 1,
             requests_in_flight: 1,
             requests_per_second: 10,
+            ..Limits::default()
         };
         let identities = IdentityLimits::default();
         let identity = IsolationKey("one".into());
@@ -239,6 +241,7 @@ mod tests {
             connections: 1,
             requests_in_flight: 1,
             requests_per_second: 10,
+            ..Limits::default()
         };
         let identities = IdentityLimits::default();
         for number in 0..=SWEEP_ABOVE {

@@ -11,7 +11,7 @@ use super::bind_problem;
 use crate::agent::Agent;
 use crate::config::{Bind, Config, Listener, ListenerKind};
 use crate::diagnostics::Diagnostics;
-use crate::listener::patience::Patience;
+use crate::listener::patience::UNATTESTED;
 use crate::listener::{BoundListener, Workers, accept};
 use crate::service_manager::ServiceManager;
 
@@ -142,7 +142,7 @@ impl Listeners {
                 workers.clone(),
                 Arc::clone(&bound),
                 listener.clone(),
-                Patience::default(),
+                UNATTESTED,
             ));
             let acceptor = Acceptor {
                 listener,

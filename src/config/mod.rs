@@ -566,6 +566,22 @@ pub struct Limits {
     pub requests_in_flight: usize,
     /// Requests a second. Default 5000.
     pub requests_per_second: usize,
+    /// The largest request head, in bytes. Default 64 KiB.
+    pub head_size: u32,
+    /// How long a request head may take, and the next request of an HTTP/1 connection. Default 30 s.
+    pub head_timeout: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 4096,
+            requests_in_flight: 4096,
+            requests_per_second: 5000,
+            head_size: 64 << 10,
+            head_timeout: Duration::from_secs(30),
+        }
+    }
 }
 
 /// Where audit records go.

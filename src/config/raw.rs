@@ -498,6 +498,12 @@ pub(super) struct PerIdentity {
     /// Requests a second, and as many at once. More wait for a second at most.
     #[schemars(range(min = 1), extend("default" = 5000))]
     pub(super) requests_per_second: Option<Located<u32>>,
+    /// The largest request head, between 8 KiB and 1 MiB. A larger one gets 431.
+    #[schemars(with = "Option<kind::Size>", extend("default" = "64KiB"))]
+    pub(super) head_size: Option<Text>,
+    /// How long a request head may take, and the next request of an HTTP/1 connection.
+    #[schemars(with = "Option<kind::Duration>", extend("default" = "30s"))]
+    pub(super) head_timeout: Option<Text>,
 }
 
 /// Where audit records go.

@@ -62,6 +62,19 @@ pub(super) fn duration(text: &str) -> Result<Duration, Flaw> {
     }
 }
 
+/// The size of a request head: from 8 KiB, which the HTTP/1 parser reads at least, to 1 MiB.
+pub(super) fn head_size(text: &str) -> Result<u32, Flaw> {
+    let bytes = size(text)?;
+    match u32::try_from(bytes) {
+        Ok(bytes) if (8 << 10..=1 << 20).contains(&bytes) => Ok(bytes),
+        _ => flaw(
+            "out_of_range",
+            format!("`{text}` is out of range"),
+            "write a size from `8KiB` to `1MiB`",
+        ),
+    }
+}
+
 /// `512B`, `64KiB`, `100MiB`, `1GiB`; in bytes, above 0.
 pub(super) fn size(text: &str) -> Result<u64, Flaw> {
     let digits = text.trim_end_matches(|character: char| character.is_ascii_alphabetic());

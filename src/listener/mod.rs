@@ -30,7 +30,7 @@ use crate::agent::{Agent, Phase, until};
 use crate::config::{Bind, Listener, ListenerKind, SocketAccess};
 use crate::connection::{Caller, Entry};
 use crate::hardening;
-use crate::listener::patience::{Patience, Place, Places};
+use crate::listener::patience::{Place, Places};
 use crate::proxy::Worker;
 use crate::service_manager::ListeningSocket;
 use crate::socket_file::SocketFile;
@@ -339,13 +339,13 @@ async fn work(agent: Arc<Agent>, mut accepted: mpsc::UnboundedReceiver<Accepted>
     worker.open_streams.cut_all(CutReason::ShuttingDown);
 }
 
-/// Accepts on a listener until the agent ends.
+/// Accepts on a listener until the agent ends. At most `unattested` callers wait to be attested.
 pub async fn accept(
     agent: Arc<Agent>,
     workers: Workers,
     bound: Arc<BoundListener>,
     listener: Listener,
-    patience: Patience,
+    unattested: usize,
 ) {
     let name: Arc<str> = Arc::from(listener.name.as_str());
     let metrics = agent.metrics.listener(&name);
@@ -355,8 +355,7 @@ pub async fn accept(
             ListenerKind::Gateway { destination } => Some(Arc::clone(&destination.name)),
             ListenerKind::ForwardProxy | ListenerKind::WorkloadApi => None,
         },
-        places: Places::new(&patience, metrics.clone()),
-        head_timeout: patience.head,
+        places: Places::new(unattested, metrics.clone()),
     };
     let mut phases = agent.phase.subscribe();
     loop {

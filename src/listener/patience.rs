@@ -2,30 +2,14 @@
 //! of an identity holds.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::telemetry::metrics::ListenerMetrics;
 
-/// How long and how many.
-#[derive(Debug, Clone, Copy)]
-pub struct Patience {
-    /// How many connections and opening tunnels of one listener may wait to be attested.
-    pub unattested: usize,
-    /// How long a request head may take (slowloris), and the next request of an HTTP/1 connection.
-    pub head: Duration,
-}
-
-impl Default for Patience {
-    fn default() -> Self {
-        Self {
-            // More than any fleet of honest callers opens at once, and 64 MiB or so.
-            unattested: 16_384,
-            head: Duration::from_secs(30),
-        }
-    }
-}
+/// How many connections and opening tunnels of one listener may wait to be attested: more than any fleet
+/// of honest callers opens at once, and 64 MiB or so.
+pub const UNATTESTED: usize = 16_384;
 
 /// A listener's places for connections and tunnels whose callers are not attested yet.
 #[derive(Debug, Clone)]
@@ -41,10 +25,10 @@ pub struct Place {
 }
 
 impl Places {
-    /// As many as `patience` has, all free.
-    pub fn new(patience: &Patience, metrics: ListenerMetrics) -> Self {
+    /// As many places as `unattested` says, all free.
+    pub fn new(unattested: usize, metrics: ListenerMetrics) -> Self {
         Self {
-            free: Arc::new(Semaphore::new(patience.unattested)),
+            free: Arc::new(Semaphore::new(unattested)),
             metrics,
         }
     }

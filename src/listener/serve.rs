@@ -24,7 +24,7 @@ use super::linger::Lingering;
 use super::sniff::{Protocol, sniff};
 use super::unreadable::Unreadable;
 use crate::agent::{Agent, Phase, until};
-use crate::config::Scheme;
+use crate::config::{Limits, Scheme};
 use crate::connection::{Caller, Connection, Entry, Tunnel};
 use crate::local::LocalExecutor;
 use crate::proxy::{Worker, answer};
@@ -37,7 +37,6 @@ use countersign_attestors::PresentedToken;
 /// How long a client may take to say what it speaks inside a tunnel.
 const SNIFF_TIMEOUT: Duration = Duration::from_secs(5);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-const MAXIMUM_HEADER_LIST: u32 = 64 * 1024;
 const MAXIMUM_STREAMS: u32 = 250;
 /// How long the first request of a new connection is waited for when the agent ends.
 const FIRST_REQUEST: Duration = Duration::from_secs(5);
@@ -53,9 +52,10 @@ where
     Io: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let mut phases = worker.agent.phase.subscribe();
+    let head_timeout = worker.agent.snapshot.load().config.limits.head_timeout;
     let sniffed = tokio::select! {
         biased;
-        sniffed = timeout(entry.head_timeout, sniff(io)) => sniffed,
+        sniffed = timeout(head_timeout, sniff(io)) => sniffed,
         // A caller that connected just before has said by now what it wants.
         () = until(Phase::Closing, &mut phases) => return,
     };
@@ -231,7 +231,11 @@ where
     Io: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let worker = Rc::clone(&connection.worker);
-    let head_timeout = connection.entry.head_timeout;
+    let Limits {
+        head_size,
+        head_timeout,
+        ..
+    } = worker.agent.snapshot.load().config.limits;
     let interim = connection.interim.clone().unwrap_or_default();
     let unreadable = Unreadable::of(&connection);
     // Whoever asks nothing keeps no place for long, an HTTP/2 connection with its preface neither.
@@ -280,7 +284,7 @@ where
         let served = http2::Builder::new(LocalExecutor)
             .timer(TokioTimer::new())
             .max_concurrent_streams(MAXIMUM_STREAMS)
-            .max_header_list_size(MAXIMUM_HEADER_LIST)
+            .max_header_list_size(head_size)
             .adaptive_window(true)
             .serve_connection(TokioIo::new(io), service);
         tokio::pin!(served);
@@ -301,6 +305,7 @@ where
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(head_timeout)
+            .max_buf_size(usize::try_from(head_size).unwrap_or(usize::MAX))
             .half_close(true)
             .serve_connection(TokioIo::new(io), service)
             .with_upgrades();

@@ -191,3 +191,17 @@ async fn an_identity_that_asks_too_often_waits_and_is_refused_what_would_wait_to
     setting.is_served_again().await;
     reached("served_and_refused_in_turn", AT_ONCE);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_head_is_as_large_as_its_setting_says() {
+    let setting = Setting::start("{head_size: 8KiB}").await;
+    setting.world.good().await;
+    let before = setting.world.plain_api.seen().len();
+    for (padding, status) in [(7 * 1024, 200), (9 * 1024, 431)] {
+        let head = format!("{PLAIN}Padding: {}\r\n\r\n", "a".repeat(padding));
+        let mut io = setting.caller.connect().await;
+        exchange(&mut io, &head).await.expect(status);
+    }
+    assert_eq!(setting.world.plain_api.seen().len() - before, 1);
+    setting.world.good().await;
+}

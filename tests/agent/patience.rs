@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use countersign::config::{Bind, SocketAccess};
-use countersign::listener::patience::Patience;
 use countersign::listener::{BoundListener, Workers, accept};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -13,7 +12,7 @@ use tokio::task::JoinHandle;
 use crate::support::counts::reached;
 use crate::support::eventually;
 use crate::support::raw::{exchange, open_tunnel};
-use crate::support::world::World;
+use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World};
 
 const PLAIN: &str =
     "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
@@ -33,7 +32,7 @@ impl Drop for Proxy {
 }
 
 impl Proxy {
-    async fn start(world: &World, patience: Patience) -> Self {
+    async fn start(world: &World, unattested: usize) -> Self {
         let agent = Arc::clone(world.app().agent());
         let mut listener = agent.snapshot.load().config.listeners[0].clone();
         listener.name = "patient".to_owned();
@@ -44,7 +43,13 @@ impl Proxy {
             panic!("it is bound to TCP");
         };
         let workers = Workers::start(&agent, 1).unwrap();
-        let task = tokio::spawn(accept(agent, workers, Arc::new(bound), listener, patience));
+        let task = tokio::spawn(accept(
+            agent,
+            workers,
+            Arc::new(bound),
+            listener,
+            unattested,
+        ));
         Self { address, task }
     }
 
@@ -66,15 +71,16 @@ async fn closed(mut io: TcpStream) -> Duration {
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_says_nothing_is_closed() {
     const HEAD: Duration = Duration::from_secs(2);
-    // What an agent has.
-    assert_eq!(Patience::default().head, Duration::from_secs(30));
-    let world = World::start().await;
-    world.good().await;
-    let patience = Patience {
-        head: HEAD,
-        ..Patience::default()
-    };
-    let proxy = Proxy::start(&world, patience).await;
+    let mut world = World::servers().await;
+    let limits = format!(
+        "limits: {{per_identity: {{head_timeout: {}s}}}}",
+        HEAD.as_secs()
+    );
+    world
+        .start_agent(&format!("{COMMON}{limits}\n{DESTINATIONS}"), POLICIES)
+        .await;
+    let asked = world.plain_api.seen().len();
+    let proxy = world.target("proxy");
     let mut waiting = Vec::new();
     for said in [
         "",
@@ -87,12 +93,12 @@ async fn whoever_says_nothing_is_closed() {
         "GET http://plain.example.test/v1/orders HTTP/1.1\r\n",
         "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\nX: ",
     ] {
-        let mut io = proxy.connect().await;
+        let mut io = TcpStream::connect(&proxy).await.unwrap();
         io.write_all(said.as_bytes()).await.unwrap();
         waiting.push(tokio::spawn(closed(io)));
     }
     // One that drips: every byte is new, and the head never whole.
-    let mut io = proxy.connect().await;
+    let mut io = TcpStream::connect(&proxy).await.unwrap();
     io.write_all(b"GET http://plain.example.test/ HTTP/1.1\r\nX: ")
         .await
         .unwrap();
@@ -105,7 +111,7 @@ async fn whoever_says_nothing_is_closed() {
         began.elapsed()
     }));
     // And one that is idle between two requests.
-    let mut io = proxy.connect().await;
+    let mut io = TcpStream::connect(&proxy).await.unwrap();
     exchange(&mut io, PLAIN).await.expect(200);
     waiting.push(tokio::spawn(closed(io)));
     let mut silent = 0;
@@ -115,8 +121,7 @@ async fn whoever_says_nothing_is_closed() {
         assert!(waited > HEAD / 2, "{waited:?}");
         silent += 1;
     }
-    assert_eq!(world.plain_api.seen().len(), 1);
-    world.good().await;
+    assert_eq!(world.plain_api.seen().len(), asked + 1);
     reached("silent", silent);
 }
 
@@ -124,11 +129,7 @@ async fn whoever_says_nothing_is_closed() {
 async fn only_so_many_wait_to_be_attested() {
     let world = World::start().await;
     world.good().await;
-    let patience = Patience {
-        unattested: 2,
-        ..Patience::default()
-    };
-    let proxy = Proxy::start(&world, patience).await;
+    let proxy = Proxy::start(&world, 2).await;
     let refused = || {
         let metrics = world.app().agent().metrics.encode();
         metrics

@@ -69,11 +69,7 @@ impl Converter<'_> {
     }
 
     pub(super) fn limits(&mut self, written: Option<Located<raw::Limits>>) -> Limits {
-        let mut limits = Limits {
-            connections: 4096,
-            requests_in_flight: 4096,
-            requests_per_second: 5000,
-        };
+        let mut limits = Limits::default();
         let per_identity = written.and_then(|limits| limits.value.per_identity);
         if let Some(Located { value: written, .. }) = per_identity {
             for (limit, written) in [
@@ -84,6 +80,12 @@ impl Converter<'_> {
                 if let Some(number) = self.at_least_one(written) {
                     *limit = number;
                 }
+            }
+            if let Some(size) = self.parse_option(written.head_size.as_ref(), text::head_size) {
+                limits.head_size = size;
+            }
+            if let Some(time) = self.parse_option(written.head_timeout.as_ref(), text::duration) {
+                limits.head_timeout = time;
             }
         }
         limits
