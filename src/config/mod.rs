@@ -66,6 +66,8 @@ pub struct Config {
     pub audit: AuditConfig,
     /// Logging.
     pub log: LogConfig,
+    /// Tracing; `None`: no request is traced.
+    pub traces: Option<TracesConfig>,
     /// The admin socket.
     pub admin: AdminConfig,
     /// Every file that this configuration was read from or names and that a change of must cause a reload.
@@ -254,6 +256,16 @@ pub enum AuthorizationServer {
     Issuer(ExactUrl),
     /// By its token endpoint, for servers without metadata.
     TokenEndpoint(Url),
+}
+
+impl AuthorizationServer {
+    /// The URL that it is found by.
+    pub fn url(&self) -> &Url {
+        match self {
+            Self::Issuer(issuer) => issuer.url(),
+            Self::TokenEndpoint(endpoint) => endpoint,
+        }
+    }
 }
 
 /// A URL that keeps the text in which it was written: [`Url`] adds a slash to `https://host`, and an
@@ -638,6 +650,17 @@ pub enum LogFormat {
     Text,
     /// One JSON object per line.
     Json,
+}
+
+/// Tracing, by OTLP over HTTP.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TracesConfig {
+    /// Where spans are sent: the collector's `/v1/traces`.
+    pub url: Url,
+    /// Roots that replace the system's.
+    pub ca_file: Option<PathBuf>,
+    /// The share of the requests that are traced where the caller does not say: 0 to 1. Default 1.
+    pub sample_ratio: f64,
 }
 
 /// The admin socket.

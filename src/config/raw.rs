@@ -54,6 +54,8 @@ mod kind {
         HttpsUrl: {"type": "string", "title": "https URL", "pattern": "^https://"};
         /// `http://HOST:PORT`.
         ProxyUrl: {"type": "string", "title": "`http://HOST:PORT`", "pattern": "^http://"};
+        /// `https://HOST`, or `http://` on loopback.
+        CollectorUrl: {"type": "string", "title": "https URL, or http on loopback", "pattern": "^https?://"};
         /// Text with holes.
         Template: {"type": "string", "title": "template", "minLength": 1};
         /// Permission bits.
@@ -103,7 +105,7 @@ pub(super) struct Document {
     pub(super) limits: Option<Located<Limits>>,
     /// Where audit records go.
     pub(super) audit: Option<Located<Audit>>,
-    /// Logs.
+    /// Logs and traces.
     pub(super) telemetry: Option<Located<Telemetry>>,
     /// The admin socket: health, readiness, metrics, status, reload and revocation.
     pub(super) admin: Option<Located<Admin>>,
@@ -546,12 +548,14 @@ pub(super) enum SinkType {
     Stdout,
 }
 
-/// Logs.
+/// Logs and traces.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Telemetry {
     /// The log, on standard error.
     pub(super) log: Option<Located<Log>>,
+    /// A span for each request. Default: none.
+    pub(super) traces: Option<Located<Traces>>,
 }
 
 /// The log.
@@ -564,6 +568,29 @@ pub(super) struct Log {
     /// A level, or directives by module: `info,countersign::policy=debug`.
     #[schemars(extend("default" = "info"))]
     pub(super) level: Option<Text>,
+}
+
+/// Traces.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Traces {
+    /// An OpenTelemetry collector, which is sent spans by OTLP over HTTP, in protobuf.
+    pub(super) otlp: Located<Otlp>,
+}
+
+/// An OpenTelemetry collector.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Otlp {
+    /// Its base URL, to which `/v1/traces` is appended.
+    #[schemars(with = "kind::CollectorUrl")]
+    pub(super) endpoint: Text,
+    /// Roots that replace the system's (PEM).
+    #[schemars(with = "Option<kind::FilePath>")]
+    pub(super) ca_file: Option<Text>,
+    /// The share, from 0 to 1, of the requests that are traced where no `traceparent` of the caller says.
+    #[schemars(range(min = 0, max = 1), extend("default" = 1))]
+    pub(super) sample_ratio: Option<Located<f64>>,
 }
 
 /// The admin socket.

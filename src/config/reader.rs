@@ -235,6 +235,14 @@ impl<'a> Deserializer<'a> for Reader<'a> {
         visitor.visit_i64(self.integer(i64::MIN, i64::MAX)?)
     }
 
+    fn deserialize_f64<V: Visitor<'a>>(self, visitor: V) -> Result<V::Value, Unfit> {
+        match self.node.value {
+            Value::Float(value) => visitor.visit_f64(value),
+            Value::Integer(value) => visitor.visit_i64(value),
+            _ => Err(self.expected("a number")),
+        }
+    }
+
     fn deserialize_str<V: Visitor<'a>>(self, visitor: V) -> Result<V::Value, Unfit> {
         match &self.node.value {
             Value::Text(value) => visitor.visit_str(value),
@@ -374,7 +382,7 @@ impl<'a> Deserializer<'a> for Reader<'a> {
     }
 
     serde::forward_to_deserialize_any! { <V: Visitor<'a>>
-        i8 i16 i32 i128 u128 f32 f64 char bytes byte_buf unit unit_struct tuple identifier ignored_any
+        i8 i16 i32 i128 u128 f32 char bytes byte_buf unit unit_struct tuple identifier ignored_any
     }
 }
 

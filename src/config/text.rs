@@ -320,6 +320,43 @@ pub(super) fn proxy_url(text: &str) -> Result<Url, Flaw> {
     }
 }
 
+/// An OTLP endpoint, as the URL to which traces are sent: `v1/traces` under it (OpenTelemetry protocol
+/// exporter, "Endpoint URLs for OTLP/HTTP"). Spans say who asks for what, so that http is for collectors
+/// on this machine.
+pub(super) fn otlp_endpoint(text: &str) -> Result<Url, Flaw> {
+    const CODE: &str = "invalid_url";
+    const NEXT: &str =
+        "write `https://HOST[:PORT]`, or `http://127.0.0.1:4318` for a collector on this machine";
+    let Ok(mut url) = Url::parse(text) else {
+        return flaw(CODE, format!("`{text}` is no URL"), NEXT);
+    };
+    let is_loopback = match url.host() {
+        Some(Host::Ipv4(address)) => address.is_loopback(),
+        Some(Host::Ipv6(address)) => address.is_loopback(),
+        Some(Host::Domain(name)) => name == "localhost",
+        None => false,
+    };
+    match url.scheme() {
+        "https" => {}
+        "http" if is_loopback => {}
+        "http" => {
+            return flaw(
+                CODE,
+                format!("`{text}` is not https: spans would be open to the network"),
+                NEXT,
+            );
+        }
+        _ => return flaw(CODE, format!("`{text}` is no http or https URL"), NEXT),
+    }
+    if url.query().is_some() || url.fragment().is_some() {
+        return flaw(CODE, format!("`{text}` has a query or fragment"), NEXT);
+    }
+    if let Ok(mut segments) = url.path_segments_mut() {
+        segments.pop_if_empty().extend(["v1", "traces"]);
+    }
+    Ok(url)
+}
+
 /// Text with `${GROUP.ATTRIBUTE}` holes.
 pub(super) fn template(text: &str) -> Result<Template, Flaw> {
     const CODE: &str = "invalid_template";

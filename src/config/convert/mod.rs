@@ -104,7 +104,7 @@ impl Converter<'_> {
             self.policy_directory(document.policies, &main_directory, &main_path);
         let limits = self.limits(document.limits);
         let audit = self.audit(document.audit);
-        let log = self.log(document.telemetry);
+        let (log, traces) = self.telemetry(document.telemetry);
         let admin = self.admin(document.admin, &mut binds);
         Some(Config {
             path: main_path,
@@ -123,6 +123,7 @@ impl Converter<'_> {
             limits,
             audit,
             log,
+            traces,
             admin,
             watched_files: self.watched.iter().cloned().collect(),
         })

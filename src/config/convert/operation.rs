@@ -9,8 +9,8 @@ use crate::config::load::reason;
 use crate::config::reader::Located;
 use crate::config::tree::Place;
 use crate::config::{
-    AdminConfig, AuditConfig, AuditSink, Bind, Limits, LogConfig, LogFormat, OnAuditFailure, raw,
-    text,
+    AdminConfig, AuditConfig, AuditSink, Bind, Limits, LogConfig, LogFormat, OnAuditFailure,
+    TracesConfig, raw, text,
 };
 use crate::diagnostics::Diagnostic;
 
@@ -173,12 +173,46 @@ impl Converter<'_> {
         }
     }
 
-    pub(super) fn log(&mut self, written: Option<Located<raw::Telemetry>>) -> LogConfig {
-        let (format, level) = written
-            .and_then(|telemetry| telemetry.value.log)
-            .map_or((None, None), |Located { value, .. }| {
-                (value.format, value.level)
-            });
+    pub(super) fn telemetry(
+        &mut self,
+        written: Option<Located<raw::Telemetry>>,
+    ) -> (LogConfig, Option<TracesConfig>) {
+        let (log, traces) = written.map_or((None, None), |Located { value, .. }| {
+            (value.log, value.traces)
+        });
+        (
+            self.log(log),
+            traces.and_then(|traces| self.traces(traces.value.otlp.value)),
+        )
+    }
+
+    fn traces(&mut self, written: raw::Otlp) -> Option<TracesConfig> {
+        let url = self.parse(&written.endpoint, text::otlp_endpoint);
+        if url.as_ref().is_some_and(|url| url.scheme() == "http") {
+            self.not_applicable(
+                "ca_file",
+                written.ca_file.as_ref(),
+                "the endpoint is `http`",
+            );
+        }
+        let ca_file = self.ca_file(written.ca_file.as_ref());
+        let sample_ratio = written.sample_ratio.map_or(1.0, |ratio| {
+            if !(0.0..=1.0).contains(&ratio.value) {
+                self.out_of_range(&ratio, "write a number from 0 to 1");
+            }
+            ratio.value
+        });
+        Some(TracesConfig {
+            url: url?,
+            ca_file,
+            sample_ratio,
+        })
+    }
+
+    fn log(&mut self, written: Option<Located<raw::Log>>) -> LogConfig {
+        let (format, level) = written.map_or((None, None), |Located { value, .. }| {
+            (value.format, value.level)
+        });
         LogConfig {
             format: format.map_or(LogFormat::Text, |format| format.value),
             level: self

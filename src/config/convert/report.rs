@@ -1,6 +1,7 @@
 //! How converters report, and parse what is written.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt::Display;
 use std::path::PathBuf;
 
 use super::Converter;
@@ -188,7 +189,7 @@ impl Converter<'_> {
         line.trim_end_matches(": ").to_owned()
     }
 
-    pub(super) fn out_of_range(&mut self, written: &Located<u32>, next: &str) {
+    pub(super) fn out_of_range(&mut self, written: &Located<impl Display>, next: &str) {
         self.error(
             "out_of_range",
             written.place,
