@@ -16,6 +16,7 @@ use crate::policy::{DecisionRing, Denial, Question};
 use crate::refusal::Refusal;
 use crate::snapshot::Snapshot;
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::traces::Tracer;
 
 /// One running agent.
 pub struct Agent {
@@ -27,6 +28,8 @@ pub struct Agent {
     pub audit: Audit,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// What makes spans; `None`: no request is traced.
+    pub tracer: Option<Tracer>,
     /// Which attestors run.
     pub attestors: AttestorStates,
     /// The time.

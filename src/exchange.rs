@@ -5,26 +5,27 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use countersign_attestors::{AttestedWorkload, PresentedToken};
-use http::{Request, Response, StatusCode};
+use http::{HeaderMap, Request, Response, StatusCode};
 use hyper::body::Incoming;
 
 use crate::agent::Agent;
-use crate::audit::record::{CALLER_LEFT, DecisionReference, TokenReference};
+use crate::audit::record::{CALLER_LEFT, DecisionReference, OK, TokenReference, UPSTREAM_ERROR};
 use crate::audit::{Decided, Obtained, Record, RequestRecord};
-use crate::config::Destination;
+use crate::config::{CredentialConfig, Destination};
 use crate::connection::Connection;
-use crate::credentials::{self, Credential};
+use crate::credentials::{self, Credential, NotObtained};
 use crate::inject::{NotInjected, UpstreamRequest, inject, pass, report};
 use crate::limits::Held;
 use crate::policy::{Denial, Grant, Lease, Question, Resource};
 use crate::problem::{self, Surface};
 use crate::proxy::{Verdict, Worker};
-use crate::refusal::Refusal;
+use crate::refusal::{Refusal, RefusalCode};
 use crate::request::EgressRequest;
 use crate::request_id::{RequestId, TraceContext};
 use crate::snapshot::Snapshot;
 use crate::streams::{RequestBody, ResponseBody};
 use crate::telemetry::metrics::DestinationMetrics;
+use crate::telemetry::traces::RequestSpan;
 
 /// What is known of a request so far.
 pub struct Exchange {
@@ -38,6 +39,8 @@ pub struct Exchange {
     /// The lease that the response stream will be held under.
     pub lease: Option<Lease>,
     metrics: Option<DestinationMetrics>,
+    /// Where requests are traced.
+    span: Option<Box<RequestSpan>>,
 }
 
 /// What a record says of the end.
@@ -59,9 +62,12 @@ impl Exchange {
             Some(request.method().clone()),
             request.version(),
         );
-        record.trace_id = TraceContext::from_headers(request.headers())
-            .as_ref()
-            .map(TraceContext::trace_id);
+        let caller = TraceContext::from_headers(request.headers());
+        let span = agent.tracer.as_ref().map(|tracer| tracer.begin(caller));
+        record.trace_id = match &span {
+            Some(span) => Some(span.trace_id()),
+            None => caller.map(|caller| caller.trace_id()),
+        };
         Self {
             request_id,
             began_at: agent.clock.monotonic(),
@@ -69,6 +75,7 @@ impl Exchange {
             held: None,
             lease: None,
             metrics: None,
+            span,
             agent,
         }
     }
@@ -82,6 +89,13 @@ impl Exchange {
     /// Notes what the request is for.
     pub fn asked(&mut self, asked: &Arc<EgressRequest>) {
         self.note(|record| record.asked = Some(Arc::clone(asked)));
+    }
+
+    /// Names the request's span, where it has one, as the parent of what the destination does.
+    pub fn propagate(&self, headers: &mut HeaderMap) {
+        if let Some(span) = &self.span {
+            span.propagate(headers);
+        }
     }
 
     /// Notes that the request was sent, or a connection was opened for it, at the monotonic time
@@ -196,11 +210,12 @@ impl Exchange {
         let agent = &worker.agent;
         match verdict {
             Verdict::Inject(grant) => {
-                let credential = agent
-                    .credentials
-                    .obtain(grant)
-                    .await
-                    .map_err(NotInjected::Refused)?;
+                let traced = self.span.as_ref().and(grant.credential()).map(Arc::clone);
+                let obtained = agent.credentials.obtain(grant).await;
+                if let Some(source) = traced {
+                    self.trace_token_request(&source, &obtained);
+                }
+                let credential = obtained.map_err(|failed| NotInjected::Refused(failed.refusal))?;
                 self.obtained(&credential);
                 let current = agent.snapshot.load();
                 let upstream = inject(
@@ -221,6 +236,21 @@ impl Exchange {
             Verdict::Reported(denial, destination) => {
                 Ok((report(&denial, &destination, request)?, None))
             }
+        }
+    }
+
+    /// Notes, for its span, the token request that this request led, if it did.
+    fn trace_token_request(
+        &mut self,
+        source: &Arc<CredentialConfig>,
+        obtained: &Result<Credential, NotObtained>,
+    ) {
+        let (led, refused) = match obtained {
+            Ok(credential) => (credential.obtained().led(), None),
+            Err(failed) => (failed.led, Some(failed.refusal.code)),
+        };
+        if let (Some(span), Some(took)) = (&mut self.span, led) {
+            span.token_requested(source, self.agent.clock.wall(), took, refused);
         }
     }
 
@@ -260,8 +290,8 @@ impl Exchange {
             },
             None => Outcome {
                 code: match status.is_server_error() {
-                    true => "upstream_error",
-                    false => "ok",
+                    true => UPSTREAM_ERROR,
+                    false => OK,
                 },
                 internal: None,
             },
@@ -294,9 +324,16 @@ impl Exchange {
         if let Some(metrics) = &self.metrics {
             metrics.request(latency.total, latency.ours, latency.upstream);
         }
-        self.agent
-            .audit
-            .record(Record::Request(&record))
+        let recorded = self.agent.audit.record(Record::Request(&record));
+        if let (Some(tracer), Some(span)) = (&self.agent.tracer, self.span.take()) {
+            if recorded.is_err() {
+                let code = RefusalCode::AuditUnavailable;
+                record.status = code.properties().status;
+                record.outcome = code.as_str();
+            }
+            tracer.end(*span, &record);
+        }
+        recorded
             .map(|()| self.request_id)
             .map_err(|_| self.request_id)
     }

@@ -1,4 +1,4 @@
-//! The client for everything the agent asks for itself: token endpoints, metadata, key sets.
+//! The client for everything the agent asks for itself: token endpoints, metadata, key sets, collectors.
 //!
 //! One [`FetchClient`] for each way of reaching a server (certificate authority, `connect_to`, outbound
 //! proxy, allowed addresses). It bounds the whole request in time and the answer in size, follows no
@@ -35,7 +35,7 @@ use url::Url;
 use zeroize::Zeroizing;
 
 use crate::address::AddressGuard;
-use crate::config::OidcIssuer;
+use crate::config::{OidcIssuer, TracesConfig};
 
 /// The largest answer that is read.
 pub const ANSWER_LIMIT_BYTES: usize = 64 * 1024;
@@ -67,6 +67,15 @@ impl FetchSettings {
             connect_to: issuer.connect_to,
             outbound_proxy: None,
             allow_addresses: issuer.allow_addresses.clone(),
+        }
+    }
+
+    /// How a collector of traces is reached.
+    pub fn of_collector(traces: &TracesConfig) -> Self {
+        Self {
+            configured: BTreeSet::from([traces.url.clone()]),
+            ca_file: traces.ca_file.clone(),
+            ..Self::default()
         }
     }
 }

@@ -205,6 +205,7 @@ async fn walk(
         // It is for the agent, and would serve whoever gets it as an assertion.
         head.headers.remove(AUTHORIZATION);
     }
+    exchange.propagate(&mut head.headers);
     let response = forward(connection, exchange, snapshot, workload, asked, head, body).await?;
     Ok(Answer::Response(response))
 }

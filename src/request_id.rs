@@ -121,10 +121,12 @@ fn unique(now: SystemTime) -> Uuid {
     })
 }
 
-static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+/// The header that names a trace and the caller's span in it (W3C Trace Context, section 3.2).
+pub static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
-/// The caller's trace context (W3C Trace Context, section 3.2: `traceparent`). The agent passes the
-/// header on as it came, being no participant of the trace, and records the trace id.
+/// A trace context (W3C Trace Context, section 3.2: `traceparent`). Where the agent traces, it reads the
+/// caller's and sends its own span's; else it passes the header on as it came, being no participant of
+/// the trace. In either case it records the trace id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TraceContext {
     trace_id: u128,
@@ -132,7 +134,28 @@ pub struct TraceContext {
     flags: u8,
 }
 
+/// The flags that version 00 knows and a participant passes on: sampled, and random trace id.
+const KNOWN_FLAGS: u8 = 0b11;
+
 impl TraceContext {
+    /// The context that the span `span_id`, the first of a trace, gives to what it causes.
+    pub fn new(trace_id: TraceId, span_id: u64, is_sampled: bool) -> Self {
+        Self {
+            trace_id: trace_id.0,
+            parent_id: span_id,
+            flags: u8::from(is_sampled),
+        }
+    }
+
+    /// The context that the span `span_id`, whose parent is in this one, gives to what it causes.
+    pub fn child(&self, span_id: u64) -> Self {
+        Self {
+            parent_id: span_id,
+            flags: self.flags & KNOWN_FLAGS,
+            ..*self
+        }
+    }
+
     /// Reads `traceparent`. `None` when it is absent, repeated, or not valid; such a header means
     /// that there is no trace (section 3.2.2).
     pub fn from_headers(headers: &HeaderMap) -> Option<Self> {
@@ -166,20 +189,42 @@ impl TraceContext {
         TraceId(self.trace_id)
     }
 
-    /// The id of the caller's span: 16 lower-case hexadecimal digits.
-    pub fn parent_id(&self) -> String {
-        format!("{:016x}", self.parent_id)
+    /// The id of the span that whatever comes next is a child of.
+    pub fn parent_id(&self) -> u64 {
+        self.parent_id
     }
 
     /// Whether the caller records this trace (the `sampled` flag).
     pub fn is_sampled(&self) -> bool {
         self.flags & 1 == 1
     }
+
+    /// The value of `traceparent`, in version 00.
+    pub fn to_header_value(&self) -> HeaderValue {
+        let text = format!(
+            "00-{:032x}-{:016x}-{:02x}",
+            self.trace_id, self.parent_id, self.flags
+        );
+        // Hexadecimal digits and hyphens are always a valid header value.
+        HeaderValue::from_str(&text).unwrap_or(HeaderValue::from_static(""))
+    }
 }
 
 /// A W3C trace id; never zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TraceId(u128);
+
+impl From<u128> for TraceId {
+    fn from(id: u128) -> Self {
+        Self(id)
+    }
+}
+
+impl From<TraceId> for u128 {
+    fn from(id: TraceId) -> Self {
+        id.0
+    }
+}
 
 impl fmt::Display for TraceId {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -239,8 +284,14 @@ mod tests {
             context.trace_id().to_string(),
             "4bf92f3577b34da6a3ce929d0e0e4736"
         );
-        assert_eq!(context.parent_id(), "00f067aa0ba902b7");
+        assert_eq!(context.parent_id(), 0x00f0_67aa_0ba9_02b7);
         assert!(context.is_sampled());
+        assert_eq!(context.to_header_value(), valid);
+        let child = TraceContext::parse("01-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-fe");
+        assert_eq!(
+            child.unwrap().child(7).to_header_value(),
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000007-02"
+        );
         assert!(TraceContext::parse(&valid.replace("00-4b", "cc-4b")).is_some());
         assert!(TraceContext::parse(&format!("cc{}-more", valid.get(2..).unwrap())).is_some());
         for invalid in [

@@ -27,6 +27,7 @@ use crate::clock::Clock;
 use crate::config::{self, Bind, Config, Listener, ListenerKind};
 use crate::credentials::{Credentials, TokenEvent, TokenEvents};
 use crate::diagnostics::{Diagnostic, Diagnostics};
+use crate::fetch::{FetchClient, FetchSettings};
 use crate::hardening;
 use crate::limits::IdentityLimits;
 use crate::listener::Workers;
@@ -34,6 +35,7 @@ use crate::policy::{DecisionRing, Revocations};
 use crate::service_manager::ServiceManager;
 use crate::snapshot::Snapshot;
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::traces::TraceExport;
 
 /// How long, of the drain window, connections that are idle are left open for what is on its way.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
@@ -43,6 +45,8 @@ const CUT: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(20);
 /// How long the audit may take to write what is queued at the end.
 const AUDIT_FLUSH: Duration = Duration::from_secs(5);
+/// How long the collector may take to take what spans are queued at the end.
+const TRACES_FLUSH: Duration = Duration::from_secs(3);
 
 /// Where an agent listens.
 #[derive(Debug, Clone, Default)]
@@ -88,6 +92,7 @@ pub struct App {
     listeners: Mutex<Listeners>,
     workers: Workers,
     audit_writer: Mutex<Option<AuditWriter>>,
+    trace_export: Mutex<Option<TraceExport>>,
     /// One reload at a time.
     reloading: Mutex<()>,
     options: StartOptions,
@@ -169,12 +174,25 @@ impl App {
         record_interception(&audit, None, &snapshot);
         metrics.reload(true, clock.wall());
 
+        let (tracer, trace_export) = config
+            .traces
+            .as_ref()
+            .map(|traces| {
+                let client = FetchClient::new(
+                    FetchSettings::of_collector(traces),
+                    Arc::clone(&own_listeners),
+                    control.clone(),
+                );
+                TraceExport::start(traces, client, &control, &metrics)
+            })
+            .unzip();
         let agent = Arc::new(Agent {
             snapshot: ArcSwap::from_pointee(snapshot),
             credentials,
             audit,
             attestors: AttestorStates::new(Arc::clone(&metrics)),
             metrics,
+            tracer,
             clock,
             control,
             limits: IdentityLimits::default(),
@@ -200,6 +218,7 @@ impl App {
             listeners: Mutex::new(listeners),
             workers,
             audit_writer: Mutex::new(Some(audit_writer)),
+            trace_export: Mutex::new(trace_export),
             reloading: Mutex::new(()),
             options,
             last_reload: std::sync::Mutex::new(LastReload::new(started_at, None)),
@@ -379,7 +398,7 @@ impl App {
         self.until_closed(began + window).await;
     }
 
-    /// Cuts what is still open, and closes the audit.
+    /// Cuts what is still open, and closes the audit and the traces.
     pub async fn stop(&self) {
         let cut = self.workers.open_connections();
         self.agent.phase.send_replace(Phase::Over);
@@ -393,11 +412,26 @@ impl App {
         }
         let _ = self.agent.audit.lifecycle(LifecycleEvent::Stop);
         self.admin_stop.cancel();
+        tokio::join!(self.end_audit(), self.end_traces());
+    }
+
+    async fn end_audit(&self) {
         if let Some(writer) = self.audit_writer.lock().await.take() {
             let written = tokio::task::spawn_blocking(move || writer.stop(AUDIT_FLUSH)).await;
             if !written.unwrap_or(false) {
                 tracing::error!("the audit could not be written to its end");
             }
+        }
+    }
+
+    async fn end_traces(&self) {
+        if let Some(export) = self.trace_export.lock().await.take()
+            && !export.stop(TRACES_FLUSH).await
+        {
+            tracing::warn!(
+                code = "traces_not_exported",
+                "the collector did not take the last spans in time; they are lost"
+            );
         }
     }
 

@@ -174,7 +174,7 @@ pub struct RequestRecord {
     pub time: SystemTime,
     /// Its name.
     pub request_id: RequestId,
-    /// The caller's trace.
+    /// The trace that it is in: the caller's, or where requests are traced one of its own.
     pub trace_id: Option<TraceId>,
     /// The attestation that it rests on; `None` when it was refused before attestation.
     pub session: Option<SessionId>,
@@ -243,6 +243,12 @@ impl RequestRecord {
         }
     }
 }
+
+/// The outcome of a request that was answered as it should be.
+pub const OK: &str = "ok";
+
+/// The outcome of a request that the destination answered with 5xx.
+pub const UPSTREAM_ERROR: &str = "upstream_error";
 
 /// The outcome of a request whose caller went away before the response head.
 pub const CALLER_LEFT: &str = "caller_left";

@@ -210,6 +210,21 @@ pub enum UpstreamRevocation {
     Pending(String),
 }
 
+/// Why there is no token.
+#[derive(Debug)]
+pub struct NotObtained {
+    /// What the caller is told.
+    pub refusal: Refusal,
+    /// How long the authorization server was waited for by a token request that this caller started.
+    pub led: Option<Duration>,
+}
+
+impl From<Refusal> for NotObtained {
+    fn from(refusal: Refusal) -> Self {
+        Self { refusal, led: None }
+    }
+}
+
 impl Credentials {
     /// A broker without credentials, until [`Self::configure`]. All network work is done on `runtime`.
     pub fn new(
@@ -294,7 +309,7 @@ impl Credentials {
 
     /// A token for the grant's credential, from the cache where it can be. Never returns a token past
     /// its expiry or past what policy allows.
-    pub async fn obtain(self: &Arc<Self>, grant: Grant) -> Result<Credential, Refusal> {
+    pub async fn obtain(self: &Arc<Self>, grant: Grant) -> Result<Credential, NotObtained> {
         let (token, obtained) = self.obtain_token(&ask(&grant, Purpose::Inject)?).await?;
         Ok(Credential::new(token, grant, obtained))
     }
@@ -302,7 +317,7 @@ impl Credentials {
     async fn obtain_token(
         self: &Arc<Self>,
         ask: &Ask<'_>,
-    ) -> Result<(Arc<Token>, Obtained), Refusal> {
+    ) -> Result<(Arc<Token>, Obtained), NotObtained> {
         let entries = self.entries.load();
         let entry = entries
             .get(ask.credential)
@@ -322,11 +337,10 @@ impl Credentials {
             Ok(joined) => joined,
             Err(Standing::Token(token)) => return Ok((token, Obtained::CacheHit)),
             Err(Standing::Failure(failure)) => {
-                return Err(failure.refusal_while_blocked(
-                    ask.credential,
-                    slot.token().is_some(),
-                    now,
-                ));
+                let has_expired_token = slot.token().is_some();
+                return Err(failure
+                    .refusal_while_blocked(ask.credential, has_expired_token, now)
+                    .into());
             }
         };
         drop(entries);
@@ -336,30 +350,28 @@ impl Credentials {
             Err(_) => None,
         };
         let now = self.clock.monotonic();
-        match outcome {
+        let led = is_ours.then(|| started.elapsed());
+        let refusal = match outcome {
             Some(Ok(token)) if token.is_usable(now) => {
-                let obtained = match is_ours {
-                    true => Obtained::Minted {
-                        upstream: started.elapsed(),
-                    },
-                    false => Obtained::Joined,
+                let obtained = match led {
+                    Some(upstream) => Obtained::Minted { upstream },
+                    None => Obtained::Joined,
                 };
-                Ok((token, obtained))
+                return Ok((token, obtained));
             }
-            Some(Ok(_)) => Err(Refusal::new(
+            Some(Ok(_)) => Refusal::new(
                 RefusalCode::CredentialExpired,
                 format!(
                     "the token for credential `{}` had expired when it arrived",
                     ask.credential
                 ),
             )
-            .with_retry_after(Duration::from_secs(1))),
-            Some(Err(failure)) => Err(failure.refusal(ask.credential, now)),
-            None => Err(
-                Refusal::new(RefusalCode::ShuttingDown, "the token request was abandoned")
-                    .with_retry_after(Duration::from_secs(1)),
-            ),
-        }
+            .with_retry_after(Duration::from_secs(1)),
+            Some(Err(failure)) => failure.refusal(ask.credential, now),
+            None => Refusal::new(RefusalCode::ShuttingDown, "the token request was abandoned")
+                .with_retry_after(Duration::from_secs(1)),
+        };
+        Err(NotObtained { refusal, led })
     }
 
     /// A token to be handed out: minted for this call, one call after another for each key.

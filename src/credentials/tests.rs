@@ -165,7 +165,8 @@ impl Bench {
             presented,
             ..orders(&scopes, facts)
         };
-        let (token, _) = self.credentials.obtain_token(&ask).await?;
+        let obtained = self.credentials.obtain_token(&ask).await;
+        let (token, _) = obtained.map_err(|failed| failed.refusal)?;
         Ok(token)
     }
 
@@ -953,7 +954,12 @@ async fn an_assertion_never_bears_another_servers_issuer() {
             ..settings.clone()
         };
         bench.configure(&[bench.credential("hostile", changed)]);
-        let refusal = bench.credentials.obtain_token(&ask).await.unwrap_err();
+        let refusal = bench
+            .credentials
+            .obtain_token(&ask)
+            .await
+            .unwrap_err()
+            .refusal;
         assert_eq!(refusal.code, RefusalCode::MetadataInvalid);
     }
     assert_eq!(hostile_state.received().len(), 2);
@@ -1518,9 +1524,9 @@ async fn callers_are_told_when_the_control_runtime_ends() {
         control.shutdown_background();
     };
     let (waiting, ()) = tokio::join!(credentials.obtain_token(&ask), end);
-    assert_eq!(waiting.unwrap_err().code, RefusalCode::ShuttingDown);
+    assert_eq!(waiting.unwrap_err().refusal.code, RefusalCode::ShuttingDown);
     let late = credentials.obtain_token(&ask).await;
-    assert_eq!(late.unwrap_err().code, RefusalCode::ShuttingDown);
+    assert_eq!(late.unwrap_err().refusal.code, RefusalCode::ShuttingDown);
 }
 
 /// The server comes and goes; no token leaves after its expiry, by another clock than the broker's.

@@ -131,6 +131,16 @@ pub enum Obtained {
     Joined,
 }
 
+impl Obtained {
+    /// How long the authorization server was waited for by a token request that this caller started.
+    pub fn led(&self) -> Option<Duration> {
+        match self {
+            Self::Minted { upstream } => Some(*upstream),
+            Self::CacheHit | Self::Joined => None,
+        }
+    }
+}
+
 /// A token and the right to put it on one request: bound to its grant's destination. Redacts itself.
 pub struct Credential {
     token: Arc<Token>,

@@ -359,6 +359,8 @@ pub struct Metrics {
     own_duration: Family<Labels<1>, DurationHistogram>,
     upstream_duration: Family<Labels<1>, DurationHistogram>,
     active_identities: Gauge,
+    trace_spans_exported: Counter,
+    trace_spans_dropped: Counter,
     reloads: Family<Labels<1>, Counter>,
     reload_success: Gauge,
     reload_time: Gauge,
@@ -519,6 +521,18 @@ impl Metrics {
             "Identities with an open connection",
             active_identities.clone(),
         );
+        let trace_spans_exported = Counter::default();
+        registry.register(
+            "trace_spans_exported",
+            "Spans that the collector took",
+            trace_spans_exported.clone(),
+        );
+        let trace_spans_dropped = Counter::default();
+        registry.register(
+            "trace_spans_dropped",
+            "Spans that were lost because the collector did not take them, or not in time",
+            trace_spans_dropped.clone(),
+        );
         let reloads = Family::default();
         registry.register(
             "reloads",
@@ -567,6 +581,8 @@ impl Metrics {
             own_duration,
             upstream_duration,
             active_identities,
+            trace_spans_exported,
+            trace_spans_dropped,
             reloads,
             reload_success,
             reload_time,
@@ -726,6 +742,18 @@ impl Metrics {
             .set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 
+    /// The collector took spans.
+    pub fn trace_spans_exported(&self, count: usize) {
+        self.trace_spans_exported
+            .inc_by(u64::try_from(count).unwrap_or(u64::MAX));
+    }
+
+    /// Spans were lost.
+    pub fn trace_spans_dropped(&self, count: usize) {
+        self.trace_spans_dropped
+            .inc_by(u64::try_from(count).unwrap_or(u64::MAX));
+    }
+
     /// A load of configuration and policies ended at `wall`.
     pub fn reload(&self, success: bool, wall: SystemTime) {
         let result = if success { "success" } else { "failure" };
@@ -814,6 +842,8 @@ mod tests {
         metrics.attestation("unix", "attested");
         metrics.refusal(RefusalCode::PolicyDenied);
         metrics.jwks_ages([("ci", Duration::ZERO)]);
+        metrics.trace_spans_exported(512);
+        metrics.trace_spans_dropped(3);
         metrics.active_identities(4);
         metrics.reload(true, UNIX_EPOCH + Duration::from_secs(1_800_000_000));
         metrics.reload(false, UNIX_EPOCH + Duration::from_secs(1_900_000_000));
@@ -854,6 +884,8 @@ mod tests {
             r#"countersign_refused_connections_total{listener="workloads"} 1"#,
             r#"countersign_request_duration_seconds_count{destination="orders"} 1"#,
             r#"countersign_request_own_duration_seconds_bucket{le="0.0001",destination="orders"} 1"#,
+            "countersign_trace_spans_exported_total 512",
+            "countersign_trace_spans_dropped_total 3",
             "countersign_active_identities 4",
             "countersign_last_reload_success 0",
             "countersign_last_reload_success_timestamp_seconds 1800000000",

@@ -1,4 +1,5 @@
-//! What the agent says about itself: [`metrics`] and [`logs`].
+//! What the agent says about itself: [`metrics`], [`traces`] and [`logs`].
 
 pub mod logs;
 pub mod metrics;
+pub mod traces;

@@ -14,6 +14,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
 use crate::support::agent::Agent;
+use crate::support::collector::{Collector, Manner};
 use crate::support::counts::reached;
 use crate::support::curl::{curl, curl_as};
 use crate::support::world::{DESTINATIONS, POLICIES};
@@ -430,11 +431,14 @@ async fn a_confined_agent_opens_and_writes_nothing_that_its_start_did_not_name()
     assert!(audit.exists());
 }
 
-const TRACED: &str = "telemetry: {log: {level: trace}}\n";
-
 #[tokio::test]
 async fn t12_no_secret_is_logged_recorded_counted_shown_or_answered() {
-    let agent = Agent::start(None, &format!("{TRACED}{DESTINATIONS}"), POLICIES).await;
+    let collector = Collector::start(None, Manner::Takes).await;
+    let telemetry = format!(
+        "telemetry: {{log: {{level: trace}}, traces: {{otlp: {{endpoint: \"http://{}\"}}}}}}\n",
+        collector.address
+    );
+    let agent = Agent::start(None, &format!("{telemetry}{DESTINATIONS}"), POLICIES).await;
     let (proxy, root) = (
         format!("http://{}", agent.address),
         agent.world.path("ca.pem"),
@@ -512,6 +516,14 @@ async fn t12_no_secret_is_logged_recorded_counted_shown_or_answered() {
     })
     .await;
     let logged = std::fs::read_to_string(agent.working_directory.path().join("log")).unwrap();
+    let spans = eventually(Duration::from_secs(20), || async {
+        // Text stands in protobuf as it is.
+        let bodies =
+            collector.look(|received| String::from_utf8_lossy(&received.body).into_owned());
+        (collector.spans().len() > audited.matches("\"kind\":\"request\"").count())
+            .then(|| bodies.concat())
+    })
+    .await;
 
     let signature = |token: &str| token.rsplit('.').next().unwrap().to_owned();
     let mut secrets = vec![signature(&valid), own.to_owned(), query.to_owned()];
@@ -534,6 +546,7 @@ async fn t12_no_secret_is_logged_recorded_counted_shown_or_answered() {
     for (place, text, says) in [
         ("the log", &logged, "token minted"),
         ("the audit", &audited, "\"token\":{\"sha256\""),
+        ("spans", &spans, "countersign.credential"),
         ("answers", &shown, "countersign_token_requests_total"),
     ] {
         assert!(text.contains(says), "{place} does not say `{says}`: {text}");

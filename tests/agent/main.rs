@@ -38,6 +38,7 @@ mod reloads;
 mod report_only;
 mod restarts;
 mod revocations;
+mod spans;
 mod streams;
 mod threats;
 mod token_answers;

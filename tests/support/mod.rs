@@ -14,6 +14,7 @@
 
 pub mod agent;
 pub mod client;
+pub mod collector;
 pub mod counts;
 pub mod curl;
 pub mod faults;

@@ -11,7 +11,8 @@ pub fn run(input: &[u8]) {
     headers.append("traceparent", value.clone());
     let context = TraceContext::from_headers(&headers);
     if let Some(context) = context {
-        let (trace, parent) = (context.trace_id().to_string(), context.parent_id());
+        let trace = context.trace_id().to_string();
+        let parent = format!("{:016x}", context.parent_id());
         let written = std::str::from_utf8(input).expect("a context is read from text");
         assert_eq!(written.get(2..53), Some(&*format!("-{trace}-{parent}-")));
         assert!(
@@ -29,6 +30,10 @@ pub fn run(input: &[u8]) {
         );
         let flags = u8::from_str_radix(&written[53..55], 16).expect("two digits");
         assert_eq!(context.is_sampled(), flags & 1 == 1);
+        let child = context.child(7).to_header_value();
+        let sent = TraceContext::parse(child.to_str().expect("it is text"));
+        assert_eq!(sent, Some(context.child(7)), "what is sent is read alike");
+        assert_eq!(sent.map(|sent| sent.trace_id()), Some(context.trace_id()));
     }
     // Of two there is none to believe.
     headers.append("traceparent", value);
