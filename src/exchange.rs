@@ -215,7 +215,12 @@ impl Exchange {
                 if let Some(source) = traced {
                     self.trace_token_request(&source, &obtained);
                 }
-                let credential = obtained.map_err(|failed| NotInjected::Refused(failed.refusal))?;
+                let credential = obtained.map_err(|failed| {
+                    self.note(|record| {
+                        record.latency.token_endpoint += failed.led.unwrap_or_default();
+                    });
+                    NotInjected::Refused(failed.refusal)
+                })?;
                 self.obtained(&credential);
                 let current = agent.snapshot.load();
                 let upstream = inject(

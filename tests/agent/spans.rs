@@ -294,6 +294,8 @@ async fn a_token_request_that_failed_is_a_span_of_the_request_that_led_it() {
     let configuration = format!("{COMMON}{}{DESTINATIONS}", traces(&endpoint));
     world.start_agent(&configuration, POLICIES).await;
     let refused = world.curl(&[PLAIN]).await.expect(503);
+    let record = world.audited_requests().await.pop().unwrap();
+    assert!(record["latency_us"]["token_endpoint"].is_u64(), "{record}");
     world.app().shutdown().await;
     let spans = collector.spans();
     let [token] = &of_kind(&spans, SpanKind::Client)[..] else {
