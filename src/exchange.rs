@@ -212,15 +212,8 @@ impl Exchange {
             Verdict::Inject(grant) => {
                 let traced = self.span.as_ref().and(grant.credential()).map(Arc::clone);
                 let obtained = agent.credentials.obtain(grant).await;
-                if let Some(source) = traced {
-                    self.trace_token_request(&source, &obtained);
-                }
-                let credential = obtained.map_err(|failed| {
-                    self.note(|record| {
-                        record.latency.token_endpoint += failed.led.unwrap_or_default();
-                    });
-                    NotInjected::Refused(failed.refusal)
-                })?;
+                self.token_requested(traced.as_ref(), &obtained);
+                let credential = obtained.map_err(|failed| NotInjected::Refused(failed.refusal))?;
                 self.obtained(&credential);
                 let current = agent.snapshot.load();
                 let upstream = inject(
@@ -244,18 +237,21 @@ impl Exchange {
         }
     }
 
-    /// Notes, for its span, the token request that this request led, if it did.
-    fn trace_token_request(
+    /// Notes the token request that this request led, if it did: its time, and of which credential it is
+    /// where it is traced.
+    fn token_requested(
         &mut self,
-        source: &Arc<CredentialConfig>,
+        traced: Option<&Arc<CredentialConfig>>,
         obtained: &Result<Credential, NotObtained>,
     ) {
         let (led, refused) = match obtained {
             Ok(credential) => (credential.obtained().led(), None),
             Err(failed) => (failed.led, Some(failed.refusal.code)),
         };
-        if let (Some(span), Some(took)) = (&mut self.span, led) {
-            span.token_requested(source, self.agent.clock.wall(), took, refused);
+        let Some(took) = led else { return };
+        self.note(|record| record.latency.token_endpoint += took);
+        if let (Some(span), Some(credential)) = (&mut self.span, traced) {
+            span.token_requested(credential, self.agent.clock.wall(), took, refused);
         }
     }
 
@@ -264,10 +260,7 @@ impl Exchange {
             let obtained = match credential.obtained() {
                 credentials::Obtained::CacheHit => Obtained::CacheHit,
                 credentials::Obtained::Joined => Obtained::Joined,
-                credentials::Obtained::Minted { upstream } => {
-                    record.latency.token_endpoint += upstream;
-                    Obtained::Minted
-                }
+                credentials::Obtained::Minted { .. } => Obtained::Minted,
             };
             if let Some(scopes) = credential.scopes_granted() {
                 record.asked_and_granted.scopes_granted = Arc::clone(scopes);
