@@ -6,6 +6,7 @@
 //! a failure is remembered for as long as another attempt would be too early.
 
 mod backoff;
+mod single_flight;
 mod slot;
 mod token;
 
@@ -21,7 +22,8 @@ use foldhash::fast::RandomState;
 use futures_util::StreamExt;
 use serde::Serialize;
 
-use self::slot::{Ask, Failure, Landing, Purpose, Slot};
+use self::single_flight::{Departure, Found, Outcome, Perishable, Rejection, wait};
+use self::slot::{Ask, Failure, Purpose, Slot};
 use self::token::{Token, sha256_hexadecimal};
 use crate::config::{Config, CredentialConfig, OauthClientCredentials, TokenSource};
 use crate::fetch::{FetchClient, FetchSettings};
@@ -33,6 +35,14 @@ use crate::refusal::{Refusal, RefusalCode};
 use crate::telemetry::metrics::{CredentialMetrics, Metrics};
 
 pub use self::token::{Credential, IssuedToken, Obtained};
+
+/// What [`single_flight`] is built of here.
+mod primitives {
+    pub(super) use std::sync::{Mutex, MutexGuard};
+
+    pub(super) use arc_swap::ArcSwapOption;
+    pub(super) use tokio::sync::watch;
+}
 
 /// How often idle slots are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(30);
@@ -297,7 +307,7 @@ impl Credentials {
                 .zip(entries.get(name))
                 .is_some_and(|(before, now)| before.config == now.config);
             if is_kept {
-                slot.forget_failures();
+                slot.flight.forget_failures();
             }
             is_kept
         });
@@ -325,7 +335,7 @@ impl Credentials {
         let now = self.clock.monotonic();
         let slot = self.slot(ask, entry, now)?;
         slot.touch(now);
-        if let Some(token) = slot.usable_token(now) {
+        if let Some(token) = slot.flight.usable_token(now) {
             entry.metrics.cache_hit();
             if token.is_due(now) {
                 self.refresh(&slot);
@@ -333,11 +343,12 @@ impl Credentials {
             return Ok((token, Obtained::CacheHit));
         }
         entry.metrics.cache_miss();
-        let (mut landing, is_ours) = match self.join_or_start(&slot, entry, now) {
-            Ok(joined) => joined,
-            Err(Standing::Token(token)) => return Ok((token, Obtained::CacheHit)),
-            Err(Standing::Failure(failure)) => {
-                let has_expired_token = slot.token().is_some();
+        let take_off = |departure| self.take_off(&slot, entry, departure);
+        let (landing, is_ours) = match slot.flight.join_or_start(now, take_off) {
+            Found::Flight(landing, is_ours) => (landing, is_ours),
+            Found::Token(token) => return Ok((token, Obtained::CacheHit)),
+            Found::Obstacle(failure) => {
+                let has_expired_token = slot.flight.token().is_some();
                 return Err(failure
                     .refusal_while_blocked(ask.credential, has_expired_token, now)
                     .into());
@@ -345,10 +356,7 @@ impl Credentials {
         };
         drop(entries);
         let started = Instant::now();
-        let outcome = match landing.wait_for(Option::is_some).await {
-            Ok(outcome) => outcome.clone(),
-            Err(_) => None,
-        };
+        let outcome = wait(landing).await;
         let now = self.clock.monotonic();
         let led = is_ours.then(|| started.elapsed());
         let refusal = match outcome {
@@ -408,8 +416,7 @@ impl Credentials {
         let _turn = slot.turn.lock().await;
         let now = self.clock.monotonic();
         slot.touch(now);
-        let blocking = slot.state().blocking(now).map(Arc::clone);
-        if let Some(failure) = blocking {
+        if let Some(failure) = slot.flight.obstacle(now) {
             return Err(failure.refusal_while_blocked(ask.credential, false, now));
         }
         let (credentials, flight_slot) = (Arc::clone(self), Arc::clone(&slot));
@@ -419,7 +426,7 @@ impl Credentials {
         });
         match task.await {
             Ok(Ok(minted)) => {
-                slot.forget_failures();
+                slot.flight.forget_failures();
                 if let Some(token) = Token::new(&minted, slot.max_lifetime) {
                     self.keep_revocable(&slot, &Arc::new(token), holder_of(&slot, Some(ask.facts)));
                 }
@@ -451,23 +458,11 @@ impl Credentials {
         else {
             return false;
         };
-        let mut state = slot.state();
-        let is_current = slot
-            .token()
-            .is_some_and(|current| Arc::ptr_eq(&current, token));
-        if !is_current {
-            // Another caller's rejection has already replaced it.
-            return true;
+        match slot.flight.reject(token, now, REJECTION_INTERVAL) {
+            Rejection::Dropped => {}
+            Rejection::Replaced => return true,
+            Rejection::Kept => return false,
         }
-        let was_just_replaced = state
-            .last_rejected
-            .is_some_and(|last| now < last + REJECTION_INTERVAL);
-        if was_just_replaced || state.blocking(now).is_some() {
-            return false;
-        }
-        state.last_rejected = Some(now);
-        slot.drop_token();
-        drop(state);
         (self.events)(TokenEvent::Rejected {
             credential: ask.credential,
             token_sha256: token.sha256(),
@@ -483,7 +478,7 @@ impl Credentials {
             .into_iter()
             .filter(|slot| slot.purpose == Purpose::Inject)
             .map(|slot| {
-                let token = slot.usable_token(now);
+                let token = slot.flight.usable_token(now);
                 let unused_for = now.saturating_sub(slot.last_used());
                 CredentialStatus {
                     identity: slot.request.subject.describe(),
@@ -494,8 +489,8 @@ impl Credentials {
                     last_used: wall.checked_sub(unused_for).unwrap_or(wall),
                     token_sha256: token.map(|token| token.sha256().to_string()),
                     failure: slot
-                        .state()
-                        .blocking(now)
+                        .flight
+                        .obstacle(now)
                         .map(|failure| failure.mint.code.as_str()),
                 }
             })
@@ -574,7 +569,7 @@ impl Credentials {
             .filter(|known| now < known.token.lives_until())
             .collect();
         for known in &meant {
-            known.slot.drop_this_token(&known.token);
+            known.slot.flight.drop_token(&known.token);
         }
         meant
     }
@@ -758,17 +753,19 @@ impl Credentials {
             .retain(|known| now < known.token.lives_until());
         self.retain(|slot| {
             let idle = now.saturating_sub(slot.last_used());
-            let state = slot.state();
-            let is_held = state.flight_in_the_air().is_some() || state.blocking(now).is_some();
-            let is_usable = slot.usable_token(now).is_some();
-            if !is_usable && idle >= IDLE_WITHOUT_TOKEN {
-                slot.drop_token();
+            let is_usable = slot.flight.usable_token(now).is_some();
+            let is_held = slot.flight.is_in_the_air() || slot.flight.obstacle(now).is_some();
+            if !is_usable
+                && idle >= IDLE_WITHOUT_TOKEN
+                && let Some(expired) = slot.flight.token()
+            {
+                slot.flight.drop_token(&expired);
             }
             // What only another configuration can mend is remembered until there is one, for as long as
             // the same could be asked for again.
-            let is_permanent = state
-                .blocked
-                .as_ref()
+            let is_permanent = slot
+                .flight
+                .last_obstacle()
                 .is_some_and(|failure| failure.until.is_none());
             let subject = &slot.request.subject;
             let can_be_asked_for = subject.presented_until.is_none_or(|until| wall < until);
@@ -783,33 +780,11 @@ impl Credentials {
         });
     }
 
-    /// Waits for the flight of a slot without a usable token, or starts one; says whether it did.
-    fn join_or_start(
-        self: &Arc<Self>,
-        slot: &Arc<Slot>,
-        entry: &Arc<Entry>,
-        now: Duration,
-    ) -> Result<(Landing, bool), Standing> {
-        let mut state = slot.state();
-        // A flight may have landed since the caller looked.
-        if let Some(token) = slot.usable_token(now) {
-            return Err(Standing::Token(token));
-        }
-        if let Some(landing) = state.flight_in_the_air() {
-            return Ok((landing, false));
-        }
-        if let Some(failure) = state.blocking(now) {
-            return Err(Standing::Failure(Arc::clone(failure)));
-        }
-        let landing = self.take_off(slot, entry);
-        state.flight = Some(landing.clone());
-        Ok((landing, true))
-    }
-
     /// Renews a token ahead of its expiry, if it was used in the last half of its life.
     fn refresh(self: &Arc<Self>, slot: &Arc<Slot>) {
         let now = self.clock.monotonic();
-        let Some(token) = slot.usable_token(now).filter(|token| token.is_due(now)) else {
+        let usable = slot.flight.usable_token(now);
+        let Some(token) = usable.filter(|token| token.is_due(now)) else {
             return;
         };
         let unused_for = now.saturating_sub(slot.last_used());
@@ -824,11 +799,8 @@ impl Credentials {
         let Some(entry) = self.entries.load().get(&*slot.credential).map(Arc::clone) else {
             return;
         };
-        let mut state = slot.state();
-        if state.flight_in_the_air().is_some() || state.blocking(now).is_some() {
-            return;
-        }
-        state.flight = Some(self.take_off(slot, &entry));
+        let take_off = |departure| self.take_off(slot, &entry, departure);
+        slot.flight.renew(&token, now, take_off);
     }
 
     /// Looks at a slot again at the monotonic time `at`.
@@ -843,26 +815,27 @@ impl Credentials {
         });
     }
 
-    /// Starts a flight. The caller holds the slot's state and notes the flight in it.
-    fn take_off(self: &Arc<Self>, slot: &Arc<Slot>, entry: &Arc<Entry>) -> Landing {
-        let (arrivals, landing) = tokio::sync::watch::channel(None);
+    fn take_off(
+        self: &Arc<Self>,
+        slot: &Arc<Slot>,
+        entry: &Arc<Entry>,
+        departure: Departure<Token, Failure>,
+    ) {
         let (credentials, entry) = (Arc::clone(self), Arc::clone(entry));
         let slot = Arc::clone(slot);
         self.runtime.spawn(async move {
             let minted = credentials.mint(&slot, &entry).await;
-            let outcome = credentials.land(&slot, minted);
-            let _ = arrivals.send(Some(outcome));
+            departure.land(credentials.take_in(&slot, minted));
         });
-        landing
     }
 
     async fn mint(&self, slot: &Slot, entry: &Entry) -> Result<MintedToken, MintFailure> {
         let deadline = Deadline::after(entry.provider.timeout());
         let started = Instant::now();
-        let is_refresh = slot.usable_token(self.clock.monotonic()).is_some();
+        let is_refresh = slot.flight.usable_token(self.clock.monotonic()).is_some();
         let minted = entry
             .provider
-            .mint(&slot.request, slot.is_untroubled(), deadline)
+            .mint(&slot.request, slot.flight.is_untroubled(), deadline)
             .await;
         let upstream = started.elapsed();
         if let Some(key_id) = entry.provider.take_replaced_key() {
@@ -898,11 +871,12 @@ impl Credentials {
         minted
     }
 
-    fn land(
+    /// Notes what a flight brought in its slot, and when to look at it again.
+    fn take_in(
         self: &Arc<Self>,
         slot: &Arc<Slot>,
         minted: Result<MintedToken, MintFailure>,
-    ) -> Result<Arc<Token>, Arc<Failure>> {
+    ) -> Outcome<Token, Failure> {
         let token = minted.and_then(|minted| {
             Token::new(&minted, slot.max_lifetime).ok_or_else(|| {
                 MintFailure::new(
@@ -915,7 +889,7 @@ impl Credentials {
         match token {
             Ok(token) => {
                 let token = Arc::new(token);
-                slot.succeed(&token);
+                slot.flight.succeed(&token);
                 self.keep_revocable(slot, &token, holder_of(slot, None));
                 self.refresh_later(slot, token.refresh_at());
                 Ok(token)
@@ -924,7 +898,7 @@ impl Credentials {
                 let now = self.clock.monotonic();
                 let failure = slot.fail(failure, now);
                 if let Some(until) = failure.until
-                    && slot.usable_token(now).is_some()
+                    && slot.flight.usable_token(now).is_some()
                 {
                     self.refresh_later(slot, until);
                 }
@@ -940,12 +914,6 @@ impl std::fmt::Debug for Credentials {
             .debug_struct("Credentials")
             .finish_non_exhaustive()
     }
-}
-
-/// What stands in the way of a flight.
-enum Standing {
-    Token(Arc<Token>),
-    Failure(Arc<Failure>),
 }
 
 fn is_meant(revoked: &RevokedTokens, known: &LiveToken) -> bool {

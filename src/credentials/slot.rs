@@ -1,14 +1,13 @@
 //! One key's place in the cache: its token, its flight, and what failed last.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use arc_swap::ArcSwapOption;
 use countersign_attestors::{PresentedToken, WorkloadFacts};
-use tokio::sync::watch;
 
 use super::backoff;
+use super::single_flight::{Obstacle, SingleFlight};
 use super::token::Token;
 use crate::providers::{MintFailure, Recovery, SubjectParts, TokenRequest};
 use crate::refusal::{Refusal, RefusalCode};
@@ -41,23 +40,10 @@ pub(super) struct Slot {
     pub(super) max_lifetime: Option<Duration>,
     pub(super) request: TokenRequest,
     pub(super) facts: WorkloadFacts,
-    current: ArcSwapOption<Token>,
+    pub(super) flight: SingleFlight<Token, Failure>,
     last_used_milliseconds: AtomicU64,
-    state: Mutex<State>,
     /// Held by the one request for a token to be handed out.
     pub(super) turn: tokio::sync::Mutex<()>,
-}
-
-/// How a flight ended; `None` while it lasts.
-pub(super) type Landing = watch::Receiver<Option<Result<Arc<Token>, Arc<Failure>>>>;
-
-#[derive(Debug, Default)]
-pub(super) struct State {
-    pub(super) flight: Option<Landing>,
-    pub(super) blocked: Option<Arc<Failure>>,
-    pub(super) last_rejected: Option<Duration>,
-    failures: u32,
-    last_lifetime: Option<Duration>,
 }
 
 /// A failure, and until when (monotonic) it stands for further attempts; `None`: until the
@@ -76,9 +62,8 @@ impl Slot {
             max_lifetime: ask.max_lifetime,
             request,
             facts: ask.facts.clone(),
-            current: ArcSwapOption::empty(),
+            flight: SingleFlight::new(),
             last_used_milliseconds: AtomicU64::new(milliseconds(now)),
-            state: Mutex::default(),
             turn: tokio::sync::Mutex::new(()),
         }
     }
@@ -93,31 +78,6 @@ impl Slot {
             && parts.matches(&self.request.subject, ask.facts, ask.presented)
     }
 
-    pub(super) fn token(&self) -> Option<Arc<Token>> {
-        self.current.load_full()
-    }
-
-    pub(super) fn usable_token(&self, now: Duration) -> Option<Arc<Token>> {
-        self.current
-            .load_full()
-            .filter(|token| token.is_usable(now))
-    }
-
-    pub(super) fn drop_token(&self) {
-        self.current.store(None);
-    }
-
-    /// Drops `token`, and no other that may have taken its place.
-    pub(super) fn drop_this_token(&self, token: &Arc<Token>) {
-        let current = self.current.load();
-        if current
-            .as_ref()
-            .is_some_and(|current| Arc::ptr_eq(current, token))
-        {
-            self.current.compare_and_swap(&*current, None);
-        }
-    }
-
     pub(super) fn touch(&self, now: Duration) {
         self.last_used_milliseconds
             .store(milliseconds(now), Ordering::Relaxed);
@@ -127,68 +87,26 @@ impl Slot {
         Duration::from_millis(self.last_used_milliseconds.load(Ordering::Relaxed))
     }
 
-    pub(super) fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Takes in a new token.
-    pub(super) fn succeed(&self, token: &Arc<Token>) {
-        let mut state = self.state();
-        state.flight = None;
-        state.failures = 0;
-        state.blocked = None;
-        state.last_lifetime = Some(token.lifetime());
-        if self.purpose == Purpose::Inject {
-            self.current.store(Some(Arc::clone(token)));
-        }
-    }
-
     /// Takes in a failure, and says until when it stands.
     pub(super) fn fail(&self, mint: MintFailure, now: Duration) -> Arc<Failure> {
-        let mut state = self.state();
-        state.flight = None;
-        state.failures = state.failures.saturating_add(1);
-        let wait = backoff::wait(
-            mint.recovery,
-            state.failures,
-            state.last_lifetime,
-            backoff::random_fraction(),
-        );
-        let failure = Arc::new(Failure {
-            mint,
-            until: wait.map(|wait| now + wait),
-        });
-        state.blocked = Some(Arc::clone(&failure));
-        failure
-    }
-
-    /// Whether the last attempt, if any, succeeded.
-    pub(super) fn is_untroubled(&self) -> bool {
-        self.state().failures == 0
-    }
-
-    /// Forgets what failed: the configuration has changed.
-    pub(super) fn forget_failures(&self) {
-        let mut state = self.state();
-        state.failures = 0;
-        state.blocked = None;
+        self.flight.fail(|history| {
+            let wait = backoff::wait(
+                mint.recovery,
+                history.failures,
+                history.last_lifetime,
+                backoff::random_fraction(),
+            );
+            Failure {
+                mint,
+                until: wait.map(|wait| now + wait),
+            }
+        })
     }
 }
 
-impl State {
-    /// The flight that others may wait for. One whose task was dropped, by a panic or at the runtime's
-    /// end, will never land.
-    pub(super) fn flight_in_the_air(&self) -> Option<Landing> {
-        let landing = self.flight.clone()?;
-        let is_lost = landing.has_changed().is_err() && landing.borrow().is_none();
-        (!is_lost).then_some(landing)
-    }
-
-    /// The failure that still forbids an attempt at `now`.
-    pub(super) fn blocking(&self, now: Duration) -> Option<&Arc<Failure>> {
-        self.blocked
-            .as_ref()
-            .filter(|failure| failure.until.is_none_or(|until| now < until))
+impl Obstacle for Failure {
+    fn stands(&self, now: Duration) -> bool {
+        self.until.is_none_or(|until| now < until)
     }
 }
 

@@ -197,7 +197,7 @@ impl Bench {
         self.credentials
             .all_slots()
             .iter()
-            .all(|slot| slot.state().flight_in_the_air().is_none())
+            .all(|slot| !slot.flight.is_in_the_air())
     }
 }
 

@@ -9,6 +9,7 @@ use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
 
 use super::backoff::random_fraction;
+use super::single_flight::Perishable;
 use crate::config::InjectionFormat;
 use crate::policy::Grant;
 use crate::providers::{MintedToken, hexadecimal};
@@ -59,10 +60,6 @@ impl Token {
         })
     }
 
-    pub(super) fn is_usable(&self, now: Duration) -> bool {
-        now < self.usable_until
-    }
-
     pub(super) fn is_due(&self, now: Duration) -> bool {
         now >= self.refresh_at
     }
@@ -74,11 +71,6 @@ impl Token {
 
     pub(super) fn refresh_at(&self) -> Duration {
         self.refresh_at
-    }
-
-    /// From the moment it was asked for to its expiry, or to the end of what policy allows.
-    pub(super) fn lifetime(&self) -> Duration {
-        self.lifetime
     }
 
     pub(super) fn expires_at(&self) -> SystemTime {
@@ -104,6 +96,17 @@ impl Token {
     pub(super) fn secret(&self) -> SecretString {
         // INVARIANT: the bytes came from a string.
         SecretString::from(self.raw.to_str().unwrap_or_default())
+    }
+}
+
+impl Perishable for Token {
+    fn is_usable(&self, now: Duration) -> bool {
+        now < self.usable_until
+    }
+
+    /// From the moment it was asked for to its expiry, or to the end of what policy allows.
+    fn lifetime(&self) -> Duration {
+        self.lifetime
     }
 }
 
