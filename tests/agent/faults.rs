@@ -5,9 +5,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
+use countersign::dev::{CertificateAuthority, ServerCertificate};
+use rustls::pki_types::PrivateKeyDer;
 use serde_json::Value;
 
 use crate::support::Stalls;
+use crate::support::agent::Agent;
 use crate::support::client::Client;
 use crate::support::counts::reached;
 use crate::support::faults::fault_table;
@@ -30,13 +33,19 @@ const NOT_CACHED: &str = "http://billing.example.test/v1/orders";
 /// The credentials' `timeout`.
 const TIMEOUT: Duration = Duration::from_secs(2);
 
-/// An agent whose authorization server can be made to fail.
-async fn start() -> (World, FaultyAuthorizationServer) {
+/// Servers of which the authorization server can be made to fail.
+async fn servers() -> (World, FaultyAuthorizationServer) {
     let mut world = World::servers().await;
     let certificate = world.authority.issue(&["auth.example.test"]).unwrap();
     let state = Arc::clone(world.authorization_server.state());
     let faulty = FaultyAuthorizationServer::start(state, certificate).await;
     world.origins.push(("auth".to_owned(), faulty.address()));
+    (world, faulty)
+}
+
+/// An agent among them.
+async fn start() -> (World, FaultyAuthorizationServer) {
+    let (mut world, faulty) = servers().await;
     world
         .start_agent(&format!("{COMMON}{DESTINATIONS}{BILLING}"), ALL)
         .await;
@@ -263,4 +272,128 @@ async fn one_token_request_serves_all_who_wait() {
     assert_eq!(world.api.seen().len(), answered);
     world.good().await;
     reached("cold_callers", answered);
+}
+
+/// A certificate for the authorization server that expired yesterday, and its authority in PEM.
+fn expired() -> (ServerCertificate, String) {
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+    let key = KeyPair::generate().unwrap();
+    let mut parameters = CertificateParams::default();
+    parameters.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    let pem = parameters.self_signed(&key).unwrap().pem();
+    let authority = Issuer::new(parameters, key);
+    let key = KeyPair::generate().unwrap();
+    let mut parameters = CertificateParams::new(["auth.example.test".to_owned()]).unwrap();
+    let now = time::OffsetDateTime::now_utc();
+    parameters.not_before = now - time::Duration::days(2);
+    parameters.not_after = now - time::Duration::days(1);
+    let certificate = parameters.signed_by(&key, &authority).unwrap();
+    let certificate = ServerCertificate {
+        chain: vec![certificate.der().clone()],
+        key: PrivateKeyDer::Pkcs8(key.serialize_der().into()),
+    };
+    (certificate, pem)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_that_expired_is_named_and_a_new_authority_counts_within_a_second() {
+    let (world, faulty) = servers().await;
+    let (expired, its_authority) = expired();
+    let successor = CertificateAuthority::new("successor").unwrap();
+    let known = format!("{}{its_authority}", world.authority.pem());
+    world.write("servers.pem", &known);
+    let extra = format!("{DESTINATIONS}{BILLING}");
+    let agent = Agent::start_in(world, None, &extra, ALL).await;
+    agent.good(None).await;
+
+    faulty.present(expired).await;
+    let answer = agent.curl(None, NOT_CACHED).await;
+    assert_eq!(
+        (answer.status, answer.code()),
+        (502, "token_server_tls".to_owned()),
+        "{answer:#?}"
+    );
+    let log = std::fs::read_to_string(agent.working_directory.path().join("log")).unwrap();
+    assert!(log.contains("certificate expired"), "{log}");
+    agent.good(None).await;
+
+    let certificate = successor.issue(&["auth.example.test"]).unwrap();
+    faulty.present(certificate).await;
+    assert_eq!(agent.curl(None, NOT_CACHED).await.status, 502);
+    assert!(agent.world.plain_api.seen().is_empty());
+    let stalls = Stalls::watch();
+    agent
+        .world
+        .write("servers.pem", &format!("{known}{}", successor.pem()));
+    let began = Instant::now();
+    while agent.curl(None, NOT_CACHED).await.status != 200 {
+        assert!(began.elapsed() < Duration::from_secs(30));
+    }
+    let took = began.elapsed();
+    println!("the new authority counted after {took:?}");
+    assert!(took < stalls.allow(Duration::from_secs(1)), "{took:?}");
+    agent.good(None).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_authorization_server_delays_nobody_else() {
+    const WAITING: usize = 50;
+    const REQUESTS: usize = 500;
+    let (world, faulty) = start().await;
+    world.good().await;
+    let puppet = Puppet::start(&world.address("proxy").to_string(), None).await;
+    let mut served = Client::http1(&puppet).await;
+    let mut quiet = Vec::new();
+    for _ in 0..REQUESTS {
+        quiet.push(time_of_request(&mut served).await);
+    }
+    // For longer than the credential's `timeout`.
+    faulty.set(Fault::Late(Duration::from_secs(30))).await;
+    let began = Instant::now();
+    let mut waiting = Vec::new();
+    for _ in 0..WAITING {
+        let mut client = Client::http1(&puppet).await;
+        waiting.push(tokio::spawn(async move {
+            let (status, _) = client
+                .get(NOT_CACHED, "billing.example.test")
+                .await
+                .unwrap();
+            status
+        }));
+    }
+    let mut beside = Vec::new();
+    while beside.len() < REQUESTS && began.elapsed() < TIMEOUT {
+        beside.push(time_of_request(&mut served).await);
+    }
+    assert!(waiting.iter().all(|caller| !caller.is_finished()));
+    for caller in waiting {
+        assert_eq!(caller.await.unwrap(), 504);
+    }
+    assert!(began.elapsed() < TIMEOUT + Duration::from_secs(1));
+    let metrics = world.app().agent().metrics.encode();
+    let asked = "countersign_token_requests_total{credential=\"billing-api\",result=\"token_server_timeout\"} 1\n";
+    assert!(metrics.contains(asked), "{metrics}");
+    println!(
+        "p99 {:?}, and {:?} beside {WAITING} callers that wait",
+        percentile_99(&mut quiet),
+        percentile_99(&mut beside)
+    );
+    assert!(percentile_99(&mut beside) < TIMEOUT / 4);
+    faulty.set(Fault::None).await;
+    world.good().await;
+    reached("waited_beside", WAITING);
+}
+
+/// How long a request took whose token is cached.
+async fn time_of_request(client: &mut Client) -> Duration {
+    let began = Instant::now();
+    let uri = "http://plain.example.test/v1/orders";
+    let (status, _) = client.get(uri, "plain.example.test").await.unwrap();
+    assert_eq!(status, 200);
+    began.elapsed()
+}
+
+fn percentile_99(times: &mut [Duration]) -> Duration {
+    times.sort_unstable();
+    times[times.len() * 99 / 100]
 }

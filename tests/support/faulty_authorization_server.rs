@@ -66,7 +66,7 @@ pub struct FaultyAuthorizationServer {
 #[derive(Debug)]
 struct Shared {
     state: Arc<AuthorizationServerState>,
-    certificate: ServerCertificate,
+    certificate: Mutex<ServerCertificate>,
     fault: Mutex<Fault>,
     date_offset_seconds: Mutex<i64>,
     /// The document served as metadata, where it is not the server's own.
@@ -84,7 +84,7 @@ impl FaultyAuthorizationServer {
     ) -> Self {
         let shared = Arc::new(Shared {
             state,
-            certificate,
+            certificate: Mutex::new(certificate),
             fault: Mutex::new(Fault::None),
             date_offset_seconds: Mutex::new(0),
             metadata: Mutex::new(None),
@@ -130,6 +130,13 @@ impl FaultyAuthorizationServer {
         }
     }
 
+    /// Presents another certificate from now on. Existing connections are closed.
+    pub async fn present(&self, certificate: ServerCertificate) {
+        *self.shared.certificate.lock().unwrap() = certificate;
+        let fault = self.shared.fault.lock().unwrap().clone();
+        self.set(fault).await;
+    }
+
     /// Sets how far its `Date` header is ahead of the clock.
     pub fn set_date_offset(&self, seconds: i64) {
         *self.shared.date_offset_seconds.lock().unwrap() = seconds;
@@ -163,7 +170,7 @@ async fn serve(
     stop: CancellationToken,
 ) -> io::Result<()> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let certificate = shared.certificate.clone();
+    let certificate = shared.certificate.lock().unwrap().clone();
     let tls = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .unwrap()
