@@ -195,7 +195,11 @@ impl PolicyEngine {
                 .collect(),
             attributes_read: BTreeSet::new(),
             declared,
-            time_zone: TimeZone::system(),
+            // The node's is looked for among hundreds of files.
+            time_zone: match policies.iter().any(|policy| policy.reads.local) {
+                true => TimeZone::system(),
+                false => TimeZone::UTC,
+            },
             schema_text: schema::text(declarations),
             authorizer: Authorizer::new(),
             policies,
