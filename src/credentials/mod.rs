@@ -753,11 +753,13 @@ impl Credentials {
             .retain(|known| now < known.token.lives_until());
         self.retain(|slot| {
             let idle = now.saturating_sub(slot.last_used());
-            let is_usable = slot.flight.usable_token(now).is_some();
             let is_held = slot.flight.is_in_the_air() || slot.flight.obstacle(now).is_some();
-            if !is_usable
+            // Once, and after a flight was looked for: one that lands meanwhile has brought another.
+            let token = slot.flight.token();
+            let is_usable = token.as_ref().is_some_and(|token| token.is_usable(now));
+            if let Some(expired) = token
+                && !is_usable
                 && idle >= IDLE_WITHOUT_TOKEN
-                && let Some(expired) = slot.flight.token()
             {
                 slot.flight.drop_token(&expired);
             }

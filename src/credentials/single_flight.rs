@@ -1,7 +1,7 @@
 //! One flight for many callers: who asks for a key's token while it is fetched waits for that one.
 //!
-//! Knows neither tokens nor networks, and is built of what [`super::primitives`] names. `tests/model` builds it
-//! of loom's, and goes through every order in which its threads can run.
+//! Knows neither authorization servers nor networks, and is built of what [`super::primitives`] names.
+//! `tests/model` builds it of loom's, and goes through the orders in which its threads can run.
 
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -29,7 +29,7 @@ pub(super) type Outcome<T, F> = Result<Arc<T>, Arc<F>>;
 /// Where those who wait learn how a flight ended; `None` while it lasts.
 pub(super) type Landing<T, F> = watch::Receiver<Option<Outcome<T, F>>>;
 
-/// With whom a flight tells how it ended, once. Dropped untold, the flight is lost, and the next caller starts
+/// By which a flight tells how it ended, once. Dropped untold, the flight is lost, and the next caller starts
 /// another.
 pub(super) struct Departure<T, F>(watch::Sender<Option<Outcome<T, F>>>);
 
@@ -186,7 +186,7 @@ impl<T: Perishable, F: Obstacle> SingleFlight<T, F> {
         }
     }
 
-    /// Forgets what failed: the configuration has changed.
+    /// Forgets what failed: the configuration has changed, or an attempt outside of a flight succeeded.
     pub(super) fn forget_failures(&self) {
         let mut state = self.state();
         state.history.failures = 0;
