@@ -10,6 +10,7 @@ use crate::measure::{Rounds, Sample};
 use crate::origin::Origin;
 use crate::peers::{AddedFile, Peer, Proxy, Surroundings};
 use crate::report::Report;
+use crate::works::request_path::COMPARED;
 use crate::{Fallible, LOAD_CORE, pin, works};
 
 /// The seconds of a round; for trying a work out, not for figures.
@@ -36,12 +37,7 @@ pub fn run(agent: &Path, arguments: &[&str]) -> Fallible<ExitCode> {
     if write && !names.is_empty() {
         return Err("the page holds the tables of all works: --write goes without names".into());
     }
-    pin(LOAD_CORE)?;
-    let directory = std::env::temp_dir().join(format!("countersign-bench-{}", std::process::id()));
-    std::fs::create_dir(&directory)?;
-    let outcome = measure(agent, &directory, &works);
-    std::fs::remove_dir_all(&directory)?;
-    let report = outcome?;
+    let report = in_directory(|directory| measure(agent, directory, &works))?;
     print!("{}", report.markdown());
     println!("\n{}", report.json());
     if write {
@@ -53,19 +49,38 @@ pub fn run(agent: &Path, arguments: &[&str]) -> Fallible<ExitCode> {
     })
 }
 
+/// Has an agent that counts what its code does serve each form of the request path, and puts what it wrote at its
+/// end, `agent.profraw`, into `counts`.
+pub fn train(agent: &Path, counts: &Path) -> Fallible<()> {
+    in_directory(|directory| {
+        let mut bench = Bench::new(agent, directory)?;
+        for (name, form) in [
+            ("absolute", Form::Absolute),
+            ("origin", Form::Origin),
+            ("tunnel", Form::Tunnel),
+        ] {
+            let mut peer = bench.start(Proxy::Countersign, form)?;
+            bench.repeat(&mut peer, form, COMPARED)?;
+            peer.stop()?;
+            let written = peer.directory.join("agent.profraw");
+            std::fs::copy(&written, counts.join(name).with_extension("profraw"))?;
+        }
+        Ok(())
+    })
+}
+
+/// Works on the core of the load, in a directory that is gone afterwards.
+fn in_directory<T>(work: impl FnOnce(&Path) -> Fallible<T>) -> Fallible<T> {
+    pin(LOAD_CORE)?;
+    let directory = std::env::temp_dir().join(format!("countersign-bench-{}", std::process::id()));
+    std::fs::create_dir(&directory)?;
+    let outcome = work(&directory);
+    std::fs::remove_dir_all(&directory)?;
+    outcome
+}
+
 fn measure(agent: &Path, directory: &Path, works: &[works::Work]) -> Fallible<Report> {
-    let round = match std::env::var(ROUND) {
-        Ok(seconds) => Duration::from_secs_f64(seconds.parse()?),
-        Err(_) => Duration::from_secs(3),
-    };
-    let mut bench = Bench {
-        agent: agent.to_owned(),
-        directory: directory.to_owned(),
-        origin: Origin::start(directory)?,
-        load: Load::start(directory)?,
-        report: Report::default(),
-        round,
-    };
+    let mut bench = Bench::new(agent, directory)?;
     for work in works {
         let began = Instant::now();
         if let Err(error) = (work.run)(&mut bench) {
@@ -82,6 +97,21 @@ fn measure(agent: &Path, directory: &Path, works: &[works::Work]) -> Fallible<Re
 }
 
 impl Bench {
+    fn new(agent: &Path, directory: &Path) -> Fallible<Self> {
+        let round = match std::env::var(ROUND) {
+            Ok(seconds) => Duration::from_secs_f64(seconds.parse()?),
+            Err(_) => Duration::from_secs(3),
+        };
+        Ok(Self {
+            agent: agent.to_owned(),
+            directory: directory.to_owned(),
+            origin: Origin::start(directory)?,
+            load: Load::start(directory)?,
+            report: Report::default(),
+            round,
+        })
+    }
+
     /// Starts a proxy, without waiting for it.
     pub fn launch(&self, proxy: Proxy, added: &[AddedFile]) -> Fallible<Peer> {
         let surroundings = Surroundings {

@@ -193,13 +193,18 @@ impl Peer {
         Ok(processes)
     }
 
-    /// Asks it to end in good order and waits for that. Countersign's audit must then hold as many
-    /// requests as it served.
-    pub fn end(mut self) -> Fallible<()> {
+    /// Asks it to end in good order and waits for that.
+    pub fn stop(&mut self) -> Fallible<()> {
         for child in self.children.iter_mut().rev() {
             kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGTERM)?;
             child.wait()?;
         }
+        Ok(())
+    }
+
+    /// Ends it in good order. Countersign's audit must then hold as many requests as it served.
+    pub fn end(mut self) -> Fallible<()> {
+        self.stop()?;
         if self.proxy != Proxy::Countersign {
             return Ok(());
         }

@@ -57,7 +57,12 @@ fn main() -> Fallible<ExitCode> {
         ["authorizer", address] => authorizer::serve(address.parse()?)?,
         ["caller"] => caller::obey()?,
         ["measure", agent, rest @ ..] => return bench::run(Path::new(agent), rest),
-        _ => return Err("usage: performance measure AGENT [--write] [WORK...]".into()),
+        ["train", agent, counts] => bench::train(Path::new(agent), Path::new(counts))?,
+        _ => {
+            let usage =
+                "usage: performance measure AGENT [--write] [WORK...] | train AGENT DIRECTORY";
+            return Err(usage.into());
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

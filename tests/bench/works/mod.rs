@@ -8,7 +8,7 @@ mod memory;
 mod new_connections;
 mod open_loop;
 mod reload;
-mod request_path;
+pub mod request_path;
 mod size;
 mod start;
 

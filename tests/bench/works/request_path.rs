@@ -9,7 +9,7 @@ use crate::report::Must;
 
 const CONNECTIONS: [usize; 3] = [1, COMPARED, 512];
 /// The number of connections at which the other proxies are compared.
-const COMPARED: usize = 64;
+pub const COMPARED: usize = 64;
 /// Rounds of each proxy.
 const ROUNDS: usize = 7;
 
