@@ -101,6 +101,12 @@ impl Broker {
         self.flight.renew(token, NOW, take_off);
     }
 
+    /// Renews it in a thread of its own.
+    fn renew_beside(self: &Arc<Self>, token: &Arc<Token>) -> thread::JoinHandle<()> {
+        let (broker, token) = (Arc::clone(self), Arc::clone(token));
+        thread::spawn(move || broker.renew(&token))
+    }
+
     fn take_off(self: &Arc<Self>, departure: Departure<Token, Failure>) {
         let broker = Arc::clone(self);
         thread::spawn(move || broker.fly(departure));
@@ -186,8 +192,7 @@ fn a_lost_flight_leaves_nobody_waiting_and_stops_no_other() {
 fn a_token_that_two_callers_find_due_is_renewed_once() {
     explore(|| {
         let (broker, due) = Broker::with_token(&[Ending::Token]);
-        let (other, other_due) = (Arc::clone(&broker), Arc::clone(&due));
-        let other = thread::spawn(move || other.renew(&other_due));
+        let other = broker.renew_beside(&due);
         broker.renew(&due);
         other.join().unwrap();
         // Asked in this order: one that is not in the air any more has landed.
@@ -200,8 +205,7 @@ fn a_token_that_two_callers_find_due_is_renewed_once() {
 fn a_token_refused_while_it_is_renewed_gives_way_to_its_successor() {
     explore(|| {
         let (broker, refused) = Broker::with_token(&[Ending::Token]);
-        let (renewing, due) = (Arc::clone(&broker), Arc::clone(&refused));
-        let renewing = thread::spawn(move || renewing.renew(&due));
+        let renewing = broker.renew_beside(&refused);
         let rejection = broker.flight.reject(&refused, NOW, INTERVAL);
         assert_ne!(rejection, Rejection::Kept);
         // Whether it joins the renewal or comes first, it never gets what was refused.
@@ -237,8 +241,7 @@ fn two_refusals_of_one_token_fetch_one_other() {
 fn a_revocation_takes_the_token_it_means_and_no_other() {
     explore(|| {
         let (broker, revoked) = Broker::with_token(&[Ending::Token]);
-        let (renewing, due) = (Arc::clone(&broker), Arc::clone(&revoked));
-        let renewing = thread::spawn(move || renewing.renew(&due));
+        let renewing = broker.renew_beside(&revoked);
         broker.flight.drop_token(&revoked);
         assert_eq!(broker.obtain().unwrap().unwrap().0, 0);
         renewing.join().unwrap();
