@@ -182,6 +182,9 @@ refusal_codes! {
     /// Audit records cannot be written.
     AuditUnavailable = SERVICE_UNAVAILABLE, "audit_unavailable", "proxy_internal_error", None,
         "free space for the audit file; `countersign status` shows the sink";
+    /// As many files are open as may be.
+    OutOfDescriptors = SERVICE_UNAVAILABLE, "out_of_descriptors", "proxy_internal_error", None,
+        "try again after `Retry-After`; raise the agent's limit of open files (`LimitNOFILE=`)";
     /// The agent is shutting down.
     ShuttingDown = SERVICE_UNAVAILABLE, "shutting_down", "proxy_internal_error", None,
         "try again on a new connection";

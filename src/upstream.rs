@@ -10,6 +10,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use countersign_attestors::IsolationKey;
@@ -26,7 +27,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::task::spawn_local;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsConnector;
 
 use crate::address::AddressGuard;
@@ -45,6 +46,9 @@ const MAXIMUM_AGE: Duration = Duration::from_secs(300);
 const AGE_JITTER: Duration = Duration::from_secs(60);
 /// How long a connection that was given back may take to be free.
 const READY: Duration = Duration::from_millis(100);
+/// How long a request waits for a free descriptor, and how often it looks.
+const DESCRIPTOR_WAIT: Duration = Duration::from_secs(2);
+const DESCRIPTOR_PAUSE: Duration = Duration::from_millis(10);
 const HTTP2_PING_INTERVAL: Duration = Duration::from_secs(20);
 /// How much of an HTTP/2 response may wait for a caller that does not read it.
 const STREAM_WINDOW: u32 = 1024 * 1024;
@@ -152,8 +156,14 @@ pub struct Upstreams {
     swept_at: Cell<Instant>,
     /// Targets that answered an offer of HTTP/2 with HTTP/1.1: as many as are configured.
     http1_only: RefCell<HashSet<Target>>,
+    /// How many of [`SHORTAGES`] it has made room for.
+    shortages_seen: Cell<u64>,
     control: tokio::runtime::Handle,
 }
+
+/// How often a request of any worker found no free descriptor: the process has one table of them, and
+/// every worker closes what it does not use.
+static SHORTAGES: AtomicU64 = AtomicU64::new(0);
 
 /// An HTTP/1 connection lent to one exchange.
 #[derive(Debug)]
@@ -204,6 +214,7 @@ impl Upstreams {
             pools: RefCell::default(),
             swept_at: Cell::new(Instant::now()),
             http1_only: RefCell::default(),
+            shortages_seen: Cell::default(),
             control,
         }
     }
@@ -389,7 +400,7 @@ impl Upstreams {
                 guarded = Some(refused);
                 continue;
             }
-            match TcpStream::connect(address).await {
+            match self.open(address).await {
                 Ok(stream) => {
                     // Without it the second small write of an exchange waits for an acknowledgement.
                     let _ = stream.set_nodelay(true);
@@ -399,6 +410,14 @@ impl Upstreams {
             }
         }
         Err(match (last_error, guarded) {
+            (Some(error), _) if is_out_of_descriptors(&error) => Refusal::new(
+                RefusalCode::OutOfDescriptors,
+                format!(
+                    "no descriptor was free for a connection to `{}`",
+                    way.target
+                ),
+            )
+            .with_retry_after(DESCRIPTOR_WAIT),
             (Some(error), _) => Refusal::new(
                 RefusalCode::UpstreamUnreachable,
                 format!(
@@ -416,6 +435,30 @@ impl Upstreams {
                 format!("`{}` has no address", way.target.host()),
             ),
         })
+    }
+
+    /// Connects. Where no descriptor is free, connections that nobody uses are closed, and those in use
+    /// are waited for.
+    async fn open(&self, address: SocketAddr) -> io::Result<TcpStream> {
+        let gives_up_at = Instant::now() + DESCRIPTOR_WAIT;
+        loop {
+            match TcpStream::connect(address).await {
+                Err(error) if is_out_of_descriptors(&error) && Instant::now() < gives_up_at => {
+                    SHORTAGES.fetch_add(1, Ordering::Relaxed);
+                    self.close_idle();
+                    sleep(DESCRIPTOR_PAUSE).await;
+                }
+                connected => return connected,
+            }
+        }
+    }
+
+    /// Closes the HTTP/1 connections that no request uses.
+    fn close_idle(&self) {
+        self.shortages_seen.set(SHORTAGES.load(Ordering::Relaxed));
+        for pool in self.pools.borrow().values() {
+            pool.idle.borrow_mut().clear();
+        }
     }
 
     async fn resolve(&self, target: &Target) -> Result<Vec<SocketAddr>, Refusal> {
@@ -455,6 +498,9 @@ impl Upstreams {
     pub fn sweep(&self) {
         let now = Instant::now();
         self.swept_at.set(now);
+        if self.shortages_seen.get() != SHORTAGES.load(Ordering::Relaxed) {
+            self.close_idle();
+        }
         self.pools.borrow_mut().retain(|_, pool| {
             pool.idle.borrow_mut().retain_mut(|connection| {
                 let idle_since = *connection.idle_since.get_or_insert(now);
@@ -491,6 +537,11 @@ async fn connect_or_wait(pool: &Rc<Pool>) -> Option<Connecting> {
             Some(Connecting(Rc::clone(pool)))
         }
     }
+}
+
+/// Whether this process, or the machine, has as many files open as it may.
+fn is_out_of_descriptors(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }
 
 async fn attempt(

@@ -11,9 +11,10 @@ use super::PLAIN;
 use crate::support::agent::Agent;
 use crate::support::counts::reached;
 use crate::support::eventually;
+use crate::support::origin::Origin;
 use crate::support::raw::{exchange, read_response};
 use crate::support::repetitions::repetitions;
-use crate::support::world::{DESTINATIONS, POLICIES};
+use crate::support::world::{DESTINATIONS, POLICIES, World};
 
 const SOON: Duration = Duration::from_secs(20);
 /// How long a manager waits for a probe, at most.
@@ -103,6 +104,83 @@ async fn an_agent_without_descriptors_rests_answers_probes_and_recovers() {
     .await;
     agent.good(None).await;
     reached("probes_without_descriptors", probes);
+}
+
+/// A request that the origin takes so long to answer.
+fn slow(period: Duration) -> String {
+    let period = period.as_millis();
+    PLAIN.replace("/v1/orders", &format!("/v1/{period}"))
+}
+
+/// Answers as slowly as the path says: it writes every 20 ms.
+fn slowly(head: &str) -> Vec<String> {
+    let (_, path) = head.split_once("/v1/").unwrap();
+    let (period, _) = path.split_once(' ').unwrap();
+    let pauses = period.parse::<usize>().unwrap_or(0) / 20;
+    let mut parts = vec!["HTTP/1.1 200 OK\r\nslow: ".to_owned()];
+    parts.extend(std::iter::repeat_n("-".to_owned(), pauses));
+    parts.push("\r\ncontent-length: 2\r\n\r\nok".to_owned());
+    parts
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_wait_for_the_descriptors_of_others() {
+    const CALLERS: usize = 60;
+    let mut world = World::servers().await;
+    let origin = Origin::start(None, slowly).await;
+    world.origins.push(("slow".to_owned(), origin.address));
+    let destinations = DESTINATIONS.replace("{plain}", "{slow}");
+    let agent = Agent::start_in(world, None, &destinations, POLICIES).await;
+    agent.good(None).await;
+    let proxy = agent.world.path("proxy.sock");
+    let mut callers = Vec::new();
+    for _ in 0..CALLERS {
+        let mut io = BufReader::new(UnixStream::connect(&proxy).await.unwrap());
+        exchange(&mut io, PLAIN).await.expect(200);
+        callers.push(io);
+    }
+    // Too few for every caller to have a connection to the destination.
+    let limit = descriptors(agent.pid()) as u64 + CALLERS as u64 / 4;
+    let pid = Pid::from_raw(agent.pid().try_into().unwrap());
+    let limits = Rlimit {
+        current: Some(limit),
+        maximum: Some(limit),
+    };
+    prlimit(pid, Resource::Nofile, limits).unwrap();
+
+    let mut ask = async |period| {
+        let request = slow(period);
+        let asked = callers.iter_mut().map(|io| exchange(io, &request));
+        futures_util::future::join_all(asked).await
+    };
+    let begun = Instant::now();
+    let answers = ask(Duration::from_millis(100)).await;
+    let all_in = begun.elapsed();
+    for answer in answers {
+        answer.expect(200);
+    }
+    let answers = ask(Duration::from_secs(6)).await;
+    let (served, refused): (Vec<_>, Vec<_>) =
+        answers.into_iter().partition(|answer| answer.status == 200);
+    for answer in &refused {
+        assert_eq!(
+            (answer.status, answer.code().as_str()),
+            (503, "out_of_descriptors")
+        );
+        assert_eq!(answer.headers("retry-after"), ["2"]);
+    }
+    println!(
+        "{CALLERS} answered in {all_in:?} with {limit} descriptors; of as many that hold theirs {} answered, {} refused",
+        served.len(),
+        refused.len()
+    );
+    assert!(served.len() >= CALLERS / 5 && !refused.is_empty());
+    // What was refused was not sent.
+    assert_eq!(origin.heads().len(), CALLERS + CALLERS + served.len());
+    for answer in ask(Duration::ZERO).await {
+        answer.expect(200);
+    }
+    reached("waited_for_descriptors", CALLERS);
 }
 
 #[tokio::test(flavor = "multi_thread")]
