@@ -11,10 +11,10 @@ use crate::clock::Clock;
 use crate::evidence::{PeerEvidence, PresentedToken};
 use crate::oidc;
 use crate::workload::{
-    AttestationEnded, AttestedWorkload, FailedAttestor, FailureKind, Generation, WorkloadFacts,
+    AttestationEnded, AttestedWorkload, Established, FailedAttestor, FailureKind, WorkloadFacts,
 };
 
-/// How many verified tokens are remembered, and how many sets of facts keep their generation.
+/// How many verified tokens are remembered, and how many sets of facts.
 const REMEMBERED: usize = 8192;
 
 /// The configured attestors. Immutable but for its memory; a reload builds another.
@@ -24,8 +24,8 @@ pub struct Catalog {
     clock: Arc<dyn Clock>,
     /// What verified tokens stated, by SHA-256.
     tokens: Cache<[u8; 32], Arc<Findings>>,
-    /// Equal facts that rest on the same token keep their generation, whatever connection they are of.
-    generations: Cache<(WorkloadFacts, Option<[u8; 32]>), Generation>,
+    /// Equal facts that rest on the same token are one set, whatever connection they are of.
+    established: Cache<(Arc<WorkloadFacts>, Option<[u8; 32]>), Established>,
 }
 
 impl Catalog {
@@ -35,7 +35,7 @@ impl Catalog {
             attestors,
             clock,
             tokens: Cache::new(REMEMBERED),
-            generations: Cache::new(REMEMBERED),
+            established: Cache::new(REMEMBERED),
         }
     }
 
@@ -104,14 +104,14 @@ impl Catalog {
         findings
     }
 
-    fn generation(&self, facts: &WorkloadFacts, token: Option<&PresentedToken>) -> Generation {
-        let key = (facts.clone(), token.map(|token| *token.sha256()));
-        match self.generations.get(&key) {
-            Some(generation) => generation,
+    fn establish(&self, facts: WorkloadFacts, token: Option<&PresentedToken>) -> Established {
+        let key = (Arc::new(facts), token.map(|token| *token.sha256()));
+        match self.established.get(&key) {
+            Some(established) => established,
             None => {
-                let generation = Generation::next();
-                self.generations.insert(key, generation);
-                generation
+                let established = Established::new(Arc::clone(&key.0));
+                self.established.insert(key, established.clone());
+                established
             }
         }
     }
@@ -202,10 +202,8 @@ impl ConnectionAttestation {
         } else {
             catalog.attest_peer(&peer).await
         };
-        let generation = catalog.generation(&findings.facts, None);
         let kernel = AttestedWorkload::new(
-            findings.facts,
-            generation,
+            catalog.establish(findings.facts, None),
             findings.valid_until,
             None,
             Arc::clone(&peer),
@@ -264,15 +262,9 @@ impl ConnectionAttestation {
             .evidence
             .extend(findings.facts.evidence.iter().cloned());
         let verified = (!findings.facts.groups.is_empty()).then(|| token.clone());
-        let generation = self.catalog.generation(&facts, verified.as_ref());
+        let established = self.catalog.establish(facts, verified.as_ref());
         let valid_until = earlier(self.kernel.valid_until(), findings.valid_until);
-        AttestedWorkload::new(
-            facts,
-            generation,
-            valid_until,
-            verified,
-            Arc::clone(&self.peer),
-        )
+        AttestedWorkload::new(established, valid_until, verified, Arc::clone(&self.peer))
     }
 }
 
@@ -329,9 +321,10 @@ mod tests {
         let pid = first.facts().attribute("unix", "pid").unwrap().to_string();
         assert_eq!(pid, std::process::id().to_string());
 
-        // Another connection of the same process: the same facts, the same generation.
+        // Another connection of the same process: the same set of facts.
         let other = ConnectionAttestation::new(catalog, peer()).await;
         let other = other.attest(None).await.unwrap();
         assert_eq!(first.generation(), other.generation());
+        assert!(Arc::ptr_eq(first.facts(), other.facts()));
     }
 }

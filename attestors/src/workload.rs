@@ -182,18 +182,41 @@ pub struct AttestedWorkload {
     peer: Arc<PeerEvidence>,
 }
 
+/// A set of facts and what follows from it; shared by all workloads of which it was established.
+#[derive(Debug, Clone)]
+pub(crate) struct Established {
+    facts: Arc<WorkloadFacts>,
+    generation: Generation,
+    isolation_key: IsolationKey,
+}
+
+impl Established {
+    /// A set of facts that no other workload has.
+    pub(crate) fn new(facts: Arc<WorkloadFacts>) -> Self {
+        Self {
+            generation: Generation::next(),
+            isolation_key: facts.isolation_key(),
+            facts,
+        }
+    }
+}
+
 impl AttestedWorkload {
     pub(crate) fn new(
-        facts: WorkloadFacts,
-        generation: Generation,
+        established: Established,
         valid_until: Option<SystemTime>,
         presented: Option<PresentedToken>,
         peer: Arc<PeerEvidence>,
     ) -> Self {
-        Self {
-            isolation_key: facts.isolation_key(),
-            facts: Arc::new(facts),
+        let Established {
+            facts,
             generation,
+            isolation_key,
+        } = established;
+        Self {
+            facts,
+            generation,
+            isolation_key,
             valid_until,
             presented,
             peer,
@@ -203,13 +226,8 @@ impl AttestedWorkload {
     /// A workload described by hand, without evidence, for the tests of other crates.
     #[cfg(any(test, feature = "test-support"))]
     pub fn described(facts: WorkloadFacts) -> Self {
-        Self::new(
-            facts,
-            Generation::next(),
-            None,
-            None,
-            Arc::new(PeerEvidence::none()),
-        )
+        let established = Established::new(Arc::new(facts));
+        Self::new(established, None, None, Arc::new(PeerEvidence::none()))
     }
 
     /// As [`AttestedWorkload::described`], with a token that counts as verified until `valid_until`.
@@ -219,14 +237,9 @@ impl AttestedWorkload {
         presented: PresentedToken,
         valid_until: SystemTime,
     ) -> Self {
+        let established = Established::new(Arc::new(facts));
         let peer = Arc::new(PeerEvidence::none());
-        Self::new(
-            facts,
-            Generation::next(),
-            Some(valid_until),
-            Some(presented),
-            peer,
-        )
+        Self::new(established, Some(valid_until), Some(presented), peer)
     }
 
     /// What was established; outlives the workload where it is shared.
