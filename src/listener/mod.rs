@@ -25,6 +25,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::runtime::LocalOptions;
 use tokio::sync::mpsc;
+use tokio::task::spawn_local;
 
 use crate::agent::{Agent, Phase, until};
 use crate::config::{Bind, Listener, ListenerKind, SocketAccess};
@@ -300,7 +301,7 @@ impl Workers {
 async fn work(agent: Arc<Agent>, mut accepted: mpsc::UnboundedReceiver<Accepted>) {
     let worker = Worker::new(agent);
     let sweeper = Rc::clone(&worker);
-    tokio::task::spawn_local(async move {
+    spawn_local(async move {
         let mut ticks = tokio::time::interval(SWEEP);
         loop {
             ticks.tick().await;
@@ -311,32 +312,35 @@ async fn work(agent: Arc<Agent>, mut accepted: mpsc::UnboundedReceiver<Accepted>
         }
     });
     while let Some(connection) = accepted.recv().await {
-        let worker = Rc::clone(&worker);
-        tokio::task::spawn_local(async move {
-            let Accepted {
-                socket,
-                entry,
-                attestation,
-                catalog,
-                place,
-                open,
-            } = connection;
-            let caller = Caller::new(attestation, catalog, place, open);
-            match socket {
-                Socket::Tcp(stream) => {
-                    if let Ok(stream) = TcpStream::from_std(stream) {
-                        serve::serve_connection(worker, entry, caller, stream).await;
-                    }
-                }
-                Socket::Unix(stream) => {
-                    if let Ok(stream) = UnixStream::from_std(stream) {
-                        serve::serve_connection(worker, entry, caller, stream).await;
-                    }
-                }
-            }
-        });
+        begin(&worker, connection);
     }
     worker.open_streams.cut_all(CutReason::ShuttingDown);
+}
+
+/// Has a connection served, in a task of its own.
+fn begin(worker: &Rc<Worker>, connection: Accepted) {
+    let Accepted {
+        socket,
+        entry,
+        attestation,
+        catalog,
+        place,
+        open,
+    } = connection;
+    let worker = Rc::clone(worker);
+    let caller = Caller::new(attestation, catalog, place, open);
+    match socket {
+        Socket::Tcp(stream) => {
+            if let Ok(stream) = TcpStream::from_std(stream) {
+                spawn_local(serve::serve_connection(worker, entry, caller, stream));
+            }
+        }
+        Socket::Unix(stream) => {
+            if let Ok(stream) = UnixStream::from_std(stream) {
+                spawn_local(serve::serve_connection(worker, entry, caller, stream));
+            }
+        }
+    }
 }
 
 /// Accepts on a listener until the agent ends. At most `unattested` callers wait to be attested.

@@ -21,7 +21,7 @@ use tokio_rustls::LazyConfigAcceptor;
 
 use super::interim::{Interim, Owed, WithInterim};
 use super::linger::Lingering;
-use super::sniff::{Protocol, sniff};
+use super::sniff::{Prefixed, Protocol, sniff};
 use super::unreadable::Unreadable;
 use crate::agent::{Agent, Phase, until};
 use crate::config::{Limits, Scheme};
@@ -51,15 +51,8 @@ pub async fn serve_connection<Io>(worker: Rc<Worker>, entry: Entry, caller: Rc<C
 where
     Io: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let mut phases = worker.agent.phase.subscribe();
-    let head_timeout = worker.agent.snapshot.load().config.limits.head_timeout;
-    let sniffed = tokio::select! {
-        biased;
-        sniffed = timeout(head_timeout, sniff(io)) => sniffed,
-        // A caller that connected just before has said by now what it wants.
-        () = until(Phase::Closing, &mut phases) => return,
-    };
-    let Ok(Ok((protocol, io))) = sniffed else {
+    // Boxed: a connection keeps nothing of how it began.
+    let Some((protocol, io)) = Box::pin(first_bytes(&worker.agent, io)).await else {
         return;
     };
     let connection = Rc::new(Connection {
@@ -74,6 +67,21 @@ where
         Protocol::Tls => {}
         Protocol::Http1 => serve(connection, io, false).await,
         Protocol::Http2 => serve(connection, io, true).await,
+    }
+}
+
+/// Waits for a caller to say what it speaks. `None` where it does not in time, or the agent ends.
+async fn first_bytes<Io>(agent: &Agent, io: Io) -> Option<(Protocol, Prefixed<Io>)>
+where
+    Io: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut phases = agent.phase.subscribe();
+    let head_timeout = agent.snapshot.load().config.limits.head_timeout;
+    tokio::select! {
+        biased;
+        sniffed = timeout(head_timeout, sniff(io)) => sniffed.ok()?.ok(),
+        // A caller that connected just before has said by now what it wants.
+        () = until(Phase::Closing, &mut phases) => None,
     }
 }
 
@@ -115,10 +123,11 @@ pub async fn serve_tunnel(
             serve(inside(Scheme::Http, target, false), io, true).await;
         }
         Protocol::Tls => {
-            let accepted = timeout(
+            // Boxed: the tunnel keeps nothing of its handshake.
+            let accepted = Box::pin(timeout(
                 HANDSHAKE_TIMEOUT,
                 accept_intercepted(&outer.worker, &target, io),
-            )
+            ))
             .await;
             drop(place);
             match accepted {
@@ -150,7 +159,7 @@ async fn accept_intercepted<Io>(
     worker: &Worker,
     target: &Target,
     io: Io,
-) -> Result<(tokio_rustls::server::TlsStream<Io>, bool), String>
+) -> Result<(Box<tokio_rustls::server::TlsStream<Io>>, bool), String>
 where
     Io: AsyncRead + AsyncWrite + Unpin,
 {
@@ -182,7 +191,7 @@ where
         .await
         .map_err(|error| error.to_string())?;
     let http2 = stream.get_ref().1.alpn_protocol() == Some(ALPN_HTTP2);
-    Ok((stream, http2))
+    Ok((Box::new(stream), http2))
 }
 
 /// Ends a connection in good order when the agent is, and when its caller's attestation ends: exit,
@@ -278,8 +287,7 @@ where
             }
         })
     };
-    let until_cut = stream.until_cut();
-    tokio::pin!(until_cut);
+    // Boxed: a connection keeps the state of what it speaks, and not the room for all that it might.
     let ended = if http2 {
         let served = http2::Builder::new(LocalExecutor)
             .timer(TokioTimer::new())
@@ -287,15 +295,8 @@ where
             .max_header_list_size(head_size)
             .adaptive_window(true)
             .serve_connection(TokioIo::new(io), service);
-        tokio::pin!(served);
-        tokio::select! {
-            biased;
-            ended = served.as_mut() => ended,
-            reason = &mut until_cut => {
-                served.as_mut().graceful_shutdown();
-                take_leave(reason, served).await
-            }
-        }
+        let ending = http2::Connection::graceful_shutdown;
+        until_ended(Box::pin(served), ending, &stream).await
     } else {
         let io = WithInterim {
             io: Lingering::new(io, Arc::clone(&worker.agent), Arc::clone(&interim)),
@@ -309,27 +310,31 @@ where
             .half_close(true)
             .serve_connection(TokioIo::new(io), service)
             .with_upgrades();
-        tokio::pin!(served);
-        tokio::select! {
-            biased;
-            ended = served.as_mut() => ended,
-            reason = &mut until_cut => {
-                served.as_mut().graceful_shutdown();
-                take_leave(reason, served).await
-            }
-        }
+        let ending = http1::UpgradeableConnection::graceful_shutdown;
+        until_ended(Box::pin(served), ending, &stream).await
     };
     if let Err(error) = ended {
         tracing::debug!(%error, "a workload's connection ended");
     }
 }
 
-/// Lets a connection that was asked to end do so: one that is cut not for longer than [`FAREWELL`], for
-/// a caller that reads nothing and answers nothing would keep it.
-async fn take_leave(
-    reason: CutReason,
-    served: impl Future<Output = hyper::Result<()>>,
-) -> hyper::Result<()> {
+/// Serves a connection until it ends. One whose stream is cut is asked to: where its caller is no longer
+/// served it may take [`FAREWELL`] for that, for a caller that reads nothing and answers nothing would
+/// keep it.
+async fn until_ended<Served>(
+    mut served: Pin<Box<Served>>,
+    graceful_shutdown: impl FnOnce(Pin<&mut Served>),
+    stream: &Stream,
+) -> hyper::Result<()>
+where
+    Served: Future<Output = hyper::Result<()>>,
+{
+    let reason = tokio::select! {
+        biased;
+        ended = served.as_mut() => return ended,
+        reason = stream.until_cut() => reason,
+    };
+    graceful_shutdown(served.as_mut());
     match reason {
         CutReason::ShuttingDown => served.await,
         CutReason::PermissionEnded | CutReason::NoResponse | CutReason::Idle => {
