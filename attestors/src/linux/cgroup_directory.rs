@@ -1,7 +1,7 @@
 //! From the id of a cgroup-v2 directory to the processes in it.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
@@ -10,20 +10,19 @@ use std::sync::OnceLock;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 
-use super::kernel;
+use super::{kernel, process};
 
 /// The processes in the cgroup with this id, at the moment.
 pub(super) fn processes(cgroup_id: u64) -> io::Result<Vec<u32>> {
     let mount = mount_point()?;
     let directory = kernel::open_cgroup(mount.as_fd(), cgroup_id)?;
     let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-    let mut text = String::new();
-    File::from(openat(&directory, c"cgroup.procs", flags, Mode::empty())?)
-        .read_to_string(&mut text)?;
+    let file = openat(&directory, c"cgroup.procs", flags, Mode::empty())?;
+    let text = process::read_whole(File::from(file))?;
     // 0 stands for a process of another pid namespace.
     Ok(text
-        .lines()
-        .filter_map(|line| line.parse().ok())
+        .split(|byte| *byte == b'\n')
+        .filter_map(|line| str::from_utf8(line).ok()?.parse().ok())
         .filter(|pid| *pid != 0)
         .collect())
 }

@@ -9,7 +9,7 @@ use std::ffi::OsString;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
 use super::cgroup_directory;
 use super::process::{self, Process};
@@ -23,7 +23,7 @@ type Place = Option<u64>;
 struct Holder {
     pid: u32,
     /// `/proc/PID`.
-    directory: OwnedFd,
+    directory: Arc<OwnedFd>,
     /// The descriptor's name in `/proc/PID/fd`.
     descriptor: OsString,
 }
@@ -195,18 +195,18 @@ fn read_one(pid: u32, holders: &mut HashMap<u32, Vec<Holder>>) -> io::Result<()>
     let Some(directory) = process::open_directory(pid)? else {
         return Ok(());
     };
-    for socket in process::sockets(&directory)? {
-        let (descriptor, inode) = socket?;
-        if let Some(holders) = holders.get_mut(&inode)
-            && holders.last().is_none_or(|last| last.pid != pid)
-        {
+    let is_only_one = holders.len() == 1;
+    process::find_socket(&directory, |descriptor, inode| {
+        let holders = holders.get_mut(&inode)?;
+        if holders.last().is_none_or(|last| last.pid != pid) {
             holders.push(Holder {
                 pid,
-                directory: directory.try_clone()?,
-                descriptor,
+                directory: Arc::clone(&directory),
+                descriptor: descriptor.to_owned(),
             });
         }
-    }
+        is_only_one.then_some(())
+    })?;
     Ok(())
 }
 

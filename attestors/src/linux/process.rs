@@ -1,10 +1,12 @@
 //! One live process: a pidfd, its open `/proc` directory, and what was read through it.
 
 use std::collections::HashMap;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
@@ -14,6 +16,7 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat, readlinkat};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
+use rustix::fs::RawDir;
 
 use super::executable;
 use super::kernel::{self, FileIdentity};
@@ -24,6 +27,9 @@ const CHECK_AGAIN_AFTER: Duration = Duration::from_millis(1);
 
 /// No file of procfs that is read here comes near this; a longer one is not believed.
 const LARGEST_PROC_FILE: u64 = 4 * 1024 * 1024;
+
+/// Few files of procfs that are read here are larger.
+const MOST_PROC_FILES: usize = 4096;
 
 /// Processes found before, by number: a caller's connections share its descriptors and its checks.
 static KNOWN: LazyLock<Mutex<HashMap<u32, Weak<Process>>>> = LazyLock::new(Mutex::default);
@@ -39,7 +45,7 @@ pub struct Process {
     pidfd: OwnedFd,
     /// `/proc/PID`. It names this process for ever: after its end every read fails, also when
     /// another process has got the number.
-    directory: OwnedFd,
+    directory: Arc<OwnedFd>,
     /// The executable when the process was found; `None` where this agent may not see it.
     executable: Option<FileIdentity>,
     last_check: AtomicU64,
@@ -71,43 +77,40 @@ impl Process {
     }
 
     /// The process that has `pid` while `directory` (its `/proc` directory) still answers.
-    pub(super) fn of_directory(pid: u32, directory: OwnedFd) -> io::Result<Option<Self>> {
-        let pidfd = match kernel::pidfd_open(pid) {
-            Ok(pidfd) => pidfd,
-            Err(error) if gone(&error) => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        // If the directory's process exists after the pidfd was made, it had the number all along.
-        match read_file(&directory, c"stat") {
-            Ok(_) => Self::read(pid, pidfd, directory),
+    pub(super) fn of_directory(pid: u32, directory: Arc<OwnedFd>) -> io::Result<Option<Self>> {
+        // If the directory's process exists after the pidfd was made, it had the number all along: its
+        // status is read from there.
+        match kernel::pidfd_open(pid) {
+            Ok(pidfd) => Self::read(pid, pidfd, directory),
             Err(error) if gone(&error) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    fn read(pid: u32, pidfd: OwnedFd, directory: OwnedFd) -> io::Result<Option<Self>> {
-        let read = || -> io::Result<Self> {
+    fn read(pid: u32, pidfd: OwnedFd, directory: Arc<OwnedFd>) -> io::Result<Option<Self>> {
+        let read = || -> io::Result<(Credentials, Option<FileIdentity>)> {
             let status = read_file(&directory, c"status")?;
             let credentials = parse_status(&status).ok_or_else(|| {
                 io::Error::new(io::ErrorKind::InvalidData, "malformed process status")
             })?;
-            let executable = match kernel::identify(directory.as_fd(), c"exe") {
-                Ok(identity) => Some(identity),
-                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => None,
-                Err(error) => return Err(error),
-            };
-            Ok(Self {
-                pid,
-                credentials,
-                pidfd: pidfd.try_clone()?,
-                directory: directory.try_clone()?,
-                executable,
-                last_check: AtomicU64::new(0),
-            })
+            match kernel::identify(directory.as_fd(), c"exe") {
+                Ok(identity) => Ok((credentials, Some(identity))),
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    Ok((credentials, None))
+                }
+                Err(error) => Err(error),
+            }
         };
         match read() {
-            Ok(process) if exited(&process.pidfd)? => Ok(None),
-            Ok(process) => Ok(Some(process)),
+            Ok(_) if exited(&pidfd)? => Ok(None),
+            Ok((credentials, executable)) => Ok(Some(Self {
+                pid,
+                credentials,
+                pidfd,
+                directory,
+                executable,
+                last_check: AtomicU64::new(0),
+            })),
             Err(error) if gone(&error) => Ok(None),
             Err(error) => Err(error),
         }
@@ -234,12 +237,8 @@ impl Process {
 
     /// True when one of the process's descriptors is the socket with `inode`.
     pub(super) fn holds_socket(&self, inode: u32) -> io::Result<bool> {
-        for socket in sockets(&self.directory)? {
-            if socket?.1 == inode {
-                return Ok(true);
-            }
-        }
-        Ok(false)
+        let found = find_socket(&self.directory, |_, held| (held == inode).then_some(()))?;
+        Ok(found.is_some())
     }
 
     /// True when this descriptor of the process is the socket with `inode`.
@@ -254,31 +253,37 @@ impl Process {
 }
 
 /// Opens `/proc/PID`; `None` when there is no such process.
-pub(super) fn open_directory(pid: u32) -> io::Result<Option<OwnedFd>> {
+pub(super) fn open_directory(pid: u32) -> io::Result<Option<Arc<OwnedFd>>> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     match nix::fcntl::open(format!("/proc/{pid}").as_str(), flags, Mode::empty()) {
-        Ok(directory) => Ok(Some(directory)),
+        Ok(directory) => Ok(Some(Arc::new(directory))),
         Err(Errno::ENOENT | Errno::ESRCH) => Ok(None),
         Err(errno) => Err(errno.into()),
     }
 }
 
-/// The descriptors in the `/proc` directory of a process that are sockets: their names and inodes.
-pub(super) fn sockets(
+/// Goes through the descriptors in the `/proc` directory of a process that are sockets, by name and inode,
+/// until `look` has found what it looks for.
+pub(super) fn find_socket<Found>(
     directory: &OwnedFd,
-) -> io::Result<impl Iterator<Item = io::Result<(OsString, u32)>>> {
+    mut look: impl FnMut(&OsStr, u32) -> Option<Found>,
+) -> io::Result<Option<Found>> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let descriptors = openat(directory, c"fd", flags, Mode::empty())?;
-    let entries = std::fs::read_dir(format!("/proc/self/fd/{}", descriptors.as_raw_fd()))?;
-    Ok(entries.filter_map(move |entry| {
-        let name = match entry {
-            Ok(entry) => entry.file_name(),
-            Err(error) => return Some(Err(error)),
-        };
+    let mut entries = [MaybeUninit::uninit(); 4096];
+    let mut entries = RawDir::new(&descriptors, &mut entries);
+    while let Some(entry) = entries.next() {
+        let entry = entry?;
+        let name = OsStr::from_bytes(entry.file_name().to_bytes());
         // A descriptor may be closed while we look.
-        let target = readlinkat(&descriptors, name.as_os_str()).ok()?;
-        Some(Ok((name, socket_inode(&target)?)))
-    }))
+        let found = readlinkat(&descriptors, name)
+            .ok()
+            .and_then(|target| look(name, socket_inode(&target)?));
+        if found.is_some() {
+            return Ok(found);
+        }
+    }
+    Ok(None)
 }
 
 /// The inode in what a socket's descriptor links to: `socket:[INODE]` (proc_pid_fd(5)).
@@ -306,11 +311,11 @@ fn exited(pidfd: &OwnedFd) -> io::Result<bool> {
 /// The number behind a pidfd, in this agent's pid namespace; `None` when the process was reaped.
 fn pid_of(pidfd: &OwnedFd) -> io::Result<Option<u32>> {
     let path = format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd());
-    let text = std::fs::read_to_string(Path::new(&path))?;
-    let pid = text
-        .lines()
-        .find_map(|line| line.strip_prefix("Pid:"))
-        .and_then(|pid| pid.trim().parse::<i64>().ok())
+    let information = read_whole(File::open(path)?)?;
+    let pid = information
+        .split(|byte| *byte == b'\n')
+        .find_map(|line| line.strip_prefix(b"Pid:"))
+        .and_then(|pid| str::from_utf8(pid).ok()?.trim().parse::<i64>().ok())
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a pidfd without a pid"))?;
     // -1: reaped. 0: of another pid namespace, where no number of ours names it.
     Ok(u32::try_from(pid).ok().filter(|pid| *pid != 0))
@@ -318,8 +323,12 @@ fn pid_of(pidfd: &OwnedFd) -> io::Result<Option<u32>> {
 
 fn read_file(directory: &OwnedFd, name: &std::ffi::CStr) -> io::Result<Vec<u8>> {
     let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-    let file = File::from(openat(directory, name, flags, Mode::empty())?);
-    let mut content = Vec::new();
+    read_whole(File::from(openat(directory, name, flags, Mode::empty())?))
+}
+
+/// Reads a file of procfs. These say nothing of their size: most are read at once.
+pub(super) fn read_whole(file: File) -> io::Result<Vec<u8>> {
+    let mut content = Vec::with_capacity(MOST_PROC_FILES);
     file.take(LARGEST_PROC_FILE).read_to_end(&mut content)?;
     Ok(content)
 }

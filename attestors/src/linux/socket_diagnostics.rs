@@ -1,8 +1,9 @@
 //! Asks the kernel about one socket over netlink (sock_diag(7)).
 
+use std::cell::Cell;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
@@ -12,6 +13,8 @@ const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const NLMSG_ERROR: u16 = 2;
 const NLM_F_REQUEST: u16 = 1;
 const HEADER_LENGTH: usize = 16;
+/// Where a message says which question it is, or answers.
+const SEQUENCE: usize = 8;
 const INET_MESSAGE_LENGTH: usize = 72;
 const INET_DIAG_CGROUP_ID: u16 = 21;
 const UNIX_MESSAGE_LENGTH: usize = 16;
@@ -89,32 +92,70 @@ pub(super) fn find_unix_peer(inode: u32) -> io::Result<Option<u32>> {
     Ok(peer.filter(|peer| *peer != 0))
 }
 
+/// A netlink socket, and how many questions were asked over it.
+struct Netlink {
+    socket: OwnedFd,
+    questions: u32,
+}
+
+thread_local! {
+    /// Kept while every question gets its answer. A thread stays in its network namespace.
+    static NETLINK: Cell<Option<Netlink>> = const { Cell::new(None) };
+}
+
 /// Sends one sock_diag request; the message that answers it.
 fn ask(request: &[u8]) -> io::Result<Vec<u8>> {
-    let netlink = socket(
-        AddressFamily::Netlink,
-        SockType::Raw,
-        SockFlag::SOCK_CLOEXEC,
-        SockProtocol::NetlinkSockDiag,
-    )?;
-    let length = HEADER_LENGTH + request.len();
-    let mut message = Vec::with_capacity(length);
-    message.extend((length as u32).to_ne_bytes());
-    message.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
-    message.extend(NLM_F_REQUEST.to_ne_bytes());
-    message.extend([0; 8]); // sequence and port: one question, one answer
-    message.extend(request);
-    send(netlink.as_raw_fd(), &message, MsgFlags::empty())?;
+    let mut netlink = match NETLINK.take() {
+        Some(netlink) => netlink,
+        None => Netlink::open()?,
+    };
+    let answer = netlink.ask(request)?;
+    NETLINK.set(Some(netlink));
+    Ok(answer)
+}
 
-    let mut buffer = vec![0_u8; 8192];
-    let received = recv(netlink.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
-    buffer.truncate(received);
-    Ok(buffer)
+impl Netlink {
+    fn open() -> io::Result<Self> {
+        let socket = socket(
+            AddressFamily::Netlink,
+            SockType::Raw,
+            SockFlag::SOCK_CLOEXEC,
+            SockProtocol::NetlinkSockDiag,
+        )?;
+        Ok(Self {
+            socket,
+            questions: 0,
+        })
+    }
+
+    fn ask(&mut self, request: &[u8]) -> io::Result<Vec<u8>> {
+        self.questions = self.questions.wrapping_add(1);
+        let length = HEADER_LENGTH + request.len();
+        let mut message = Vec::with_capacity(length);
+        message.extend((length as u32).to_ne_bytes());
+        message.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+        message.extend(NLM_F_REQUEST.to_ne_bytes());
+        message.extend(self.questions.to_ne_bytes());
+        message.extend([0; 4]); // port: the kernel's to choose
+        message.extend(request);
+        send(self.socket.as_raw_fd(), &message, MsgFlags::empty())?;
+
+        let mut buffer = vec![0_u8; 8192];
+        let received = recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+        buffer.truncate(received);
+        match bytes::<4>(&buffer, SEQUENCE).map(u32::from_ne_bytes) {
+            Some(answered) if answered == self.questions => Ok(buffer),
+            _ => Err(malformed()),
+        }
+    }
+}
+
+fn malformed() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "malformed netlink answer")
 }
 
 /// The payload of an answer, or `None` when there is no such socket.
 fn read_header(message: &[u8]) -> io::Result<Option<Vec<u8>>> {
-    let malformed = || io::Error::new(io::ErrorKind::InvalidData, "malformed netlink answer");
     let length = bytes::<4>(message, 0)
         .map(u32::from_ne_bytes)
         .ok_or_else(malformed)? as usize;
