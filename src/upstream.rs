@@ -25,9 +25,9 @@ use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
-use tokio::sync::Notify;
+use tokio::sync::{Mutex, Notify};
 use tokio::task::spawn_local;
-use tokio::time::{sleep, timeout};
+use tokio::time::{sleep, timeout, timeout_at};
 use tokio_rustls::TlsConnector;
 
 use crate::address::AddressGuard;
@@ -46,7 +46,7 @@ const MAXIMUM_AGE: Duration = Duration::from_secs(300);
 const AGE_JITTER: Duration = Duration::from_secs(60);
 /// How long a connection that was given back may take to be free.
 const READY: Duration = Duration::from_millis(100);
-/// How long a request waits for a free descriptor, and how often it looks.
+/// How long a request waits for a free descriptor at most, and how often it looks.
 const DESCRIPTOR_WAIT: Duration = Duration::from_secs(2);
 const DESCRIPTOR_PAUSE: Duration = Duration::from_millis(10);
 const HTTP2_PING_INTERVAL: Duration = Duration::from_secs(20);
@@ -158,11 +158,13 @@ pub struct Upstreams {
     http1_only: RefCell<HashSet<Target>>,
     /// How many of [`SHORTAGES`] it has made room for.
     shortages_seen: Cell<u64>,
+    /// Held by the request that looks for a free descriptor; the others wait in the order in which they came.
+    waiting: Mutex<()>,
     control: tokio::runtime::Handle,
 }
 
-/// How often a request of any worker found no free descriptor: the process has one table of them, and
-/// every worker closes what it does not use.
+/// How often a request of any worker looked for a free descriptor in vain: the process has one table of
+/// them, and every worker closes what it does not use.
 static SHORTAGES: AtomicU64 = AtomicU64::new(0);
 
 /// An HTTP/1 connection lent to one exchange.
@@ -215,6 +217,7 @@ impl Upstreams {
             swept_at: Cell::new(Instant::now()),
             http1_only: RefCell::default(),
             shortages_seen: Cell::default(),
+            waiting: Mutex::default(),
             control,
         }
     }
@@ -386,8 +389,33 @@ impl Upstreams {
         };
     }
 
-    /// Opens a TCP connection to an address that the guard allows.
+    /// Opens a TCP connection to an address that the guard allows. Where no descriptor is free,
+    /// connections that nobody uses are closed, and those in use are waited for.
     pub async fn dial(&self, way: &Way<'_>) -> Result<TcpStream, Refusal> {
+        let gives_up_at = Instant::now() + DESCRIPTOR_WAIT.min(way.connect_timeout / 2);
+        let mut turn = None;
+        loop {
+            let refusal = match self.dial_once(way).await {
+                Err(refusal) if refusal.code == RefusalCode::OutOfDescriptors => refusal,
+                dialled => return dialled,
+            };
+            if Instant::now() >= gives_up_at {
+                return Err(refusal);
+            }
+            if turn.is_some() {
+                SHORTAGES.fetch_add(1, Ordering::Relaxed);
+                self.close_unused();
+                sleep(DESCRIPTOR_PAUSE).await;
+                continue;
+            }
+            match timeout_at(gives_up_at.into(), self.waiting.lock()).await {
+                Ok(next) => turn = Some(next),
+                Err(_) => return Err(refusal),
+            }
+        }
+    }
+
+    async fn dial_once(&self, way: &Way<'_>) -> Result<TcpStream, Refusal> {
         let addresses = match (way.connect_to, way.target.address()) {
             (Some(address), _) => vec![address],
             (None, Some(address)) => vec![SocketAddr::new(address, way.target.port())],
@@ -400,24 +428,19 @@ impl Upstreams {
                 guarded = Some(refused);
                 continue;
             }
-            match self.open(address).await {
+            match TcpStream::connect(address).await {
                 Ok(stream) => {
                     // Without it the second small write of an exchange waits for an acknowledgement.
                     let _ = stream.set_nodelay(true);
                     return Ok(stream);
                 }
+                Err(error) if is_out_of_descriptors(&error) => {
+                    return Err(out_of_descriptors(way.target));
+                }
                 Err(error) => last_error = Some(error),
             }
         }
         Err(match (last_error, guarded) {
-            (Some(error), _) if is_out_of_descriptors(&error) => Refusal::new(
-                RefusalCode::OutOfDescriptors,
-                format!(
-                    "no descriptor was free for a connection to `{}`",
-                    way.target
-                ),
-            )
-            .with_retry_after(DESCRIPTOR_WAIT),
             (Some(error), _) => Refusal::new(
                 RefusalCode::UpstreamUnreachable,
                 format!(
@@ -437,27 +460,15 @@ impl Upstreams {
         })
     }
 
-    /// Connects. Where no descriptor is free, connections that nobody uses are closed, and those in use
-    /// are waited for.
-    async fn open(&self, address: SocketAddr) -> io::Result<TcpStream> {
-        let gives_up_at = Instant::now() + DESCRIPTOR_WAIT;
-        loop {
-            match TcpStream::connect(address).await {
-                Err(error) if is_out_of_descriptors(&error) && Instant::now() < gives_up_at => {
-                    SHORTAGES.fetch_add(1, Ordering::Relaxed);
-                    self.close_idle();
-                    sleep(DESCRIPTOR_PAUSE).await;
-                }
-                connected => return connected,
-            }
-        }
-    }
-
-    /// Closes the HTTP/1 connections that no request uses.
-    fn close_idle(&self) {
+    /// Closes the connections that no request uses. Streams that are open on one of HTTP/2 end in their
+    /// own time.
+    fn close_unused(&self) {
         self.shortages_seen.set(SHORTAGES.load(Ordering::Relaxed));
         for pool in self.pools.borrow().values() {
             pool.idle.borrow_mut().clear();
+            if !pool.http2_used.get() {
+                *pool.http2.borrow_mut() = None;
+            }
         }
     }
 
@@ -474,6 +485,7 @@ impl Upstreams {
             .await;
         match resolved {
             Ok(Ok(addresses)) => Ok(addresses),
+            Ok(Err(error)) if is_out_of_descriptors(&error) => Err(out_of_descriptors(target)),
             Ok(Err(error)) => Err(Refusal::new(
                 RefusalCode::UpstreamNameUnresolved,
                 format!(
@@ -499,7 +511,7 @@ impl Upstreams {
         let now = Instant::now();
         self.swept_at.set(now);
         if self.shortages_seen.get() != SHORTAGES.load(Ordering::Relaxed) {
-            self.close_idle();
+            self.close_unused();
         }
         self.pools.borrow_mut().retain(|_, pool| {
             pool.idle.borrow_mut().retain_mut(|connection| {
@@ -537,6 +549,14 @@ async fn connect_or_wait(pool: &Rc<Pool>) -> Option<Connecting> {
             Some(Connecting(Rc::clone(pool)))
         }
     }
+}
+
+fn out_of_descriptors(target: &Target) -> Refusal {
+    Refusal::new(
+        RefusalCode::OutOfDescriptors,
+        format!("no descriptor was free for a connection to `{target}`"),
+    )
+    .with_retry_after(DESCRIPTOR_WAIT)
 }
 
 /// Whether this process, or the machine, has as many files open as it may.

@@ -191,7 +191,7 @@ pub(crate) struct Established {
 }
 
 impl Established {
-    /// A set of facts that no other workload has.
+    /// A set of facts under a generation of its own.
     pub(crate) fn new(facts: Arc<WorkloadFacts>) -> Self {
         Self {
             generation: Generation::next(),

@@ -318,9 +318,8 @@ where
     }
 }
 
-/// Serves a connection until it ends. One whose stream is cut is asked to: where its caller is no longer
-/// served it may take [`FAREWELL`] for that, for a caller that reads nothing and answers nothing would
-/// keep it.
+/// Serves a connection until it ends. One whose stream is cut is asked to end; but for the end of the agent
+/// it has [`FAREWELL`] for that, for a caller that reads nothing and answers nothing would keep it.
 async fn until_ended<Served>(
     mut served: Pin<Box<Served>>,
     graceful_shutdown: impl FnOnce(Pin<&mut Served>),

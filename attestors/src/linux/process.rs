@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat, readlinkat};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
-use rustix::fs::RawDir;
+use rustix::fs::{FileType, RawDir};
 
 use super::executable;
 use super::kernel::{self, FileIdentity};
@@ -28,8 +28,8 @@ const CHECK_AGAIN_AFTER: Duration = Duration::from_millis(1);
 /// No file of procfs that is read here comes near this; a longer one is not believed.
 const LARGEST_PROC_FILE: u64 = 4 * 1024 * 1024;
 
-/// Few files of procfs that are read here are larger.
-const MOST_PROC_FILES: usize = 4096;
+/// Most files of procfs that are read here are smaller.
+const USUAL_PROC_FILE: usize = 4096;
 
 /// Processes found before, by number: a caller's connections share its descriptors and its checks.
 static KNOWN: LazyLock<Mutex<HashMap<u32, Weak<Process>>>> = LazyLock::new(Mutex::default);
@@ -274,6 +274,9 @@ pub(super) fn find_socket<Found>(
     let mut entries = RawDir::new(&descriptors, &mut entries);
     while let Some(entry) = entries.next() {
         let entry = entry?;
+        if entry.file_type() == FileType::Directory {
+            continue;
+        }
         let name = OsStr::from_bytes(entry.file_name().to_bytes());
         // A descriptor may be closed while we look.
         let found = readlinkat(&descriptors, name)
@@ -326,11 +329,13 @@ fn read_file(directory: &OwnedFd, name: &std::ffi::CStr) -> io::Result<Vec<u8>> 
     read_whole(File::from(openat(directory, name, flags, Mode::empty())?))
 }
 
-/// Reads a file of procfs. These say nothing of their size: most are read at once.
+/// Reads a file of procfs or of a cgroup. These say nothing of their size: most are read at once.
 pub(super) fn read_whole(file: File) -> io::Result<Vec<u8>> {
-    let mut content = Vec::with_capacity(MOST_PROC_FILES);
-    file.take(LARGEST_PROC_FILE).read_to_end(&mut content)?;
-    Ok(content)
+    let mut content = Vec::with_capacity(USUAL_PROC_FILE);
+    match file.take(LARGEST_PROC_FILE).read_to_end(&mut content)? as u64 {
+        LARGEST_PROC_FILE => Err(io::ErrorKind::FileTooLarge.into()),
+        _ => Ok(content),
+    }
 }
 
 /// Reads the effective ids and the groups out of `/proc/PID/status`.

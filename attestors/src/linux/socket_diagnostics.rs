@@ -6,7 +6,8 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, connect, recv, send,
+    socket,
 };
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
@@ -116,16 +117,22 @@ fn ask(request: &[u8]) -> io::Result<Vec<u8>> {
 
 impl Netlink {
     fn open() -> io::Result<Self> {
-        let socket = socket(
-            AddressFamily::Netlink,
-            SockType::Raw,
-            SockFlag::SOCK_CLOEXEC,
-            SockProtocol::NetlinkSockDiag,
-        )?;
+        let socket = Self::open_unconnected()?;
+        // To the kernel, and so from nobody else: who may send over netlink could answer in its place.
+        connect(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
         Ok(Self {
             socket,
             questions: 0,
         })
+    }
+
+    fn open_unconnected() -> io::Result<OwnedFd> {
+        Ok(socket(
+            AddressFamily::Netlink,
+            SockType::Raw,
+            SockFlag::SOCK_CLOEXEC,
+            SockProtocol::NetlinkSockDiag,
+        )?)
     }
 
     fn ask(&mut self, request: &[u8]) -> io::Result<Vec<u8>> {
@@ -258,6 +265,8 @@ fn read_address(family: u8, octets: [u8; 16]) -> Option<IpAddr> {
 
 #[cfg(test)]
 mod tests {
+    use nix::errno::Errno;
+    use nix::sys::socket::{getsockname, sendto};
     use proptest::prelude::*;
 
     use super::*;
@@ -345,6 +354,25 @@ mod tests {
             assert_eq!(read(&answer), None, "{what}");
         }
         assert_eq!(read(&good), Some(socket));
+    }
+
+    #[test]
+    fn nobody_answers_in_the_place_of_the_kernel() {
+        let netlink = Netlink::open().unwrap();
+        let address: NetlinkAddr = getsockname(netlink.socket.as_raw_fd()).unwrap();
+        let forger = Netlink::open_unconnected().unwrap();
+        let sent = sendto(
+            forger.as_raw_fd(),
+            &answer(libc::AF_INET, TCP_ESTABLISHED, CALLER, LISTENER, 99),
+            &NetlinkAddr::new(address.pid(), 0),
+            MsgFlags::empty(),
+        );
+        // Whoever may administer the network could send; nobody else may.
+        let expected = match nix::unistd::geteuid().is_root() {
+            true => Errno::ECONNREFUSED,
+            false => Errno::EPERM,
+        };
+        assert_eq!(sent, Err(expected));
     }
 
     #[test]

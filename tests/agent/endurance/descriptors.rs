@@ -107,9 +107,9 @@ async fn an_agent_without_descriptors_rests_answers_probes_and_recovers() {
 }
 
 /// A request that the origin takes so long to answer.
-fn slow(period: Duration) -> String {
+fn slow(authority: &str, period: Duration) -> String {
     let period = period.as_millis();
-    PLAIN.replace("/v1/orders", &format!("/v1/{period}"))
+    format!("GET http://{authority}/v1/{period} HTTP/1.1\r\nHost: {authority}\r\n\r\n")
 }
 
 /// Answers as slowly as the path says: it writes every 20 ms.
@@ -129,7 +129,21 @@ async fn requests_wait_for_the_descriptors_of_others() {
     let mut world = World::servers().await;
     let origin = Origin::start(None, slowly).await;
     world.origins.push(("slow".to_owned(), origin.address));
-    let destinations = DESTINATIONS.replace("{plain}", "{slow}");
+    // Half of the requests go to a name that has to be looked up, for which a descriptor is needed too.
+    let port = origin.address.port();
+    let named = format!("localhost:{port}");
+    let destinations = DESTINATIONS.replace("{plain}", "{slow}")
+        + &format!(
+            r#"
+  - name: named
+    hosts: [localhost]
+    ports: [{port}]
+    scheme: http
+    paths: ["/v1/**"]
+    credentials: [{{name: orders-api}}]
+    allow_addresses: ["127.0.0.0/8", "::1/128"]
+"#
+        );
     let agent = Agent::start_in(world, None, &destinations, POLICIES).await;
     agent.good(None).await;
     let proxy = agent.world.path("proxy.sock");
@@ -149,8 +163,11 @@ async fn requests_wait_for_the_descriptors_of_others() {
     prlimit(pid, Resource::Nofile, limits).unwrap();
 
     let mut ask = async |period| {
-        let request = slow(period);
-        let asked = callers.iter_mut().map(|io| exchange(io, &request));
+        let requests = [slow("plain.example.test", period), slow(&named, period)];
+        let asked = callers
+            .iter_mut()
+            .zip(requests.iter().cycle())
+            .map(|(io, request)| exchange(io, request));
         futures_util::future::join_all(asked).await
     };
     let begun = Instant::now();
