@@ -78,16 +78,16 @@ impl AttestorStates {
             .could_not_run
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let of_the_kernel = [("unix", configured.unix), ("systemd", configured.systemd)];
+        let Attestors {
+            unix,
+            systemd,
+            oidc_issuers,
+        } = configured;
+        let of_the_kernel = [("unix", *unix), ("systemd", *systemd)];
         of_the_kernel
             .into_iter()
             .filter_map(|(name, is_configured)| is_configured.then_some(name))
-            .chain(
-                configured
-                    .oidc_issuers
-                    .iter()
-                    .map(|issuer| issuer.name.as_str()),
-            )
+            .chain(oidc_issuers.iter().map(|issuer| issuer.name.as_str()))
             .map(|name| {
                 let failure = could_not_run.get(name);
                 AttestorState {

@@ -1,5 +1,6 @@
 //! One request's record: filled in as the request walks its path, written exactly once, and also
-//! when the caller goes away in the middle.
+//! when the caller goes away in the middle. What the request becomes on its way is made here too, so
+//! that it is recorded: its attestation, and the request that may leave.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -3,6 +3,14 @@
 //! An [`UpstreamRequest`] can be made in three ways only, each from a decision: with a credential,
 //! without one where `connect` was granted, and without one where a denial is only reported.
 //!
+//! | Made by | The caller's `Authorization`, and headers in which the destination takes a credential | Ours |
+//! |---|---|---|
+//! | [`inject`] | removed | set last |
+//! | [`pass`], [`report`] | forwarded, but for a token that was presented to a gateway | none |
+//!
+//! In trailers all of these are removed whoever made it ([`crate::streams`]), and
+//! `Proxy-Authorization` is forwarded nowhere.
+//!
 //! ```compile_fail,E0451
 //! // Nothing reaches an upstream without a decision: the fields are private.
 //! let request = countersign::inject::UpstreamRequest { request: todo!(), upgrade: false };
@@ -83,10 +91,13 @@ pub fn inject(
     let grant = credential.grant();
     request = check_lease(grant, request, current, wall)?;
     if !credential.is_usable(monotonic) {
-        return Err(NotInjected::Refused(Refusal::new(
-            RefusalCode::CredentialExpired,
-            "the token expired before it could be used",
-        )));
+        return Err(NotInjected::Refused(
+            Refusal::new(
+                RefusalCode::CredentialExpired,
+                "the token expired before it could be used",
+            )
+            .with_retry_after(Duration::from_secs(1)),
+        ));
     }
     if let Some(revocation) = current
         .revocations()

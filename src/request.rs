@@ -566,7 +566,7 @@ fn gateway_target(destination: &Destination) -> Result<Target, Refusal> {
 }
 
 /// The token that a head presents: `Proxy-Authorization` with Bearer, or with Basic, whose password
-/// it is; on a gateway, where `Proxy-Authorization` means nothing to clients, `Authorization: Bearer`.
+/// it is; on a gateway, where `Proxy-Authorization` means nothing to clients, `Authorization` in the same forms.
 fn presented_token(
     head: &Parts,
     reception: Reception<'_>,

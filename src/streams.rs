@@ -77,7 +77,7 @@ impl Stream {
         })
     }
 
-    /// Says where the request goes, so that its trailers lose what its head loses.
+    /// Says where the request goes: its trailers lose every header in which that takes a credential.
     pub fn leads_to(&self, destination: Option<&Arc<Destination>>) {
         *self.destination.borrow_mut() = destination.cloned();
     }
@@ -173,7 +173,8 @@ impl Stream {
     }
 }
 
-/// What decides whether an open stream may go on.
+/// What decides whether an open stream may go on: a request's answer and an upgrade ([`crate::proxy`]), a
+/// blind tunnel (there too), and a caller's connection ([`crate::listener::serve`]).
 pub trait Permission {
     /// `Err` when the stream must end. Called when time has passed or the policy snapshot changed.
     fn check(&self) -> Result<(), CutReason>;
@@ -223,6 +224,7 @@ impl OpenStreams {
         for (stream, permission) in self.open() {
             let verdict = stream.check_activity(now);
             if let Err(reason) = verdict.and_then(|()| permission.check()) {
+                tracing::debug!(%reason, "a stream was cut");
                 stream.cut(reason);
             }
         }

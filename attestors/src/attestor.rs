@@ -63,8 +63,7 @@ pub enum Attestation {
     },
 }
 
-/// Turns one kind of evidence into attributes. To add one: implement this, put it
-/// into the catalog that `src/app/build.rs` of the agent makes, and write its page.
+/// Turns one kind of evidence into attributes. `README.md` of this crate says all that one more needs.
 #[async_trait]
 pub trait Attestor: Send + Sync + std::fmt::Debug {
     /// The attestor's configured name: `unix`, `systemd`, or an OIDC issuer's name.

@@ -57,7 +57,7 @@ impl Catalog {
         self.of_kind(EvidenceKind::Presented).next().is_some()
     }
 
-    /// What the kernel attestors find. They block: this is for the blocking pool.
+    /// What the kernel attestors find. They block: this is for an observer.
     async fn attest_peer(&self, peer: &PeerEvidence) -> Findings {
         let mut findings = Findings::default();
         findings
@@ -183,7 +183,7 @@ pub struct ConnectionAttestation {
 }
 
 impl ConnectionAttestation {
-    /// Attests the kernel evidence of a connection. Blocking work runs in tokio's blocking pool.
+    /// Attests the kernel evidence of a connection, on an [observer](crate::observers).
     ///
     /// # Panics
     /// Outside a tokio runtime.

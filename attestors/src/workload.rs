@@ -283,21 +283,11 @@ pub enum AttestationEnded {
     /// The process exited.
     #[error("the calling process exited")]
     Exited,
-    /// The process runs another executable than the one that was attested.
+    /// The process runs another executable than the one that was attested. That is another file: the same
+    /// one run again is not seen.
     #[error("the calling process runs another executable than when it was attested")]
     Executed,
     /// The presented token expired.
     #[error("the presented token expired")]
     EvidenceExpired,
-}
-
-impl AttestationEnded {
-    /// The stable code of the refusal.
-    pub fn code(self) -> &'static str {
-        match self {
-            Self::Exited => "caller_gone",
-            Self::Executed => "caller_executed",
-            Self::EvidenceExpired => "evidence_expired",
-        }
-    }
 }

@@ -142,14 +142,19 @@ pub struct Attestors {
 impl Attestors {
     /// Every attribute that the configured attestors may state.
     pub fn declarations(&self) -> Vec<AttributeDeclaration> {
+        let Self {
+            unix,
+            systemd,
+            oidc_issuers,
+        } = self;
         let mut declarations = Vec::new();
-        if self.unix {
+        if *unix {
             declarations.extend(UnixAttestor::new(AttributeSelection::all()).declarations());
         }
-        if self.systemd {
+        if *systemd {
             declarations.extend(SystemdAttestor::new().declarations());
         }
-        for issuer in &self.oidc_issuers {
+        for issuer in oidc_issuers {
             declarations.extend(issuer.settings().declarations());
         }
         declarations

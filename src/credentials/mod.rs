@@ -320,6 +320,10 @@ impl Credentials {
     /// A token for the grant's credential, from the cache where it can be. Never returns a token past
     /// its expiry or past what policy allows.
     pub async fn obtain(self: &Arc<Self>, grant: Grant) -> Result<Credential, NotObtained> {
+        if grant.action() != Action::Inject {
+            let detail = "what was granted is not a token to put on a request";
+            return Err(Refusal::new(RefusalCode::PolicyDenied, detail).into());
+        }
         let (token, obtained) = self.obtain_token(&ask(&grant, Purpose::Inject)?).await?;
         Ok(Credential::new(token, grant, obtained))
     }
@@ -348,9 +352,9 @@ impl Credentials {
             Found::Flight(landing, is_ours) => (landing, is_ours),
             Found::Token(token) => return Ok((token, Obtained::CacheHit)),
             Found::Obstacle(failure) => {
-                let has_expired_token = slot.flight.token().is_some();
+                let has_unusable_token = slot.flight.token().is_some();
                 return Err(failure
-                    .refusal_while_blocked(ask.credential, has_expired_token, now)
+                    .refusal_while_blocked(ask.credential, has_unusable_token, now)
                     .into());
             }
         };

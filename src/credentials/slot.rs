@@ -121,10 +121,10 @@ impl Failure {
     pub(super) fn refusal_while_blocked(
         &self,
         credential: &str,
-        has_expired_token: bool,
+        has_unusable_token: bool,
         now: Duration,
     ) -> Refusal {
-        let code = match (self.mint.recovery, has_expired_token) {
+        let code = match (self.mint.recovery, has_unusable_token) {
             (Recovery::Hold | Recovery::Permanent, _) => self.mint.code,
             (Recovery::Backoff { .. }, true) => RefusalCode::CredentialExpired,
             (Recovery::Backoff { .. }, false) => RefusalCode::TokenBackoff,

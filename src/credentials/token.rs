@@ -16,7 +16,12 @@ use crate::providers::{MintedToken, hexadecimal};
 
 const BEARER: &[u8] = b"Bearer ";
 
-/// A cached token with its deadlines, on the monotonic clock.
+/// How long before its expiry a token is no longer used, or a tenth of its lifetime where that is less: it
+/// has still to arrive, at a server whose clock may be ahead.
+const MARGIN: Duration = Duration::from_secs(10);
+
+/// A cached token with its deadlines, on the monotonic clock: it is replaced at `refresh_at`, used until
+/// `usable_until`, and lives at its authorization server until `lives_until`.
 pub(super) struct Token {
     bearer: HeaderValue,
     raw: HeaderValue,
@@ -44,7 +49,7 @@ impl Token {
             Some(header)
         };
         let lifetime = max_lifetime.map_or(minted.expires_in, |most| most.min(minted.expires_in));
-        let margin = Duration::from_secs(10).min(minted.expires_in / 10);
+        let margin = MARGIN.min(minted.expires_in / 10);
         let until_expiry = minted.expires_in.saturating_sub(margin);
         let usable_for = max_lifetime.map_or(until_expiry, |most| most.min(until_expiry));
         Some(Self {
@@ -144,7 +149,7 @@ impl Obtained {
     }
 }
 
-/// A token and the right to put it on one request: bound to its grant's destination. Redacts itself.
+/// A token and the right to put it on requests to its grant's destination. Redacts itself.
 pub struct Credential {
     token: Arc<Token>,
     format: InjectionFormat,

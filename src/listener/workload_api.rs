@@ -404,12 +404,7 @@ impl Caller {
             let current = agent.snapshot.load_full();
             match lease.check(&current.policy, agent.clock.wall()) {
                 Ok(()) => return Ok(issued),
-                Err(LeaseEnded::Attestation(ended)) => {
-                    return Err(Refusal::new(
-                        RefusalCode::AttestationEnded,
-                        ended.to_string(),
-                    ));
-                }
+                Err(LeaseEnded::Attestation(ended)) => return Err(ended.into()),
                 Err(LeaseEnded::SnapshotReplaced | LeaseEnded::PolicyExpired) => {
                     snapshot = current;
                 }

@@ -151,6 +151,7 @@ fn expression(value: &AttributeValue) -> RestrictedExpression {
 }
 
 /// The attributes that a parent of each type is made of; [`parents`] and what a policy with `in` reads agree by it.
+/// No attestor states those of Kubernetes and SPIFFE: the schema keeps their names for the ones that will.
 pub(super) const PARENT_ATTRIBUTES: [(&str, &str, &[&str]); 3] = [
     ("Namespace", "kubernetes", &["cluster", "namespace"]),
     (

@@ -709,7 +709,7 @@ impl Metrics {
         self.decision_cache_misses.inc_by(misses);
     }
 
-    /// An attestor ran: `attested`, `not_applicable`, `could_not_run` or `invalid_evidence`.
+    /// An attestor ran: `attested`, `could_not_run` or `invalid_evidence`.
     pub fn attestation(&self, attestor: &str, result: &str) {
         self.attestations
             .get_or_create_owned(&[("attestor", attestor.into()), ("result", result.into())])
