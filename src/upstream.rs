@@ -8,6 +8,8 @@ use std::collections::{HashMap, HashSet};
 use std::error::Error as _;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixDatagram;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -34,6 +36,7 @@ use crate::address::AddressGuard;
 use crate::config::{Destination, Scheme};
 use crate::diagnostics::system_words;
 use crate::inject::UpstreamRequest;
+use crate::listener::leaves_few;
 use crate::local::LocalExecutor;
 use crate::refusal::{Refusal, RefusalCode};
 use crate::request::Target;
@@ -485,7 +488,10 @@ impl Upstreams {
             .await;
         match resolved {
             Ok(Ok(addresses)) => Ok(addresses),
-            Ok(Err(error)) if is_out_of_descriptors(&error) => Err(out_of_descriptors(target)),
+            // For want of a descriptor the system may say that there is no such name.
+            Ok(Err(error)) if is_out_of_descriptors(&error) || few_descriptors_are_left() => {
+                Err(out_of_descriptors(target))
+            }
             Ok(Err(error)) => Err(Refusal::new(
                 RefusalCode::UpstreamNameUnresolved,
                 format!(
@@ -562,6 +568,13 @@ fn out_of_descriptors(target: &Target) -> Refusal {
 /// Whether this process, or the machine, has as many files open as it may.
 fn is_out_of_descriptors(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+}
+
+fn few_descriptors_are_left() -> bool {
+    match UnixDatagram::unbound() {
+        Ok(opened) => leaves_few(opened.as_fd()),
+        Err(error) => is_out_of_descriptors(&error),
+    }
 }
 
 async fn attempt(

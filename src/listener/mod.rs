@@ -208,6 +208,15 @@ enum Socket {
     Unix(std::os::unix::net::UnixStream),
 }
 
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(stream) => stream.as_fd(),
+            Self::Unix(stream) => stream.as_fd(),
+        }
+    }
+}
+
 /// Counts a connection, and the tunnels inside it, while any of them is open.
 pub struct Open {
     _connection: OpenConnection,
@@ -383,7 +392,7 @@ pub async fn accept(
                 continue;
             }
         };
-        if leaves_few(&socket) {
+        if leaves_few(socket.as_fd()) {
             tracing::debug!(listener = %name, "few descriptors are left");
             metrics.connection_refused();
             drop(socket);
@@ -436,15 +445,11 @@ pub async fn accept(
     }
 }
 
-/// Whether a connection that was accepted just now leaves no more descriptors than are reserved: the
-/// kernel gives the lowest number that is free.
-fn leaves_few(socket: &Socket) -> bool {
-    let number = match socket {
-        Socket::Tcp(stream) => stream.as_raw_fd(),
-        Socket::Unix(stream) => stream.as_raw_fd(),
-    };
+/// Whether what was opened just now leaves no more descriptors than are reserved: the kernel gives the
+/// lowest number that is free.
+pub(crate) fn leaves_few(opened: BorrowedFd<'_>) -> bool {
     let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-    u64::try_from(number).is_ok_and(|number| number >= limit - limit / RESERVED_PART)
+    u64::try_from(opened.as_raw_fd()).is_ok_and(|number| number >= limit - limit / RESERVED_PART)
 }
 
 /// Asks the kernel who is at the other end; procfs blocks.
