@@ -197,7 +197,9 @@ fn read_one(pid: u32, holders: &mut HashMap<u32, Vec<Holder>>) -> io::Result<()>
     };
     let is_only_one = holders.len() == 1;
     process::find_socket(&directory, |descriptor, inode| {
-        let holders = holders.get_mut(&inode)?;
+        let Some(holders) = holders.get_mut(&inode) else {
+            return false;
+        };
         if holders.last().is_none_or(|last| last.pid != pid) {
             holders.push(Holder {
                 pid,
@@ -205,7 +207,7 @@ fn read_one(pid: u32, holders: &mut HashMap<u32, Vec<Holder>>) -> io::Result<()>
                 descriptor: descriptor.to_owned(),
             });
         }
-        is_only_one.then_some(())
+        is_only_one
     })?;
     Ok(())
 }

@@ -237,8 +237,7 @@ impl Process {
 
     /// True when one of the process's descriptors is the socket with `inode`.
     pub(super) fn holds_socket(&self, inode: u32) -> io::Result<bool> {
-        let found = find_socket(&self.directory, |_, held| (held == inode).then_some(()))?;
-        Ok(found.is_some())
+        find_socket(&self.directory, |_, held| held == inode)
     }
 
     /// True when this descriptor of the process is the socket with `inode`.
@@ -263,11 +262,11 @@ pub(super) fn open_directory(pid: u32) -> io::Result<Option<Arc<OwnedFd>>> {
 }
 
 /// Goes through the descriptors in the `/proc` directory of a process that are sockets, by name and inode,
-/// until `look` has found what it looks for.
-pub(super) fn find_socket<Found>(
+/// until `is_wanted` says that one is the last that is looked for; whether it did.
+pub(super) fn find_socket(
     directory: &OwnedFd,
-    mut look: impl FnMut(&OsStr, u32) -> Option<Found>,
-) -> io::Result<Option<Found>> {
+    mut is_wanted: impl FnMut(&OsStr, u32) -> bool,
+) -> io::Result<bool> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let descriptors = openat(directory, c"fd", flags, Mode::empty())?;
     let mut entries = [MaybeUninit::uninit(); 4096];
@@ -279,14 +278,14 @@ pub(super) fn find_socket<Found>(
         }
         let name = OsStr::from_bytes(entry.file_name().to_bytes());
         // A descriptor may be closed while we look.
-        let found = readlinkat(&descriptors, name)
+        let inode = readlinkat(&descriptors, name)
             .ok()
-            .and_then(|target| look(name, socket_inode(&target)?));
-        if found.is_some() {
-            return Ok(found);
+            .and_then(|target| socket_inode(&target));
+        if inode.is_some_and(|inode| is_wanted(name, inode)) {
+            return Ok(true);
         }
     }
-    Ok(None)
+    Ok(false)
 }
 
 /// The inode in what a socket's descriptor links to: `socket:[INODE]` (proc_pid_fd(5)).
