@@ -169,7 +169,7 @@ fn validate(
     policies: &[ParsedPolicy],
     diagnostics: &mut Diagnostics,
 ) {
-    let schema = match schema::parse(&schema::text(declarations)) {
+    let schema = match schema::parse(declarations) {
         Ok(schema) => schema,
         Err(error) => {
             diagnostics.push(Diagnostic::error(
@@ -211,7 +211,7 @@ fn validate(
         else {
             continue;
         };
-        let label = first_label(problem, policy.span.start);
+        let label = first_label(problem, policy.parsed_from);
         let place = label
             .filter(|label| *label != policy.span)
             .unwrap_or_else(|| policy.effect_place());

@@ -161,8 +161,7 @@ fn a_missing_directory_is_an_error_and_an_empty_one_a_warning() {
 #[test]
 fn what_is_asked_of_cedar_fits_the_schema() {
     let fixture = Fixture::new();
-    let cedar_schema =
-        crate::policy::schema::parse(&crate::policy::schema::text(&fixture.declarations)).unwrap();
+    let cedar_schema = crate::policy::schema::parse(&fixture.declarations).unwrap();
     let engine = fixture.engine(
         "@id(\"a\") permit (principal, action, resource) when { principal has unix && context.time > datetime(\"2026-01-01\") && context.local.hour > 0 };",
     );

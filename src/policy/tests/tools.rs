@@ -449,6 +449,51 @@ fn the_base_schema_is_the_printed_one() {
         printed,
         "write `countersign policy schema` to policies/base.cedarschema"
     );
+    assert_eq!(
+        of_text(&printed),
+        crate::policy::schema::json(&attestors.declarations()),
+        "what is printed and what policies are checked against differ"
+    );
+}
+
+/// A schema's JSON form as Cedar makes it of the text, with the types' own names: the text could mean
+/// a type of its own by `String`, and Cedar's form leaves that open.
+fn of_text(schema: &str) -> serde_json::Value {
+    fn named(value: &mut serde_json::Value) {
+        match value {
+            serde_json::Value::Object(members) => {
+                if members
+                    .get("type")
+                    .is_some_and(|kind| kind == "EntityOrCommon")
+                    && let Some(name) = members.remove("name")
+                {
+                    match name.as_str() {
+                        Some("String" | "Long" | "Context") => {
+                            members.insert("type".to_owned(), name);
+                        }
+                        Some("Bool") => {
+                            members.insert("type".to_owned(), "Boolean".into());
+                        }
+                        Some("datetime") => {
+                            members.insert("type".to_owned(), "Extension".into());
+                            members.insert("name".to_owned(), name);
+                        }
+                        _ => {
+                            members.insert("type".to_owned(), "Entity".into());
+                            members.insert("name".to_owned(), name);
+                        }
+                    }
+                }
+                members.values_mut().for_each(named);
+            }
+            serde_json::Value::Array(elements) => elements.iter_mut().for_each(named),
+            _ => {}
+        }
+    }
+    let (fragment, _) = cedar_policy::SchemaFragment::from_cedarschema_str(schema).unwrap();
+    let mut json = fragment.to_json_value().unwrap();
+    named(&mut json);
+    json
 }
 
 #[test]
@@ -465,7 +510,8 @@ fn names_that_are_no_identifiers_are_quoted_in_the_schema() {
         declaration("in", "a\"b\\c"),
     ];
     let schema = crate::policy::schema::text(&declarations);
-    crate::policy::schema::parse(&schema).unwrap();
+    crate::policy::schema::parse(&declarations).unwrap();
+    assert_eq!(of_text(&schema), crate::policy::schema::json(&declarations));
     assert!(
         schema.contains("\"https://example.com/roles\"?: Set<String>"),
         "{schema}"
