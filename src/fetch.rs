@@ -11,6 +11,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -18,7 +19,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use countersign_attestors::{Fetch, FetchError};
-use http::{HeaderMap, Method, Request, StatusCode, Uri};
+use http::{Extensions, HeaderMap, Method, Request, StatusCode, Uri};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::{Connected, Connection};
@@ -42,6 +43,11 @@ pub const ANSWER_LIMIT_BYTES: usize = 64 * 1024;
 
 /// The time allowed for documents (metadata, key sets) where no credential says another.
 const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a connection is kept for the next request: metadata and then a token, many credentials at a
+/// start. Half of the shortest time for which servers in use keep one, two seconds: they rarely close it
+/// just as a request is sent.
+const CONNECTION_KEPT: Duration = Duration::from_secs(1);
 
 /// How servers are reached.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
@@ -125,6 +131,9 @@ pub enum FetchFailureKind {
     Refused,
     /// The connection broke before the answer's head was whole.
     Reset,
+    /// As [`Reset`](Self::Reset), of a connection that was kept from a request before: the server may have
+    /// closed it just as this one was sent, and whether it took the request is not known.
+    KeptConnectionBroke,
     /// The certificate does not verify, or TLS failed otherwise.
     Tls,
     /// The time ran out.
@@ -194,7 +203,7 @@ impl FetchClient {
         }
     }
 
-    /// `GET url`, with [`Self::send`]'s bounds.
+    /// `GET url`, with [`Self::send`]'s bounds; once more where a kept connection broke.
     pub async fn get(&self, url: &Url, timeout: Duration) -> Result<Answer, FetchFailure> {
         let request = Request::builder()
             .method(Method::GET)
@@ -203,7 +212,12 @@ impl FetchClient {
             .header(http::header::USER_AGENT, USER_AGENT)
             .body(Bytes::new())
             .map_err(|error| FetchFailure::new(FetchFailureKind::NotAllowed, error.to_string()))?;
-        self.send(request, timeout).await
+        match self.send(request.clone(), timeout).await {
+            Err(failure) if failure.kind == FetchFailureKind::KeptConnectionBroke => {
+                self.send(request, timeout).await
+            }
+            outcome => outcome,
+        }
     }
 }
 
@@ -260,6 +274,9 @@ impl Shared {
             .request(request.map(Full::new))
             .await
             .map_err(|error| classify_request(&error))?;
+        if let Some(HasAnswered(flag)) = response.extensions().get() {
+            flag.store(true, Ordering::Relaxed);
+        }
         let (head, body) = response.into_parts();
         let body = Limited::new(body, ANSWER_LIMIT_BYTES)
             .collect()
@@ -316,9 +333,8 @@ fn build_client(
     };
     Ok(Client::builder(TokioExecutor::new())
         .timer(TokioTimer::new())
-        // A kept connection may break just as a request is sent into it, and nobody could tell whether
-        // the server has taken the assertion. Requests are rare; sessions are resumed.
-        .pool_max_idle_per_host(0)
+        .pool_timer(TokioTimer::new())
+        .pool_idle_timeout(CONNECTION_KEPT)
         .build(connector))
 }
 
@@ -553,13 +569,18 @@ enum FetchStream {
     Tls(Box<TlsStream<TcpStream>>),
 }
 
+/// Whether a connection has answered a request before.
+#[derive(Clone, Default)]
+struct HasAnswered(Arc<AtomicBool>);
+
 impl Connection for FetchStream {
     fn connected(&self) -> Connected {
+        let connected = Connected::new().extra(HasAnswered::default());
         match self {
             Self::Tls(stream) if stream.get_ref().1.alpn_protocol() == Some(b"h2") => {
-                Connected::new().negotiated_h2()
+                connected.negotiated_h2()
             }
-            _ => Connected::new(),
+            _ => connected,
         }
     }
 }
@@ -634,8 +655,19 @@ fn classify_request(error: &hyper_util::client::legacy::Error) -> FetchFailure {
         }
         source = inner.source();
     }
+    let mut connection = Extensions::new();
+    if let Some(connected) = error.connect_info() {
+        connected.get_extras(&mut connection);
+    }
+    let was_kept = connection
+        .get()
+        .is_some_and(|HasAnswered(flag)| flag.load(Ordering::Relaxed));
+    let kind = match was_kept {
+        true => FetchFailureKind::KeptConnectionBroke,
+        false => FetchFailureKind::Reset,
+    };
     FetchFailure::new(
-        FetchFailureKind::Reset,
+        kind,
         format!("the connection broke before an answer: {error}"),
     )
 }

@@ -279,6 +279,8 @@ impl Credentials {
     ) {
         let known = self.entries.load_full();
         let mut entries = HashMap::default();
+        // Credentials of one server share its connections.
+        let mut clients = HashMap::new();
         for credential in credentials {
             let certificate_authority_sha256 = certificate_authority_sha256(credential);
             let unchanged = known.get(&credential.name).filter(|entry| {
@@ -291,7 +293,11 @@ impl Credentials {
                     config: Arc::clone(credential),
                     certificate_authority_sha256,
                     provider: provider(credential, Arc::clone(&self.clock), |settings| {
-                        self.client(settings, own_listeners)
+                        let client = || self.client(settings.clone(), own_listeners);
+                        clients
+                            .entry(settings.clone())
+                            .or_insert_with(client)
+                            .clone()
                     }),
                     metrics: self.metrics.credential(&credential.name),
                 }),

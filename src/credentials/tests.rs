@@ -1414,6 +1414,8 @@ async fn faults_are_told_as_the_table_says() {
                 .as_slice(),
             [_]
         ));
+        // The connection over which it was revoked is not kept.
+        bench.server.set(row.fault.clone()).await;
         let started = Instant::now();
         let refusal = bench.token().await.unwrap_err();
         let took = started.elapsed();
@@ -1449,6 +1451,27 @@ async fn faults_are_told_as_the_table_says() {
     }
     println!("{} faults", rows.len());
     assert!(rows.len() >= 17, "rows are missing");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kept_connection_that_breaks_is_made_good_once() {
+    let bench = Bench::start().await;
+    bench.token().await.unwrap();
+    bench.server.set(Fault::Reset).await;
+    // Answered, and the connection is kept: over it goes the next token request.
+    let revoked = RevokedTokens::Credential("orders".to_owned());
+    let outcomes = bench
+        .credentials
+        .revoke_upstream(&revoked, seconds(10))
+        .await;
+    assert!(matches!(outcomes.as_slice(), [_]));
+    let refusal = bench.token().await.unwrap_err();
+    assert_eq!(refusal.code, RefusalCode::TokenServerUnreachable);
+    assert_eq!(
+        bench.requests() - 1,
+        2,
+        "once over the kept connection, once over a new one"
+    );
 }
 
 /// The same where the server was never reached before, and its metadata fails too.

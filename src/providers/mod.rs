@@ -315,7 +315,7 @@ impl MintFailure {
                 RefusalCode::TokenServerUnreachable,
                 format!("{what} refuses connections"),
             ),
-            FetchFailureKind::Reset => (
+            FetchFailureKind::Reset | FetchFailureKind::KeptConnectionBroke => (
                 RefusalCode::TokenServerUnreachable,
                 format!("{what} broke the connection before it answered"),
             ),

@@ -25,7 +25,7 @@ use super::{
 use crate::config::{
     AuthorizationServer, ClientAuthentication, ExactUrl, OauthClientCredentials, SigningAlgorithm,
 };
-use crate::fetch::{Answer, FetchClient, FetchSettings};
+use crate::fetch::{Answer, FetchClient, FetchFailureKind, FetchSettings};
 use crate::refusal::RefusalCode;
 
 /// How long metadata is used before it is fetched again.
@@ -76,7 +76,7 @@ struct Proof {
 }
 
 /// An `application/x-www-form-urlencoded` body, wiped when dropped.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Form(Zeroizing<Vec<u8>>);
 
 impl Form {
@@ -325,8 +325,6 @@ impl OauthClientCredentialsProvider {
         request: &TokenRequest,
         deadline: Deadline,
     ) -> Result<MintedToken, MintFailure> {
-        let client_id = request.subject.render(&self.settings.client_id)?;
-        let proof = self.proof(&client_id, &request.subject).await?;
         let mut form = Form::default();
         form.append("grant_type", "client_credentials");
         if !request.scopes.is_empty() {
@@ -346,7 +344,9 @@ impl OauthClientCredentialsProvider {
             form.append(name, value);
         }
         let (sent_at, sent_at_wall) = (self.clock.monotonic(), self.clock.wall());
-        let answer = self.post(&endpoint.url, form, proof, deadline).await?;
+        let answer = self
+            .post(&endpoint.url, &form, &request.subject, deadline)
+            .await?;
         self.learn_skew(&answer.headers);
         let response = parse_token_response(
             answer.status,
@@ -368,17 +368,38 @@ impl OauthClientCredentialsProvider {
         })
     }
 
+    /// Posts a form and the proof of who the client is. Once more, with another proof, where a kept
+    /// connection broke: whether the server has taken the first is not known.
     async fn post(
         &self,
         url: &Url,
-        mut form: Form,
-        proof: Proof,
+        form: &Form,
+        subject: &Subject,
         deadline: Deadline,
     ) -> Result<Answer, MintFailure> {
+        let request = self.signed(url, form, subject).await?;
+        let mut outcome = self.client.send(request, deadline.remaining()).await;
+        if let Err(failure) = &outcome
+            && failure.kind == FetchFailureKind::KeptConnectionBroke
+        {
+            let request = self.signed(url, form, subject).await?;
+            outcome = self.client.send(request, deadline.remaining()).await;
+        }
+        outcome.map_err(|failure| MintFailure::of_fetch("the token endpoint", &failure))
+    }
+
+    async fn signed(
+        &self,
+        url: &Url,
+        form: &Form,
+        subject: &Subject,
+    ) -> Result<Request<Bytes>, MintFailure> {
+        let client_id = subject.render(&self.settings.client_id)?;
+        let proof = self.proof(&client_id, subject).await?;
+        let mut form = form.clone();
         for (name, value) in &proof.form {
             form.append(name, value);
         }
-        let body = Bytes::from_owner(form.0);
         let mut builder = Request::builder()
             .method(Method::POST)
             .uri(url.as_str())
@@ -388,18 +409,14 @@ impl OauthClientCredentialsProvider {
         if let Some(header) = proof.header {
             builder = builder.header(AUTHORIZATION, header);
         }
-        let request = builder.body(body).map_err(|error| {
+        builder.body(Bytes::from_owner(form.0)).map_err(|error| {
             MintFailure::new(
                 RefusalCode::MetadataInvalid,
                 "the token endpoint's URL cannot be used",
                 Recovery::Backoff { retry_after: None },
             )
             .with_internal(error.to_string())
-        })?;
-        self.client
-            .send(request, deadline.remaining())
-            .await
-            .map_err(|failure| MintFailure::of_fetch("the token endpoint", &failure))
+        })
     }
 
     /// Our wall clock, corrected by what the server's answers told of its own.
@@ -567,12 +584,10 @@ impl Provider for OauthClientCredentialsProvider {
         else {
             return Ok(false);
         };
-        let client_id = subject.render(&self.settings.client_id)?;
-        let proof = self.proof(&client_id, subject).await?;
         let mut form = Form::default();
         form.append("token", token.expose_secret());
         form.append("token_type_hint", "access_token");
-        let answer = self.post(&url, form, proof, deadline).await?;
+        let answer = self.post(&url, &form, subject, deadline).await?;
         match answer.status {
             // RFC 7009 section 2.2: also for a token that the server no longer knows.
             StatusCode::OK => Ok(true),
