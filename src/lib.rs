@@ -18,7 +18,7 @@
 //! Around it: [`cli`] reads arguments, [`config`] reads files, [`app`] builds, binds and reloads an
 //! [`agent`] under immutable [`snapshot`]s, [`tls`] holds the interception authority, [`admin`] and
 //! [`client`] are two ends of the admin socket, [`telemetry`] counts, traces and logs, [`attestor_states`] knows which attestor could not run, [`hardening`] takes from the
-//! agent what it does not need, [`service_manager`] hands sockets from one agent to the next, [`dev`] is the embedded authorization server and API.
+//! agent what it does not need, [`descriptors`] counts what is open, [`service_manager`] hands sockets from one agent to the next, [`dev`] is the embedded authorization server and API.
 
 pub mod address;
 pub mod admin;
@@ -32,6 +32,7 @@ pub mod clock;
 pub mod config;
 pub mod connection;
 pub mod credentials;
+pub mod descriptors;
 pub mod dev;
 pub mod diagnostics;
 pub mod exchange;

@@ -8,8 +8,6 @@ use std::collections::{HashMap, HashSet};
 use std::error::Error as _;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixDatagram;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -34,9 +32,9 @@ use tokio_rustls::TlsConnector;
 
 use crate::address::AddressGuard;
 use crate::config::{Destination, Scheme};
+use crate::descriptors::{few_are_left, is_out_of_descriptors};
 use crate::diagnostics::system_words;
 use crate::inject::UpstreamRequest;
-use crate::listener::leaves_few;
 use crate::local::LocalExecutor;
 use crate::refusal::{Refusal, RefusalCode};
 use crate::request::Target;
@@ -489,7 +487,7 @@ impl Upstreams {
         match resolved {
             Ok(Ok(addresses)) => Ok(addresses),
             // For want of a descriptor the system may say that there is no such name.
-            Ok(Err(error)) if is_out_of_descriptors(&error) || few_descriptors_are_left() => {
+            Ok(Err(error)) if is_out_of_descriptors(&error) || few_are_left() => {
                 Err(out_of_descriptors(target))
             }
             Ok(Err(error)) => Err(Refusal::new(
@@ -563,18 +561,6 @@ fn out_of_descriptors(target: &Target) -> Refusal {
         format!("no descriptor was free for a connection to `{target}`"),
     )
     .with_retry_after(DESCRIPTOR_WAIT)
-}
-
-/// Whether this process, or the machine, has as many files open as it may.
-fn is_out_of_descriptors(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
-}
-
-fn few_descriptors_are_left() -> bool {
-    match UnixDatagram::unbound() {
-        Ok(opened) => leaves_few(opened.as_fd()),
-        Err(error) => is_out_of_descriptors(&error),
-    }
 }
 
 async fn attempt(

@@ -13,9 +13,9 @@ use crate::app::{App, StartOptions};
 use crate::clock::SystemClock;
 use crate::config::Config;
 use crate::config::watch::Watcher;
+use crate::descriptors;
 use crate::diagnostics::Diagnostics;
 use crate::hardening::{self, Needs};
-use crate::listener;
 use crate::service_manager::ServiceManager;
 use crate::telemetry;
 
@@ -48,7 +48,7 @@ pub fn run(arguments: &RunArguments) -> ExitCode {
         let failure = Failure::configuration(error.to_string());
         return failure.report(arguments.output, &mut std::io::stderr());
     }
-    if let Err(error) = listener::allow_many_connections() {
+    if let Err(error) = descriptors::allow_many() {
         tracing::warn!(%error, "the agent has as few descriptors as it was started with");
     }
     // Before there is another thread.

@@ -11,7 +11,7 @@ pub mod workload_api;
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -21,7 +21,6 @@ use std::time::Duration;
 
 use countersign_attestors::evidence::EvidenceError;
 use countersign_attestors::{Catalog, ConnectionAttestation, PeerEvidence, observers};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::runtime::LocalOptions;
 use tokio::sync::mpsc;
@@ -30,6 +29,7 @@ use tokio::task::spawn_local;
 use crate::agent::{Agent, Phase, until};
 use crate::config::{Bind, Listener, ListenerKind, SocketAccess};
 use crate::connection::{Caller, Entry};
+use crate::descriptors::leaves_few;
 use crate::hardening;
 use crate::listener::patience::{Place, Places};
 use crate::proxy::Worker;
@@ -43,24 +43,6 @@ use crate::telemetry::metrics::OpenConnection;
 const SWEEP: Duration = Duration::from_millis(250);
 /// How long accepting pauses when descriptors have run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// One of so many descriptors is not for callers that come anew: requests under way need destinations,
-/// and probes are to be answered.
-const RESERVED_PART: u64 = 8;
-
-/// Lets this process have as many descriptors as it may: every connection is one, and every
-/// connection to a destination. What distributions start services with is for programs that use
-/// `select`.
-///
-/// # Errors
-/// The kernel's words.
-pub fn allow_many_connections() -> io::Result<()> {
-    let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        ..limit
-    };
-    Ok(setrlimit(Resource::Nofile, raised)?)
-}
 
 /// A bound listener, not yet accepting.
 pub struct BoundListener {
@@ -443,13 +425,6 @@ pub async fn accept(
             drop(arriving);
         });
     }
-}
-
-/// Whether what was opened just now leaves no more descriptors than are reserved: the kernel gives the
-/// lowest number that is free.
-pub(crate) fn leaves_few(opened: BorrowedFd<'_>) -> bool {
-    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-    u64::try_from(opened.as_raw_fd()).is_ok_and(|number| number >= limit - limit / RESERVED_PART)
 }
 
 /// Asks the kernel who is at the other end; procfs blocks.

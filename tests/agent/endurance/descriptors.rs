@@ -188,7 +188,7 @@ async fn probes_are_answered_beside_idle_connections() {
     const AT_ONCE: usize = 10;
     const PROBES: usize = 50;
     let idle = repetitions(10_000);
-    countersign::listener::allow_many_connections().unwrap();
+    countersign::descriptors::allow_many().unwrap();
     let limits = "limits: {per_identity: {connections: 20000}}\n";
     let agent = Agent::start(None, &format!("{limits}{DESTINATIONS}"), POLICIES).await;
     agent.good(None).await;
