@@ -16,6 +16,8 @@ const NLM_F_REQUEST: u16 = 1;
 const HEADER_LENGTH: usize = 16;
 /// Where a message says which question it is, or answers.
 const SEQUENCE: usize = 8;
+/// Answers about one socket of which nothing more is asked are shorter. What is cut off is malformed.
+const LONGEST_ANSWER: usize = 1024;
 const INET_MESSAGE_LENGTH: usize = 72;
 const INET_DIAG_CGROUP_ID: u16 = 21;
 const UNIX_MESSAGE_LENGTH: usize = 16;
@@ -50,14 +52,16 @@ pub(crate) fn find_tcp(caller: SocketAddr, listener: SocketAddr) -> io::Result<O
     };
 
     // struct inet_diag_req_v2: family, protocol, extensions, padding, states, then the socket.
-    let mut request = vec![family as u8, libc::IPPROTO_TCP as u8, 0, 0];
-    request.extend(u32::MAX.to_ne_bytes());
-    request.extend(caller.port().to_be_bytes());
-    request.extend(listener.port().to_be_bytes());
-    request.extend(address_bytes(caller.ip()));
-    request.extend(address_bytes(listener.ip()));
-    request.extend(0_u32.to_ne_bytes());
-    request.extend(ANY_COOKIE);
+    let request = [
+        &[family as u8, libc::IPPROTO_TCP as u8, 0, 0][..],
+        &u32::MAX.to_ne_bytes(),
+        &caller.port().to_be_bytes(),
+        &listener.port().to_be_bytes(),
+        &address_bytes(caller.ip()),
+        &address_bytes(listener.ip()),
+        &0_u32.to_ne_bytes(),
+        &ANY_COOKIE,
+    ];
 
     read_answer(&ask(&request)?, caller, listener)
 }
@@ -69,25 +73,28 @@ pub(crate) fn read_answer(
     listener: SocketAddr,
 ) -> io::Result<Option<TcpSocket>> {
     let answer = read_header(message)?;
-    Ok(answer.and_then(|answer| read_tcp_answer(&answer, caller, listener)))
+    Ok(answer.and_then(|answer| read_tcp_answer(answer, caller, listener)))
 }
 
 /// The inode of the socket that is connected to the Unix socket with `inode`.
 pub(super) fn find_unix_peer(inode: u32) -> io::Result<Option<u32>> {
     // struct unix_diag_req: family, protocol, padding, states, inode, what to show, cookie.
-    let mut request = vec![libc::AF_UNIX as u8, 0, 0, 0];
-    request.extend(u32::MAX.to_ne_bytes());
-    request.extend(inode.to_ne_bytes());
-    request.extend(UDIAG_SHOW_PEER.to_ne_bytes());
-    request.extend(ANY_COOKIE);
+    let request = [
+        &[libc::AF_UNIX as u8, 0, 0, 0][..],
+        &u32::MAX.to_ne_bytes(),
+        &inode.to_ne_bytes(),
+        &UDIAG_SHOW_PEER.to_ne_bytes(),
+        &ANY_COOKIE,
+    ];
 
-    let Some(answer) = read_header(&ask(&request)?)? else {
+    let message = ask(&request)?;
+    let Some(answer) = read_header(&message)? else {
         return Ok(None);
     };
-    if bytes::<4>(&answer, 4).map(u32::from_ne_bytes) != Some(inode) {
+    if bytes::<4>(answer, 4).map(u32::from_ne_bytes) != Some(inode) {
         return Ok(None);
     }
-    let peer = attribute(&answer, UNIX_MESSAGE_LENGTH, UNIX_DIAG_PEER)
+    let peer = attribute(answer, UNIX_MESSAGE_LENGTH, UNIX_DIAG_PEER)
         .and_then(|value| bytes::<4>(value, 0))
         .map(u32::from_ne_bytes);
     Ok(peer.filter(|peer| *peer != 0))
@@ -104,8 +111,8 @@ thread_local! {
     static NETLINK: Cell<Option<Netlink>> = const { Cell::new(None) };
 }
 
-/// Sends one sock_diag request; the message that answers it.
-fn ask(request: &[u8]) -> io::Result<Vec<u8>> {
+/// Sends one sock_diag request, given in parts; the message that answers it.
+fn ask(request: &[&[u8]]) -> io::Result<Vec<u8>> {
     let mut netlink = match NETLINK.take() {
         Some(netlink) => netlink,
         None => Netlink::open()?,
@@ -135,19 +142,21 @@ impl Netlink {
         )?)
     }
 
-    fn ask(&mut self, request: &[u8]) -> io::Result<Vec<u8>> {
+    fn ask(&mut self, request: &[&[u8]]) -> io::Result<Vec<u8>> {
         self.questions = self.questions.wrapping_add(1);
-        let length = HEADER_LENGTH + request.len();
+        let length = HEADER_LENGTH + request.iter().map(|part| part.len()).sum::<usize>();
         let mut message = Vec::with_capacity(length);
         message.extend((length as u32).to_ne_bytes());
         message.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
         message.extend(NLM_F_REQUEST.to_ne_bytes());
         message.extend(self.questions.to_ne_bytes());
         message.extend([0; 4]); // port: the kernel's to choose
-        message.extend(request);
+        for part in request {
+            message.extend_from_slice(part);
+        }
         send(self.socket.as_raw_fd(), &message, MsgFlags::empty())?;
 
-        let mut buffer = vec![0_u8; 8192];
+        let mut buffer = vec![0_u8; LONGEST_ANSWER];
         let received = recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
         buffer.truncate(received);
         match bytes::<4>(&buffer, SEQUENCE).map(u32::from_ne_bytes) {
@@ -162,7 +171,7 @@ fn malformed() -> io::Error {
 }
 
 /// The payload of an answer, or `None` when there is no such socket.
-fn read_header(message: &[u8]) -> io::Result<Option<Vec<u8>>> {
+fn read_header(message: &[u8]) -> io::Result<Option<&[u8]>> {
     let length = bytes::<4>(message, 0)
         .map(u32::from_ne_bytes)
         .ok_or_else(malformed)? as usize;
@@ -171,7 +180,7 @@ fn read_header(message: &[u8]) -> io::Result<Option<Vec<u8>>> {
         .ok_or_else(malformed)?;
     let payload = message.get(HEADER_LENGTH..length).ok_or_else(malformed)?;
     match kind {
-        SOCK_DIAG_BY_FAMILY => Ok(Some(payload.to_vec())),
+        SOCK_DIAG_BY_FAMILY => Ok(Some(payload)),
         NLMSG_ERROR => {
             let code = bytes::<4>(payload, 0)
                 .map(i32::from_ne_bytes)
