@@ -1,24 +1,42 @@
 //! From the id of a cgroup-v2 directory to the processes in it.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
 
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
+use quick_cache::sync::Cache;
 
 use super::{kernel, process};
 
+/// The lists of processes (`cgroup.procs`) that were read last, kept open. An id names one cgroup for
+/// ever, and the list of one that was removed cannot be read (ENODEV).
+static LISTS: LazyLock<Cache<u64, Arc<Mutex<File>>>> = LazyLock::new(|| Cache::new(64));
+
 /// The processes in the cgroup with this id, at the moment.
 pub(super) fn processes(cgroup_id: u64) -> io::Result<Vec<u32>> {
-    let mount = mount_point()?;
-    let directory = kernel::open_cgroup(mount.as_fd(), cgroup_id)?;
+    if let Some(list) = LISTS.get(&cgroup_id) {
+        let processes = read(&mut list.lock().unwrap_or_else(PoisonError::into_inner));
+        if processes.is_err() {
+            LISTS.remove(&cgroup_id);
+        }
+        return processes;
+    }
+    let directory = kernel::open_cgroup(mount_point()?.as_fd(), cgroup_id)?;
     let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-    let file = openat(&directory, c"cgroup.procs", flags, Mode::empty())?;
-    let text = process::read_whole(File::from(file))?;
+    let mut list = File::from(openat(&directory, c"cgroup.procs", flags, Mode::empty())?);
+    let processes = read(&mut list)?;
+    LISTS.insert(cgroup_id, Arc::new(Mutex::new(list)));
+    Ok(processes)
+}
+
+fn read(list: &mut File) -> io::Result<Vec<u32>> {
+    list.rewind()?;
+    let text = process::read_whole(list)?;
     // 0 stands for a process of another pid namespace.
     Ok(text
         .split(|byte| *byte == b'\n')

@@ -329,7 +329,7 @@ fn read_file(directory: &OwnedFd, name: &std::ffi::CStr) -> io::Result<Vec<u8>> 
 }
 
 /// Reads a file of procfs or of a cgroup. These say nothing of their size: most are read at once.
-pub(super) fn read_whole(file: File) -> io::Result<Vec<u8>> {
+pub(super) fn read_whole(file: impl Read) -> io::Result<Vec<u8>> {
     let mut content = Vec::with_capacity(USUAL_PROC_FILE);
     match file.take(LARGEST_PROC_FILE).read_to_end(&mut content)? as u64 {
         LARGEST_PROC_FILE => Err(io::ErrorKind::FileTooLarge.into()),
