@@ -11,11 +11,34 @@ mod tests;
 
 use std::fmt;
 
-/// One line of `/proc/PID/cgroup` (cgroups(7)).
+/// What a `/proc/PID/cgroup` says (cgroups(7)).
+#[derive(Debug)]
+pub(crate) struct Cgroups {
+    /// The file, byte for byte.
+    pub(crate) text: Box<[u8]>,
+    /// The path that stands for the process.
+    pub(crate) path: Option<String>,
+    pub(crate) container: Result<Option<Container>, Contradiction>,
+    pub(crate) units: Units,
+}
+
+impl Cgroups {
+    pub(crate) fn read(text: &[u8]) -> Self {
+        let memberships = memberships(text);
+        Self {
+            text: text.into(),
+            path: path(&memberships).map(str::to_owned),
+            container: container(&memberships),
+            units: units(&memberships),
+        }
+    }
+}
+
+/// One line of the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Membership<'a> {
+struct Membership<'a> {
     hierarchy: Hierarchy,
-    pub(crate) path: &'a str,
+    path: &'a str,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,7 +96,7 @@ pub(crate) struct Contradiction;
 
 /// The lines that can be believed. Skipped: what is not UTF-8, what lies outside this agent's cgroup
 /// namespace (`/../`), and directories that were removed.
-pub(crate) fn memberships(file: &[u8]) -> Vec<Membership<'_>> {
+fn memberships(file: &[u8]) -> Vec<Membership<'_>> {
     file.split(|byte| *byte == b'\n')
         .filter_map(|line| {
             // The path may hold colons; what is before it may not.
@@ -94,7 +117,7 @@ pub(crate) fn memberships(file: &[u8]) -> Vec<Membership<'_>> {
 
 /// The path that stands for the process: of the unified hierarchy where that is in use, else of
 /// systemd's.
-pub(crate) fn path<'a>(memberships: &[Membership<'a>]) -> Option<&'a str> {
+fn path<'a>(memberships: &[Membership<'a>]) -> Option<&'a str> {
     let in_hierarchy = |hierarchy| {
         memberships
             .iter()
@@ -110,9 +133,7 @@ pub(crate) fn path<'a>(memberships: &[Membership<'a>]) -> Option<&'a str> {
 }
 
 /// The container of the process, by all hierarchies that name one.
-pub(crate) fn container(
-    memberships: &[Membership<'_>],
-) -> Result<Option<Container>, Contradiction> {
+fn container(memberships: &[Membership<'_>]) -> Result<Option<Container>, Contradiction> {
     let mut found: Option<Container> = None;
     for container in memberships
         .iter()
@@ -128,7 +149,7 @@ pub(crate) fn container(
 
 /// The units of the process: by systemd's own hierarchy on version 1, by the unified one where
 /// systemd has put the process into none there.
-pub(crate) fn units(memberships: &[Membership<'_>]) -> Units {
+fn units(memberships: &[Membership<'_>]) -> Units {
     [Hierarchy::Systemd, Hierarchy::Unified]
         .into_iter()
         .filter_map(|hierarchy| {

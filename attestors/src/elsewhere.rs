@@ -5,7 +5,9 @@ use std::net::SocketAddr;
 #[cfg(unix)]
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use crate::cgroup::Cgroups;
 use crate::evidence::EvidenceError;
 use crate::workload::AttestationEnded;
 
@@ -61,7 +63,7 @@ impl Process {
         match *self {}
     }
 
-    pub fn groups(&self) -> &[u32] {
+    pub fn groups(&self) -> io::Result<Vec<u32>> {
         match *self {}
     }
 
@@ -70,6 +72,10 @@ impl Process {
     }
 
     pub fn cgroup_file(&self) -> io::Result<Vec<u8>> {
+        match *self {}
+    }
+
+    pub(crate) fn cgroups(&self) -> io::Result<Arc<Cgroups>> {
         match *self {}
     }
 

@@ -7,6 +7,10 @@
 pub mod attestor;
 pub mod attribute;
 pub mod catalog;
+#[cfg_attr(
+    not(target_os = "linux"),
+    expect(dead_code, reason = "other systems have no cgroups")
+)]
 mod cgroup;
 pub mod clock;
 #[cfg(test)]

@@ -24,11 +24,11 @@ pub struct CgroupReading {
 
 /// Reads `/proc/PID/cgroup`.
 pub fn cgroup(file: &[u8]) -> CgroupReading {
-    let memberships = cgroup::memberships(file);
-    let units = cgroup::units(&memberships);
+    let cgroups = cgroup::Cgroups::read(file);
     CgroupReading {
-        path: cgroup::path(&memberships).map(str::to_owned),
-        container: cgroup::container(&memberships)
+        path: cgroups.path,
+        container: cgroups
+            .container
             .map(|container| {
                 let named = |container: cgroup::Container| {
                     let runtime = container.runtime.map(|runtime| runtime.to_string());
@@ -37,16 +37,17 @@ pub fn cgroup(file: &[u8]) -> CgroupReading {
                 container.map(named)
             })
             .map_err(|contradiction| contradiction.to_string()),
-        system_unit: units.system,
-        user_unit: units.user,
-        user_id: units.user_id,
+        system_unit: cgroups.units.system,
+        user_unit: cgroups.units.user,
+        user_id: cgroups.units.user_id,
     }
 }
 
 /// Reads the effective uid and gid and the groups out of `/proc/PID/status`.
 pub fn process_status(file: &[u8]) -> Option<(u32, u32, Vec<u32>)> {
-    let credentials = platform::parse_status(file)?;
-    Some((credentials.uid, credentials.gid, credentials.groups))
+    let status = platform::parse_status(file)?;
+    let credentials = status.credentials;
+    Some((credentials.uid, credentials.gid, status.groups))
 }
 
 /// What sock_diag answered about a socket.

@@ -6,7 +6,6 @@ use async_trait::async_trait;
 
 use crate::attestor::{Attestation, Attestor, AttributeDeclaration, Evidence, EvidenceKind};
 use crate::attribute::{AttributeType, AttributeValue, Attributes};
-use crate::cgroup;
 use crate::workload::FailureKind;
 
 /// States the group `systemd`, for processes that belong to a unit.
@@ -70,7 +69,7 @@ impl Attestor for SystemdAttestor {
         let Some(process) = peer.process() else {
             return Attestation::NotApplicable;
         };
-        let cgroups = match process.cgroup_file() {
+        let cgroups = match process.cgroups() {
             Ok(cgroups) => cgroups,
             Err(error) => {
                 return Attestation::Failed {
@@ -79,15 +78,15 @@ impl Attestor for SystemdAttestor {
                 };
             }
         };
-        let units = cgroup::units(&cgroup::memberships(&cgroups));
-        let Some(system_unit) = units.system else {
+        let units = &cgroups.units;
+        let Some(system_unit) = units.system.clone() else {
             return Attestation::NotApplicable;
         };
         let mut attributes = Attributes::from([(
             "system_unit".to_owned(),
             AttributeValue::String(system_unit),
         )]);
-        if let (Some(unit), Some(uid)) = (units.user, units.user_id) {
+        if let (Some(unit), Some(uid)) = (units.user.clone(), units.user_id) {
             attributes.insert("user_unit".to_owned(), AttributeValue::String(unit));
             attributes.insert("user_unit_uid".to_owned(), AttributeValue::Long(uid.into()));
         }

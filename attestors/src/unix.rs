@@ -7,7 +7,6 @@ use async_trait::async_trait;
 
 use crate::attestor::{Attestation, Attestor, AttributeDeclaration, Evidence, EvidenceKind};
 use crate::attribute::{AttributeSelection, AttributeType, AttributeValue, Attributes};
-use crate::cgroup;
 use crate::platform::Process;
 use crate::workload::FailureKind;
 
@@ -71,17 +70,18 @@ impl UnixAttestor {
             state("network_namespace", AttributeValue::Long(namespace));
         }
 
-        let cgroups = process.cgroup_file()?;
-        let memberships = cgroup::memberships(&cgroups);
-        if let Some(path) = cgroup::path(&memberships) {
-            state("cgroup", AttributeValue::String(path.to_owned()));
+        let cgroups = process.cgroups()?;
+        if let Some(path) = &cgroups.path {
+            state("cgroup", AttributeValue::String(path.clone()));
         }
         let mut groups = BTreeMap::from([("unix".to_owned(), unix)]);
-        let container = cgroup::container(&memberships)
+        let container = cgroups
+            .container
+            .as_ref()
             .map_err(|contradiction| Failure::Invalid(contradiction.to_string()))?;
         if let Some(container) = container {
-            let mut attributes =
-                Attributes::from([("id".to_owned(), AttributeValue::String(container.id))]);
+            let id = AttributeValue::String(container.id.clone());
+            let mut attributes = Attributes::from([("id".to_owned(), id)]);
             if let Some(runtime) = container.runtime {
                 attributes.insert(
                     "runtime".to_owned(),
@@ -237,7 +237,7 @@ fn user_name(uid: u32) -> io::Result<Option<String>> {
 #[cfg(unix)]
 fn group_names(process: &Process) -> io::Result<BTreeSet<String>> {
     std::iter::once(process.gid())
-        .chain(process.groups().iter().copied())
+        .chain(process.groups()?)
         .map(|gid| {
             let group = nix::unistd::Group::from_gid(nix::unistd::Gid::from_raw(gid))?;
             Ok(group.map_or_else(|| gid.to_string(), |group| group.name))
@@ -252,7 +252,7 @@ fn user_name(_uid: u32) -> io::Result<Option<String>> {
 
 #[cfg(not(unix))]
 fn group_names(process: &Process) -> io::Result<BTreeSet<String>> {
-    Ok(process.groups().iter().map(u32::to_string).collect())
+    Ok(process.groups()?.iter().map(u32::to_string).collect())
 }
 
 fn hexadecimal(bytes: &[u8]) -> String {

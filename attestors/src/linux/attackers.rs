@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::unistd::Uid;
 
+use super::kernel;
 use crate::counts;
 use crate::{
     AttestationEnded, AttestedWorkload, Attestor, AttributeSelection, Catalog,
@@ -425,6 +426,19 @@ fn a_unix_peer_that_exited_is_gone_by_both_ways() {
 }
 
 #[test]
+fn an_older_kernel_is_attacked_in_vain_too() {
+    // Before 6.13 it does not tell whose pidfd it is, and `/proc` is asked.
+    kernel::older::pretended(|| {
+        a_unix_peer_that_exited_is_gone_by_both_ways();
+        exec_and_exit_end_the_attestation();
+        another_process_with_the_same_number_is_another_process();
+        who_has_the_number_of_one_that_was_found_before_is_told_from_it();
+        a_socket_shared_by_unlike_processes_is_refused();
+        a_socket_that_another_user_made_is_refused();
+    });
+}
+
+#[test]
 fn a_bind_mount_over_a_permitted_path_states_no_path() {
     let node = Node::new();
     node.serves_the_honest();
@@ -535,6 +549,11 @@ fn exec_and_exit_end_the_attestation() {
         );
         let next = runtime().block_on(connection.attest(None));
         assert_eq!(next.unwrap_err(), AttestationEnded::Executed);
+        // Found anew it is what it runs now.
+        let evidence = caller.connection.evidence().unwrap();
+        let executable = evidence.process().unwrap().executable().unwrap().unwrap();
+        assert!(executable.ends_with("sleep"), "{}", executable.display());
+        evidence.check_liveness().unwrap();
 
         caller.child.kill().unwrap();
         caller.child.wait().unwrap();
@@ -579,6 +598,40 @@ fn another_process_with_the_same_number_is_another_process() {
     assert!(matches!(by_number, Err(EvidenceError::CallerGone)));
 
     drop(successor);
+    node.serves_the_honest();
+}
+
+#[test]
+fn who_has_the_number_of_one_that_was_found_before_is_told_from_it() {
+    if needs_root() {
+        return;
+    }
+    let node = Node::new();
+    node.serves_the_honest();
+    for address in node.addresses() {
+        let find = |caller: &Caller, uid: u32| {
+            let evidence = caller.connection.evidence().unwrap();
+            let process = evidence.process().unwrap();
+            assert_eq!((process.pid(), process.uid()), (caller.child.id(), uid));
+            evidence.check_liveness().unwrap();
+        };
+        // Root's, and after its end the attacker's with the same number.
+        let first = node.call_as_we_are("hold", &address, &mut helper_by(program()));
+        let pid = first.child.id();
+        find(&first, 0);
+        drop(first);
+        let successor = || {
+            fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).unwrap();
+            let caller = node.call("hold", &address, &mut helper_by(program()));
+            (caller.child.id() == pid).then_some(caller)
+        };
+        let mut found = None;
+        wait_until("the number is given out again", || {
+            found = successor();
+            found.is_some()
+        });
+        find(&found.unwrap(), NOBODY);
+    }
     node.serves_the_honest();
 }
 
@@ -825,6 +878,33 @@ fn no_name_of_a_cgroup_makes_a_user_something_of_the_hosts() {
         }
     }
     counts::expect("cgroups-hostile-real", HOSTILE_CGROUPS.lines().count());
+}
+
+#[test]
+fn who_is_moved_to_another_cgroup_is_found_there() {
+    if needs_root() {
+        return;
+    }
+    let Some(mut tree) = CgroupTree::find() else {
+        passes_over("needs a cgroup-v2 file system", false);
+        return;
+    };
+    let node = Node::new();
+    let places = ["before", "after"].map(|name| {
+        let unit = format!("countersign-test-{name}-{}.service", std::process::id());
+        (tree.make(&format!("system.slice/{unit}")), unit)
+    });
+    for address in node.addresses() {
+        let [(before, _), _] = &places;
+        let caller = call_from(&node, &address, before);
+        // Moved to and fro: what was read of it in the other place a moment ago does not count.
+        for (cgroup, unit) in places.iter().cycle().take(20) {
+            fs::write(cgroup.join("cgroup.procs"), caller.child.id().to_string()).unwrap();
+            let (_, workload) = attest(caller.connection.evidence().unwrap());
+            let stated = stated(&workload, "systemd.system_unit");
+            assert_eq!(stated.as_ref(), Some(unit));
+        }
+    }
 }
 
 /// The attacker makes the directories, as anybody may below what is delegated.

@@ -5,7 +5,6 @@
 //! place (a cgroup, or the whole machine) for itself, so that many descriptors in one hold up no other.
 
 use std::collections::HashMap;
-use std::ffi::OsString;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -24,8 +23,7 @@ struct Holder {
     pid: u32,
     /// `/proc/PID`.
     directory: Arc<OwnedFd>,
-    /// The descriptor's name in `/proc/PID/fd`.
-    descriptor: OsString,
+    descriptor: u32,
 }
 
 impl Holder {
@@ -34,7 +32,7 @@ impl Holder {
         let Some(process) = Process::of_directory(self.pid, self.directory)? else {
             return Ok(None);
         };
-        let holds = match process.has_socket_at(&self.descriptor, socket.inode) {
+        let holds = match process.has_socket_at(self.descriptor, socket.inode) {
             true => Ok(true),
             false => process.holds_socket(socket.inode),
         };
@@ -192,19 +190,38 @@ fn read_all(place: Place, holders: &mut HashMap<u32, Vec<Holder>>) -> io::Result
 }
 
 fn read_one(pid: u32, holders: &mut HashMap<u32, Vec<Holder>>) -> io::Result<()> {
-    let Some(directory) = process::open_directory(pid)? else {
-        return Ok(());
-    };
+    if let Some((directory, first)) = process::known_directory(pid) {
+        match read_descriptors(pid, &directory, Some(first), holders) {
+            // Another process may have the number of one that was found before.
+            Err(error) if process::gone(&error) => {}
+            read => return read,
+        }
+    }
+    match process::open_directory(pid)? {
+        Some(directory) => read_descriptors(pid, &directory, None, holders),
+        None => Ok(()),
+    }
+}
+
+fn read_descriptors(
+    pid: u32,
+    directory: &Arc<OwnedFd>,
+    first: Option<u32>,
+    holders: &mut HashMap<u32, Vec<Holder>>,
+) -> io::Result<()> {
     let is_only_one = holders.len() == 1;
-    process::find_socket(&directory, |descriptor, inode| {
+    process::find_socket(directory, first, |descriptor, inode| {
         let Some(holders) = holders.get_mut(&inode) else {
             return false;
         };
-        if holders.last().is_none_or(|last| last.pid != pid) {
+        if holders
+            .last()
+            .is_none_or(|last| !Arc::ptr_eq(&last.directory, directory))
+        {
             holders.push(Holder {
                 pid,
-                directory: Arc::clone(&directory),
-                descriptor: descriptor.to_owned(),
+                directory: Arc::clone(directory),
+                descriptor,
             });
         }
         is_only_one

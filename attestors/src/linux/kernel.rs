@@ -1,7 +1,7 @@
 //! The system calls that the standard library and `nix` do not offer. The only `unsafe` of the crate.
 #![expect(
     unsafe_code,
-    reason = "three system calls without a safe wrapper; each block states why it is sound"
+    reason = "four system calls without a safe wrapper; each block states why it is sound"
 )]
 
 use std::ffi::CStr;
@@ -83,6 +83,46 @@ pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
+/// Effective ids, as this agent's user namespace numbers them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Credentials {
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+}
+
+/// The credentials of the process behind a pidfd (PIDFD_GET_INFO, kernel 6.13); `None` where the kernel
+/// does not tell them. Fails with ESRCH once the process was reaped, and where it is of a pid namespace
+/// that this agent does not see.
+pub(crate) fn credentials(pidfd: BorrowedFd<'_>) -> io::Result<Option<Credentials>> {
+    #[cfg(test)]
+    if older::is_pretended() {
+        return Ok(None);
+    }
+    // SAFETY: `pidfd_info` is made of integers only, so zeroed memory is a valid value.
+    let mut information: libc::pidfd_info = unsafe { MaybeUninit::zeroed().assume_init() };
+    information.mask = u64::from(libc::PIDFD_INFO_CREDS);
+    // SAFETY: the descriptor and the structure live through the call, and the size of the structure,
+    // which is all that the kernel may write, is part of the request's number.
+    let result = unsafe {
+        libc::ioctl(
+            pidfd.as_raw_fd(),
+            libc::PIDFD_GET_INFO,
+            &raw mut information,
+        )
+    };
+    if result != 0 {
+        return match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ESRCH) => Err(error),
+            _ => Ok(None),
+        };
+    }
+    let is_told = information.mask & u64::from(libc::PIDFD_INFO_CREDS) != 0;
+    Ok(is_told.then_some(Credentials {
+        uid: information.euid,
+        gid: information.egid,
+    }))
+}
+
 /// Opens the cgroup-v2 directory with this id below `mount`, an open directory of the cgroup-v2
 /// file system (open_by_handle_at(2)). Fails with ESTALE when it is gone.
 pub(crate) fn open_cgroup(mount: BorrowedFd<'_>, cgroup_id: u64) -> io::Result<OwnedFd> {
@@ -114,4 +154,25 @@ pub(crate) fn open_cgroup(mount: BorrowedFd<'_>, cgroup_id: u64) -> io::Result<O
     }
     // SAFETY: the kernel has just made this descriptor for us, and nobody else knows of it.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+/// Kernels before 6.13, for the tests of this thread.
+#[cfg(test)]
+pub(crate) mod older {
+    use std::cell::Cell;
+
+    thread_local! {
+        static IS_PRETENDED: Cell<bool> = const { Cell::new(false) };
+    }
+
+    pub(super) fn is_pretended() -> bool {
+        IS_PRETENDED.get()
+    }
+
+    /// Runs `test` as on a kernel without PIDFD_GET_INFO.
+    pub(crate) fn pretended(test: impl FnOnce()) {
+        IS_PRETENDED.set(true);
+        test();
+        IS_PRETENDED.set(false);
+    }
 }

@@ -14,7 +14,6 @@ mod tests;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, sockopt};
@@ -34,7 +33,7 @@ use crate::workload::AttestationEnded;
 #[derive(Debug)]
 pub(crate) struct Peer {
     /// Never empty. More than one only where all attest the same.
-    processes: Vec<Arc<Process>>,
+    processes: Vec<Process>,
     /// In the words of [`crate::workload::WorkloadFacts::evidence`].
     words: Vec<&'static str>,
 }
@@ -44,8 +43,10 @@ impl Peer {
     pub(crate) fn of_unix_stream(stream: BorrowedFd<'_>) -> Result<Option<Self>, EvidenceError> {
         let peer = match getsockopt(&stream, sockopt::PeerPidfd) {
             Ok(pidfd) => {
-                let process = Process::of_pidfd(pidfd)?.ok_or(EvidenceError::CallerGone)?;
-                Self::of_connecting_process(stream, process, vec!["pidfd"])
+                let connected = Connected::of(stream)?;
+                let process =
+                    Process::of_pidfd(connected.pid, pidfd)?.ok_or(EvidenceError::CallerGone)?;
+                connected.by(process, vec!["pidfd"])
             }
             // Kernels before 6.5 do not know the option.
             Err(Errno::ENOPROTOOPT | Errno::EINVAL) => Self::of_unix_stream_by_credentials(stream),
@@ -62,13 +63,8 @@ impl Peer {
     pub(crate) fn of_unix_stream_by_credentials(
         stream: BorrowedFd<'_>,
     ) -> Result<Self, EvidenceError> {
-        let credentials = getsockopt(&stream, sockopt::PeerCredentials).map_err(io::Error::from)?;
-        let pid = u32::try_from(credentials.pid())
-            .ok()
-            .filter(|pid| *pid != 0)
-            .ok_or(EvidenceError::CallerGone)?;
-        let directory = process::open_directory(pid)?.ok_or(EvidenceError::CallerGone)?;
-        let process = Process::of_directory(pid, directory)?.ok_or(EvidenceError::CallerGone)?;
+        let connected = Connected::of(stream)?;
+        let process = Process::of_pid(connected.pid)?.ok_or(EvidenceError::CallerGone)?;
 
         let ours = kernel::identify_open(stream.as_fd())?.inode;
         let ours = u32::try_from(ours).map_err(|_| {
@@ -84,21 +80,7 @@ impl Peer {
         process
             .check_liveness()
             .map_err(|_| EvidenceError::CallerGone)?;
-        Self::of_connecting_process(stream, process, vec!["pidfd", "weaker:peercred"])
-    }
-
-    fn of_connecting_process(
-        stream: BorrowedFd<'_>,
-        process: Process,
-        words: Vec<&'static str>,
-    ) -> Result<Self, EvidenceError> {
-        let credentials = getsockopt(&stream, sockopt::PeerCredentials).map_err(io::Error::from)?;
-        // The credentials are those of the moment of connect(2); a process that has changed its user
-        // since, or a program that was set-user-id then, is not the one that the socket speaks for.
-        if credentials.uid() != process.uid() {
-            return Err(EvidenceError::AmbiguousCaller);
-        }
-        Ok(Self::new(vec![process], words))
+        connected.by(process, vec!["pidfd", "weaker:peercred"])
     }
 
     /// The process at `peer`, connected over loopback to our `local`.
@@ -130,12 +112,11 @@ impl Peer {
         if !processes.iter().all(Process::exec_is_seen) {
             words.push("weaker:exec_unseen");
         }
-        let processes = processes.into_iter().map(Process::shared).collect();
         Self { processes, words }
     }
 
     pub(crate) fn process(&self) -> Option<&Process> {
-        self.processes.first().map(Arc::as_ref)
+        self.processes.first()
     }
 
     pub(crate) fn words(&self) -> &[&'static str] {
@@ -154,7 +135,7 @@ impl Peer {
     }
 }
 
-fn check_each(processes: &[Arc<Process>]) -> Result<(), AttestationEnded> {
+fn check_each(processes: &[Process]) -> Result<(), AttestationEnded> {
     let mut outcome = Err(AttestationEnded::Exited);
     for process in processes {
         match process.check_liveness() {
@@ -164,4 +145,35 @@ fn check_each(processes: &[Arc<Process>]) -> Result<(), AttestationEnded> {
         }
     }
     outcome
+}
+
+/// Who connected a Unix socket, by SO_PEERCRED (unix(7)): of the moment of connect(2), and of the very
+/// process that SO_PEERPIDFD gives a pidfd of.
+struct Connected {
+    pid: u32,
+    uid: u32,
+}
+
+impl Connected {
+    fn of(stream: BorrowedFd<'_>) -> Result<Self, EvidenceError> {
+        let credentials = getsockopt(&stream, sockopt::PeerCredentials).map_err(io::Error::from)?;
+        // 0: of another pid namespace, where no number of ours names it.
+        let pid = u32::try_from(credentials.pid())
+            .ok()
+            .filter(|pid| *pid != 0)
+            .ok_or(EvidenceError::CallerGone)?;
+        Ok(Self {
+            pid,
+            uid: credentials.uid(),
+        })
+    }
+
+    fn by(&self, process: Process, words: Vec<&'static str>) -> Result<Peer, EvidenceError> {
+        // A process that has changed its user since, or a program that was set-user-id then, is not
+        // the one that the socket speaks for.
+        if self.uid != process.uid() {
+            return Err(EvidenceError::AmbiguousCaller);
+        }
+        Ok(Peer::new(vec![process], words))
+    }
 }

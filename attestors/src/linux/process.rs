@@ -1,14 +1,14 @@
 //! One live process: a pidfd, its open `/proc` directory, and what was read through it.
 
-use std::collections::HashMap;
-use std::ffi::OsStr;
+use std::collections::{HashMap, VecDeque};
+use std::ffi::CStr;
 use std::fs::File;
 use std::io::{self, Read};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -16,10 +16,12 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat, readlinkat};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
-use rustix::fs::{FileType, RawDir};
+use rustix::fs::{RawDir, readlinkat_raw};
+use rustix::path::DecInt;
 
 use super::executable;
-use super::kernel::{self, FileIdentity};
+use super::kernel::{self, Credentials, FileIdentity};
+use crate::cgroup::Cgroups;
 use crate::workload::AttestationEnded;
 
 /// A liveness check this young is not repeated.
@@ -31,113 +33,132 @@ const LARGEST_PROC_FILE: u64 = 4 * 1024 * 1024;
 /// Most files of procfs that are read here are smaller.
 const USUAL_PROC_FILE: usize = 4096;
 
-/// Processes found before, by number: a caller's connections share its descriptors and its checks.
-static KNOWN: LazyLock<Mutex<HashMap<u32, Weak<Process>>>> = LazyLock::new(Mutex::default);
+/// Processes found before.
+static KNOWN: LazyLock<Mutex<Known>> = LazyLock::new(Mutex::default);
 
 /// Above this many, numbers whose process is no longer held are forgotten.
 const FORGET_ABOVE: usize = 1024;
 
+/// How many of the processes found last are held although no connection of theirs may be open, with three
+/// descriptors each. What they are is read anew whenever they are found.
+const HELD_LAST: usize = 64;
+
 /// A process that held a caller's socket.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Process {
-    pid: u32,
+    held: Arc<Held>,
     credentials: Credentials,
+    /// When it was found to be the caller.
+    found: Duration,
+}
+
+/// What is held of a process, for all connections of it.
+#[derive(Debug)]
+struct Held {
+    pid: u32,
     pidfd: OwnedFd,
     /// `/proc/PID`. It names this process for ever: after its end every read fails, also when
     /// another process has got the number.
     directory: Arc<OwnedFd>,
+    cgroup: Mutex<CgroupFile>,
     /// The executable when the process was found; `None` where this agent may not see it.
     executable: Option<FileIdentity>,
     last_check: AtomicU64,
+    /// Which descriptor the last socket was by which it was found: the next is often the same.
+    last_descriptor: AtomicU32,
 }
 
-/// Effective credentials, as in `/proc/PID/status` (proc_pid_status(5)).
+/// `/proc/PID/cgroup`, once it was read.
+#[derive(Debug, Default)]
+struct CgroupFile {
+    /// It is of this process for ever too.
+    file: Option<File>,
+    /// When it was last read, and what it said.
+    last: Option<(Duration, Arc<Cgroups>)>,
+}
+
+#[derive(Default)]
+struct Known {
+    by_number: HashMap<u32, Weak<Held>>,
+    last: VecDeque<Arc<Held>>,
+}
+
+/// What `/proc/PID/status` says of credentials (proc_pid_status(5)).
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Credentials {
-    pub(crate) uid: u32,
-    pub(crate) gid: u32,
+pub(crate) struct Status {
+    /// The effective ones.
+    pub(crate) credentials: Credentials,
     pub(crate) groups: Vec<u32>,
 }
 
 impl Process {
-    /// The process behind a pidfd; `None` when it is gone.
-    pub(super) fn of_pidfd(pidfd: OwnedFd) -> io::Result<Option<Self>> {
-        let Some(pid) = pid_of(&pidfd)? else {
-            return Ok(None);
-        };
-        let Some(directory) = open_directory(pid)? else {
-            return Ok(None);
-        };
-        // The number was read from the pidfd and the directory opened by number. A process that
-        // lives now has kept its number in between, so that both are of the same process.
-        if exited(&pidfd)? {
-            return Ok(None);
-        }
-        Self::read(pid, pidfd, directory)
-    }
-
-    /// The process that has `pid` while `directory` (its `/proc` directory) still answers.
-    pub(super) fn of_directory(pid: u32, directory: Arc<OwnedFd>) -> io::Result<Option<Self>> {
-        // If the directory's process exists after the pidfd was made, it had the number all along: its
-        // status is read from there.
-        match kernel::pidfd_open(pid) {
-            Ok(pidfd) => Self::read(pid, pidfd, directory),
-            Err(error) if gone(&error) => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    fn read(pid: u32, pidfd: OwnedFd, directory: Arc<OwnedFd>) -> io::Result<Option<Self>> {
-        let read = || -> io::Result<(Credentials, Option<FileIdentity>)> {
-            let status = read_file(&directory, c"status")?;
-            let credentials = parse_status(&status).ok_or_else(|| {
-                io::Error::new(io::ErrorKind::InvalidData, "malformed process status")
-            })?;
-            match kernel::identify(directory.as_fd(), c"exe") {
-                Ok(identity) => Ok((credentials, Some(identity))),
-                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                    Ok((credentials, None))
-                }
-                Err(error) => Err(error),
-            }
-        };
-        match read() {
-            Ok(_) if exited(&pidfd)? => Ok(None),
-            Ok((credentials, executable)) => Ok(Some(Self {
-                pid,
-                credentials,
-                pidfd,
-                directory,
-                executable,
-                last_check: AtomicU64::new(0),
-            })),
-            Err(error) if gone(&error) => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// This process as it was found before, if nothing about it has changed since.
-    pub(super) fn shared(self) -> Arc<Self> {
-        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(before) = known.get(&self.pid).and_then(Weak::upgrade)
-            // One that lives still has its number, so that both are the same process.
-            && matches!(exited(&before.pidfd), Ok(false))
-            && before.credentials == self.credentials
-            && before.executable == self.executable
+    /// The process behind a pidfd, whose number is or was `pid`; `None` when it is gone.
+    pub(super) fn of_pidfd(pid: u32, pidfd: OwnedFd) -> io::Result<Option<Self>> {
+        if let Some(held) = known(pid)
+            && let Some((credentials, executable)) = look(&pidfd, &held.directory)?
+            && executable == held.executable
         {
-            return before;
+            return Ok(Some(Self::new(held, credentials)));
         }
-        if known.len() > FORGET_ABOVE {
-            known.retain(|_, process| process.strong_count() > 0);
+        match open_directory(pid)? {
+            Some(directory) => Self::hold(pid, pidfd, directory),
+            None => Ok(None),
         }
-        let process = Arc::new(self);
-        known.insert(process.pid, Arc::downgrade(&process));
-        process
+    }
+
+    /// The process that has `pid` now; `None` when there is none.
+    pub(super) fn of_pid(pid: u32) -> io::Result<Option<Self>> {
+        match kernel::pidfd_open(pid) {
+            Ok(pidfd) => Self::of_pidfd(pid, pidfd),
+            Err(error) if gone(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The process that had `pid` when `directory` (its `/proc` directory) was opened; `None` when it is
+    /// gone.
+    pub(super) fn of_directory(pid: u32, directory: Arc<OwnedFd>) -> io::Result<Option<Self>> {
+        if let Some(held) = known(pid).filter(|held| Arc::ptr_eq(&held.directory, &directory))
+            && let Some((credentials, executable)) = look(&held.pidfd, &directory)?
+            && executable == held.executable
+        {
+            return Ok(Some(Self::new(held, credentials)));
+        }
+        match kernel::pidfd_open(pid) {
+            Ok(pidfd) => Self::hold(pid, pidfd, directory),
+            Err(error) if gone(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn hold(pid: u32, pidfd: OwnedFd, directory: Arc<OwnedFd>) -> io::Result<Option<Self>> {
+        let Some((credentials, executable)) = look(&pidfd, &directory)? else {
+            return Ok(None);
+        };
+        let held = Arc::new(Held {
+            pid,
+            pidfd,
+            directory,
+            cgroup: Mutex::default(),
+            executable,
+            last_check: AtomicU64::new(0),
+            last_descriptor: AtomicU32::new(0),
+        });
+        remember(&held);
+        Ok(Some(Self::new(held, credentials)))
+    }
+
+    fn new(held: Arc<Held>, credentials: Credentials) -> Self {
+        Self {
+            held,
+            credentials,
+            found: since_start(),
+        }
     }
 
     /// The process number. It names the process only while the process lives.
     pub fn pid(&self) -> u32 {
-        self.pid
+        self.held.pid
     }
 
     /// The effective user id, as this agent's user namespace numbers it.
@@ -150,24 +171,57 @@ impl Process {
         self.credentials.gid
     }
 
-    /// The supplementary group ids.
-    pub fn groups(&self) -> &[u32] {
-        &self.credentials.groups
+    /// The supplementary group ids, of a process that is still who it was when it was found.
+    pub fn groups(&self) -> io::Result<Vec<u32>> {
+        let status = read_status(&self.held.directory)?;
+        if status.credentials != self.credentials {
+            return Err(io::Error::other("it has changed its user or group"));
+        }
+        Ok(status.groups)
     }
 
     /// True where an exec can be seen, that is, where the agent may see the process's executable.
     pub fn exec_is_seen(&self) -> bool {
-        self.executable.is_some()
+        self.held.executable.is_some()
     }
 
-    /// `/proc/PID/cgroup`, byte for byte (cgroups(7)).
+    /// `/proc/PID/cgroup`, byte for byte (cgroups(7)), as it was after the process was found. What is
+    /// less than a millisecond old is not read again.
     pub fn cgroup_file(&self) -> io::Result<Vec<u8>> {
-        read_file(&self.directory, c"cgroup")
+        Ok(self.cgroups()?.text.to_vec())
+    }
+
+    /// What [`Process::cgroup_file`] says.
+    pub(crate) fn cgroups(&self) -> io::Result<Arc<Cgroups>> {
+        let held = &self.held;
+        let mut cgroup = held.cgroup.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = since_start();
+        if let Some((read, cgroups)) = &cgroup.last
+            && *read >= self.found
+            && now.saturating_sub(*read) < CHECK_AGAIN_AFTER
+        {
+            return Ok(Arc::clone(cgroups));
+        }
+        let CgroupFile { file, last } = std::mem::take(&mut *cgroup);
+        let file = match file {
+            Some(file) => file,
+            None => open_file(&held.directory, c"cgroup")?,
+        };
+        let text = read_from_its_beginning(&file)?;
+        let cgroups = match last {
+            Some((_, cgroups)) if *cgroups.text == *text => cgroups,
+            _ => Arc::new(Cgroups::read(&text)),
+        };
+        *cgroup = CgroupFile {
+            file: Some(file),
+            last: Some((now, Arc::clone(&cgroups))),
+        };
+        Ok(cgroups)
     }
 
     /// The arguments, each ended by a zero byte. The process may write here what it likes.
     pub fn command_line(&self) -> io::Result<Vec<u8>> {
-        read_file(&self.directory, c"cmdline")
+        read_whole(open_file(&self.held.directory, c"cmdline")?)
     }
 
     /// The inode number of the network namespace (namespaces(7)).
@@ -182,8 +236,8 @@ impl Process {
         if self.namespace(c"ns/mnt")? != executable::host_mount_namespace()? {
             return Ok(None);
         }
-        let path = PathBuf::from(readlinkat(&self.directory, c"exe")?);
-        let running = kernel::identify(self.directory.as_fd(), c"exe")?;
+        let path = PathBuf::from(readlinkat(&self.held.directory, c"exe")?);
+        let running = kernel::identify(self.held.directory.as_fd(), c"exe")?;
         // `exe` shows a path in whatever mount tree the file was opened. A process of the host's
         // namespace can run a descriptor that it was handed from another one (fexecve), where a
         // user may have mounted anything anywhere: the host must find the same file there.
@@ -196,40 +250,41 @@ impl Process {
     /// vouch for (FUSE, network file systems).
     pub fn executable_sha256(&self) -> io::Result<Option<[u8; 32]>> {
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
-        let file = File::from(openat(&self.directory, c"exe", flags, Mode::empty())?);
+        let file = File::from(openat(&self.held.directory, c"exe", flags, Mode::empty())?);
         executable::sha256(file)
     }
 
     /// Checks that the process lives and runs the executable that it ran when it was found. A check
     /// less than a millisecond old is not repeated.
     pub fn check_liveness(&self) -> Result<(), AttestationEnded> {
+        let held = &self.held;
         let now = since_start();
-        let last = Duration::from_nanos(self.last_check.load(Ordering::Relaxed));
+        let last = Duration::from_nanos(held.last_check.load(Ordering::Relaxed));
         if !last.is_zero() && now.saturating_sub(last) < CHECK_AGAIN_AFTER {
             return Ok(());
         }
-        if exited(&self.pidfd).unwrap_or(true) {
-            return Err(AttestationEnded::Exited);
-        }
         match (
-            &self.executable,
-            kernel::identify(self.directory.as_fd(), c"exe"),
+            &held.executable,
+            kernel::identify(held.directory.as_fd(), c"exe"),
         ) {
+            // Only a process that lives has an executable.
             (Some(before), Ok(now)) if before.same_file(&now) => {}
+            _ if exited(&held.pidfd).unwrap_or(true) => return Err(AttestationEnded::Exited),
             (None, Err(error)) if error.kind() == io::ErrorKind::PermissionDenied => {}
             (_, Err(error)) if gone(&error) => return Err(AttestationEnded::Exited),
             _ => return Err(AttestationEnded::Executed),
         }
         let nanoseconds = u64::try_from(now.as_nanos()).unwrap_or(0);
-        self.last_check.store(nanoseconds, Ordering::Relaxed);
+        held.last_check.store(nanoseconds, Ordering::Relaxed);
         Ok(())
     }
 
     /// True when the two processes are alike in everything that an attestor may state, except the pid.
     pub(super) fn attests_like(&self, other: &Self) -> io::Result<bool> {
         Ok(self.credentials == other.credentials
-            && self.executable == other.executable
-            && self.cgroup_file()? == other.cgroup_file()?
+            && self.held.executable == other.held.executable
+            && self.groups()? == other.groups()?
+            && self.cgroups()?.text == other.cgroups()?.text
             && self.command_line()? == other.command_line()?
             && self.namespace(c"ns/net").ok() == other.namespace(c"ns/net").ok()
             && self.namespace(c"ns/mnt").ok() == other.namespace(c"ns/mnt").ok())
@@ -237,17 +292,82 @@ impl Process {
 
     /// True when one of the process's descriptors is the socket with `inode`.
     pub(super) fn holds_socket(&self, inode: u32) -> io::Result<bool> {
-        find_socket(&self.directory, |_, held| held == inode)
+        find_socket(&self.held.directory, None, |_, held| held == inode)
     }
 
-    /// True when this descriptor of the process is the socket with `inode`.
-    pub(super) fn has_socket_at(&self, descriptor: &OsStr, inode: u32) -> bool {
-        readlinkat(&self.directory, &Path::new("fd").join(descriptor))
-            .is_ok_and(|target| socket_inode(&target) == Some(inode))
+    /// True when this descriptor of the process is the socket with `inode`. Then it is the first that is
+    /// looked at for the next one.
+    pub(super) fn has_socket_at(&self, descriptor: u32, inode: u32) -> bool {
+        let held = &self.held;
+        let has = socket_at(&held.directory, descriptor) == Some(inode);
+        if has {
+            held.last_descriptor.store(descriptor, Ordering::Relaxed);
+        }
+        has
     }
 
-    fn namespace(&self, link: &std::ffi::CStr) -> io::Result<u64> {
-        Ok(kernel::identify(self.directory.as_fd(), link)?.inode)
+    fn namespace(&self, link: &CStr) -> io::Result<u64> {
+        Ok(kernel::identify(self.held.directory.as_fd(), link)?.inode)
+    }
+}
+
+/// The process with this number that was found before, if it is still held. It may be gone.
+fn known(pid: u32) -> Option<Arc<Held>> {
+    let known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    known.by_number.get(&pid).and_then(Weak::upgrade)
+}
+
+/// The `/proc` directory of [`known`], and the descriptor to look at first.
+pub(super) fn known_directory(pid: u32) -> Option<(Arc<OwnedFd>, u32)> {
+    let held = known(pid)?;
+    let descriptor = held.last_descriptor.load(Ordering::Relaxed);
+    Some((Arc::clone(&held.directory), descriptor))
+}
+
+fn remember(held: &Arc<Held>) {
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if known.by_number.len() > FORGET_ABOVE {
+        known
+            .by_number
+            .retain(|_, process| process.strong_count() > 0);
+    }
+    known.by_number.insert(held.pid, Arc::downgrade(held));
+    known.last.push_back(Arc::clone(held));
+    if known.last.len() > HELD_LAST {
+        known.last.pop_front();
+    }
+}
+
+/// Who the process is that both the pidfd and the `/proc` directory are of, and what it runs, where this
+/// agent may see that. Both are of processes that have or had one number, and were open before. `None`
+/// when one of the two is gone: of two that are both seen to live after that, each has had the number since,
+/// so that they are the same.
+fn look(
+    pidfd: &OwnedFd,
+    directory: &OwnedFd,
+) -> io::Result<Option<(Credentials, Option<FileIdentity>)>> {
+    let look = || -> io::Result<Option<(Credentials, Option<FileIdentity>)>> {
+        // Credentials before the executable, for an exec changes the executable first: new credentials are
+        // never those of the old program. The pidfd's process was not reaped, and the directory's has an
+        // executable, which a process loses before it has exited.
+        if let Some(credentials) = kernel::credentials(pidfd.as_fd())?
+            && let Ok(executable) = kernel::identify(directory.as_fd(), c"exe")
+        {
+            return Ok(Some((credentials, Some(executable))));
+        }
+        // That permission is denied says of no process that it is there. Its status does, and that the
+        // pidfd's process has not exited.
+        let credentials = read_status(directory)?.credentials;
+        let executable = match kernel::identify(directory.as_fd(), c"exe") {
+            Ok(executable) => Some(executable),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => None,
+            Err(error) => return Err(error),
+        };
+        Ok((!exited(pidfd)?).then_some((credentials, executable)))
+    };
+    match look() {
+        Err(error) if gone(&error) => Ok(None),
+        seen => seen,
     }
 }
 
@@ -261,37 +381,47 @@ pub(super) fn open_directory(pid: u32) -> io::Result<Option<Arc<OwnedFd>>> {
     }
 }
 
-/// Goes through the descriptors in the `/proc` directory of a process that are sockets, by name and inode,
-/// until `is_wanted` says that one is the last that is looked for; whether it did.
+/// Goes through the descriptors in the `/proc` directory of a process that are sockets, by number and inode,
+/// until `is_wanted` says that one is the last that is looked for; whether it did. After `first` the
+/// highest comes first: the socket of a caller who has just come is often the one that it opened last.
 pub(super) fn find_socket(
     directory: &OwnedFd,
-    mut is_wanted: impl FnMut(&OsStr, u32) -> bool,
+    first: Option<u32>,
+    mut is_wanted: impl FnMut(u32, u32) -> bool,
 ) -> io::Result<bool> {
+    if let Some(first) = first
+        && socket_at(directory, first).is_some_and(|inode| is_wanted(first, inode))
+    {
+        return Ok(true);
+    }
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let descriptors = openat(directory, c"fd", flags, Mode::empty())?;
+    let directory = openat(directory, c"fd", flags, Mode::empty())?;
     let mut entries = [MaybeUninit::uninit(); 4096];
-    let mut entries = RawDir::new(&descriptors, &mut entries);
+    let mut entries = RawDir::new(&directory, &mut entries);
+    let mut descriptors: Vec<u32> = Vec::new();
     while let Some(entry) = entries.next() {
         let entry = entry?;
-        if entry.file_type() == FileType::Directory {
-            continue;
-        }
-        let name = OsStr::from_bytes(entry.file_name().to_bytes());
-        // A descriptor may be closed while we look.
-        let inode = readlinkat(&descriptors, name)
-            .ok()
-            .and_then(|target| socket_inode(&target));
-        if inode.is_some_and(|inode| is_wanted(name, inode)) {
-            return Ok(true);
-        }
+        let name = entry.file_name().to_str().ok();
+        descriptors.extend(name.and_then(|name| name.parse::<u32>().ok()));
     }
-    Ok(false)
+    // A descriptor may be closed while we look.
+    Ok(descriptors.into_iter().rev().any(|descriptor| {
+        socket_inode(&directory, DecInt::new(descriptor))
+            .is_some_and(|inode| is_wanted(descriptor, inode))
+    }))
 }
 
-/// The inode in what a socket's descriptor links to: `socket:[INODE]` (proc_pid_fd(5)).
-fn socket_inode(target: &OsStr) -> Option<u32> {
-    let inode = target
-        .to_str()?
+/// The inode of the socket that this descriptor in the `/proc` directory of a process is.
+fn socket_at(directory: &OwnedFd, descriptor: u32) -> Option<u32> {
+    socket_inode(directory, format!("fd/{descriptor}"))
+}
+
+/// The inode of the socket that a descriptor's link leads to: `socket:[INODE]` (proc_pid_fd(5)).
+fn socket_inode(directory: &OwnedFd, link: impl rustix::path::Arg) -> Option<u32> {
+    let mut target = [MaybeUninit::uninit(); 32];
+    let (target, _) = readlinkat_raw(directory, link, &mut target).ok()?;
+    let inode = str::from_utf8(target)
+        .ok()?
         .strip_prefix("socket:[")?
         .strip_suffix(']')?;
     inode.parse().ok()
@@ -310,22 +440,32 @@ fn exited(pidfd: &OwnedFd) -> io::Result<bool> {
     }
 }
 
-/// The number behind a pidfd, in this agent's pid namespace; `None` when the process was reaped.
-fn pid_of(pidfd: &OwnedFd) -> io::Result<Option<u32>> {
-    let path = format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd());
-    let information = read_whole(File::open(path)?)?;
-    let pid = information
-        .split(|byte| *byte == b'\n')
-        .find_map(|line| line.strip_prefix(b"Pid:"))
-        .and_then(|pid| str::from_utf8(pid).ok()?.trim().parse::<i64>().ok())
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a pidfd without a pid"))?;
-    // -1: reaped. 0: of another pid namespace, where no number of ours names it.
-    Ok(u32::try_from(pid).ok().filter(|pid| *pid != 0))
+fn open_file(directory: &OwnedFd, name: &CStr) -> io::Result<File> {
+    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    Ok(File::from(openat(directory, name, flags, Mode::empty())?))
 }
 
-fn read_file(directory: &OwnedFd, name: &std::ffi::CStr) -> io::Result<Vec<u8>> {
-    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-    read_whole(File::from(openat(directory, name, flags, Mode::empty())?))
+fn read_status(directory: &OwnedFd) -> io::Result<Status> {
+    let status = read_whole(open_file(directory, c"status")?)?;
+    parse_status(&status)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "malformed process status"))
+}
+
+/// Reads a file of procfs that the kernel writes anew for every read from its beginning, at once: what
+/// others read of the same open file, and what changes meanwhile, makes no mixture of two texts.
+fn read_from_its_beginning(file: &File) -> io::Result<Vec<u8>> {
+    let mut content = vec![0; USUAL_PROC_FILE];
+    loop {
+        let length = file.read_at(&mut content, 0)?;
+        if length < content.len() {
+            content.truncate(length);
+            return Ok(content);
+        }
+        if content.len() as u64 >= LARGEST_PROC_FILE {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        content.resize(content.len() * 2, 0);
+    }
 }
 
 /// Reads a file of procfs or of a cgroup. These say nothing of their size: most are read at once.
@@ -338,15 +478,17 @@ pub(super) fn read_whole(file: impl Read) -> io::Result<Vec<u8>> {
 }
 
 /// Reads the effective ids and the groups out of `/proc/PID/status`.
-pub(crate) fn parse_status(status: &[u8]) -> Option<Credentials> {
+pub(crate) fn parse_status(status: &[u8]) -> Option<Status> {
     // The second line is `Umask:`; the first holds the process's name, in which the kernel escapes
     // line feeds, so that no name can pretend to be another line.
     let status = String::from_utf8_lossy(status);
     let line = |key: &str| status.lines().find_map(|line| line.strip_prefix(key));
     let effective = |key: &str| line(key)?.split_whitespace().nth(1)?.parse::<u32>().ok();
-    Some(Credentials {
-        uid: effective("Uid:")?,
-        gid: effective("Gid:")?,
+    Some(Status {
+        credentials: Credentials {
+            uid: effective("Uid:")?,
+            gid: effective("Gid:")?,
+        },
         groups: line("Groups:")?
             .split_whitespace()
             .map(|group| group.parse().ok())
@@ -381,9 +523,10 @@ mod tests {
             "Groups: 0",
             "",
         ] {
-            let credentials = parse_status(status(name, "27 100 ").as_bytes()).unwrap();
+            let status = parse_status(status(name, "27 100 ").as_bytes()).unwrap();
+            let credentials = status.credentials;
             assert_eq!((credentials.uid, credentials.gid), (1000, 100), "{name}");
-            assert_eq!(credentials.groups, [27, 100]);
+            assert_eq!(status.groups, [27, 100]);
         }
         let alone = parse_status(status("x", " ").as_bytes()).unwrap();
         assert!(alone.groups.is_empty());
@@ -396,6 +539,80 @@ mod tests {
         ] {
             assert_eq!(parse_status(broken.as_bytes()), None, "{broken}");
         }
+    }
+
+    /// A process that lives until it is told to end.
+    fn sleeping() -> std::process::Child {
+        let mut command = std::process::Command::new("/bin/sleep");
+        command.arg("20").spawn().unwrap()
+    }
+
+    #[test]
+    fn both_ways_say_the_same_of_a_process() {
+        let mut child = sleeping();
+        for pid in [std::process::id(), child.id()] {
+            let pidfd = kernel::pidfd_open(pid).unwrap();
+            let directory = open_directory(pid).unwrap().unwrap();
+            let told = kernel::credentials(pidfd.as_fd()).unwrap();
+            let status = read_status(&directory).unwrap();
+            assert!(told.is_none_or(|told| told == status.credentials));
+            let by_ioctl = look(&pidfd, &directory).unwrap().unwrap();
+            kernel::older::pretended(|| {
+                let by_status = look(&pidfd, &directory).unwrap().unwrap();
+                assert_eq!(by_ioctl, by_status);
+            });
+            assert_eq!(by_ioctl.0, status.credentials);
+        }
+
+        // As soon as it has exited, before and after it is reaped.
+        let pidfd = kernel::pidfd_open(child.id()).unwrap();
+        let directory = open_directory(child.id()).unwrap().unwrap();
+        let is_gone = || {
+            assert_eq!(look(&pidfd, &directory).unwrap(), None);
+            kernel::older::pretended(|| assert_eq!(look(&pidfd, &directory).unwrap(), None));
+        };
+        child.kill().unwrap();
+        while !exited(&pidfd).unwrap() {
+            std::thread::yield_now();
+        }
+        is_gone();
+        child.wait().unwrap();
+        is_gone();
+    }
+
+    #[test]
+    fn two_processes_are_not_taken_for_one() {
+        // What a number that is given out again would lead to: a pidfd of the one, and the directory of
+        // the other.
+        let mut child = sleeping();
+        let dead = kernel::pidfd_open(child.id()).unwrap();
+        let its_directory = open_directory(child.id()).unwrap().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let ours = kernel::pidfd_open(std::process::id()).unwrap();
+        let our_directory = open_directory(std::process::id()).unwrap().unwrap();
+        let apart = || {
+            assert_eq!(look(&dead, &our_directory).unwrap(), None);
+            assert_eq!(look(&ours, &its_directory).unwrap(), None);
+        };
+        apart();
+        kernel::older::pretended(apart);
+    }
+
+    #[test]
+    fn a_process_that_is_found_again_is_held_once() {
+        let mut child = sleeping();
+        let pid = child.id();
+        let find = || Process::of_pid(pid).unwrap().unwrap();
+        let (first, again) = (find(), find());
+        assert!(Arc::ptr_eq(&first.held, &again.held));
+        let directory = Arc::clone(&first.held.directory);
+        let by_directory = Process::of_directory(pid, directory).unwrap().unwrap();
+        assert!(Arc::ptr_eq(&first.held, &by_directory.held));
+        let text = first.cgroup_file().unwrap();
+        assert_eq!(text, std::fs::read(format!("/proc/{pid}/cgroup")).unwrap());
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     proptest! {
