@@ -17,6 +17,7 @@ pub mod clock;
 mod counts;
 pub mod evidence;
 pub mod fetch;
+mod names;
 pub mod observers;
 pub mod oidc;
 #[cfg(all(target_os = "linux", feature = "test-support"))]

@@ -7,6 +7,7 @@ use async_trait::async_trait;
 
 use crate::attestor::{Attestation, Attestor, AttributeDeclaration, Evidence, EvidenceKind};
 use crate::attribute::{AttributeSelection, AttributeType, AttributeValue, Attributes};
+use crate::names;
 use crate::platform::Process;
 use crate::workload::FailureKind;
 
@@ -34,7 +35,7 @@ impl UnixAttestor {
         state("gid", AttributeValue::Long(process.gid().into()));
         state("pid", AttributeValue::Long(process.pid().into()));
         if needs("user")
-            && let Some(user) = user_name(process.uid())?
+            && let Some(user) = names::user(process.uid())?
         {
             state("user", AttributeValue::String(user));
         }
@@ -228,31 +229,11 @@ fn unless_forbidden<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-#[cfg(unix)]
-fn user_name(uid: u32) -> io::Result<Option<String>> {
-    let user = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid))?;
-    Ok(user.map(|user| user.name))
-}
-
-#[cfg(unix)]
 fn group_names(process: &Process) -> io::Result<BTreeSet<String>> {
     std::iter::once(process.gid())
         .chain(process.groups()?)
-        .map(|gid| {
-            let group = nix::unistd::Group::from_gid(nix::unistd::Gid::from_raw(gid))?;
-            Ok(group.map_or_else(|| gid.to_string(), |group| group.name))
-        })
+        .map(|gid| Ok(names::group(gid)?.unwrap_or_else(|| gid.to_string())))
         .collect()
-}
-
-#[cfg(not(unix))]
-fn user_name(_uid: u32) -> io::Result<Option<String>> {
-    Ok(None)
-}
-
-#[cfg(not(unix))]
-fn group_names(process: &Process) -> io::Result<BTreeSet<String>> {
-    Ok(process.groups()?.iter().map(u32::to_string).collect())
 }
 
 fn hexadecimal(bytes: &[u8]) -> String {
