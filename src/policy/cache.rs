@@ -1,6 +1,6 @@
 //! Decisions remembered: one cache per data worker, hung on the snapshot.
 
-use std::hash::Hash;
+use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
@@ -11,9 +11,10 @@ use quick_cache::unsync::{Cache, DefaultLifecycle};
 use quick_cache::{Equivalent, UnitWeighter};
 
 use super::decision::{Decision, Denial};
+use super::engine::{PolicyEngine, Slice};
 use super::grant::Grant;
 use super::principal::Principal;
-use super::question::{Action, Question, ResourceType};
+use super::question::{Action, Question, Resource};
 use super::reads::PathRead;
 use super::snapshot::PolicySnapshot;
 
@@ -68,26 +69,25 @@ impl DecisionCache {
             self.snapshot = Some(Arc::clone(snapshot));
         }
         snapshot.check_liveness(workload, question)?;
-        let key = KeyView::new(snapshot, workload, question);
-        let remembered = self
-            .decisions
-            .get(&key)
-            .or_else(|| self.decisions.get(&key.with_the_path_itself(question)));
+        let key = KeyView::new(snapshot.engine(), workload, question);
+        let remembered = key.as_ref().and_then(|key| self.remembered(key, question));
         let decision = match remembered {
             Some(decision) => {
                 self.hits += 1;
-                decision.clone()
+                decision
             }
             None => {
                 self.misses += 1;
                 let principal = self.principal(snapshot, workload);
                 let decision = snapshot.evaluate(workload, &principal, question);
-                let key = match &decision {
-                    Decision::Allow(_) => key.to_key(),
-                    // What came nearest says which path was asked for.
-                    Decision::Deny(_) => key.with_the_path_itself(question).to_key(),
-                };
-                self.decisions.insert(key, decision.clone());
+                if let Some(key) = key {
+                    let key = match &decision {
+                        Decision::Allow(_) => key.to_key(),
+                        // What came nearest says which path was asked for.
+                        Decision::Deny(_) => key.with_the_path_itself(question).to_key(),
+                    };
+                    self.decisions.insert(key, decision.clone());
+                }
                 decision
             }
         };
@@ -117,6 +117,13 @@ impl DecisionCache {
         self.decisions.is_empty()
     }
 
+    fn remembered(&self, key: &KeyView<'_>, question: &Question<'_>) -> Option<Decision> {
+        self.decisions
+            .get(key)
+            .or_else(|| self.decisions.get(&key.with_the_path_itself(question)))
+            .cloned()
+    }
+
     fn principal(
         &mut self,
         snapshot: &PolicySnapshot,
@@ -142,20 +149,26 @@ impl Default for DecisionCache {
 
 /// Everything that the decision depends on, in full. The generation stands for the workload's attributes;
 /// of the request and the time only what the slice reads is there.
-#[derive(Debug, PartialEq, Eq, Hash)]
+#[derive(Debug, PartialEq, Eq)]
 struct Key {
-    generation: Generation,
-    action: Action,
-    resource_type: ResourceType,
-    resource: String,
-    destination: Option<String>,
-    has_request: bool,
-    ambiguous: bool,
+    plain: Plain,
+    destination: Option<Arc<str>>,
     method: Option<Method>,
     path: PathKey<String>,
+    scopes: Option<Arc<[String]>>,
+    audience: Option<Arc<str>>,
+}
+
+/// The part of a key that is copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Plain {
+    generation: Generation,
+    action: Action,
+    /// Its number in the engine.
+    resource: usize,
+    has_request: bool,
+    ambiguous: bool,
     safe: Option<bool>,
-    scopes: Vec<String>,
-    audience: Option<String>,
     second: Option<u64>,
     local: Option<(i8, i8)>,
     expired: usize,
@@ -172,15 +185,11 @@ enum PathKey<Path> {
 }
 
 impl<'a> PathKey<&'a str> {
-    fn new(read: &PathRead, path: &'a str) -> Self {
-        match read {
-            PathRead::Unread => Self::Nothing,
-            PathRead::Matched(patterns) if patterns.len() <= u64::BITS as usize => {
-                Self::Outcomes(patterns.iter().fold(0, |outcomes, pattern| {
-                    outcomes << 1 | u64::from(pattern.matches(path))
-                }))
-            }
-            PathRead::Matched(_) | PathRead::Whole => Self::Whole(path),
+    fn new(slice: &Slice, path: &'a str) -> Self {
+        match (&slice.path_patterns, &slice.reads.path) {
+            (Some(patterns), _) => Self::Outcomes(patterns.matching(path)),
+            (None, PathRead::Unread) => Self::Nothing,
+            (None, PathRead::Matched(_) | PathRead::Whole) => Self::Whole(path),
         }
     }
 
@@ -203,69 +212,81 @@ impl PathKey<String> {
     }
 }
 
-/// A [`Key`] that borrows: the hit path allocates nothing. Fields are in the order of [`Key`], so that both hash alike.
-#[derive(Debug, Clone, Hash)]
+impl Key {
+    fn view(&self) -> KeyView<'_> {
+        KeyView {
+            plain: self.plain,
+            destination: self.destination.as_ref(),
+            method: self.method.as_ref(),
+            path: self.path.borrowed(),
+            scopes: self.scopes.as_ref(),
+            audience: self.audience.as_ref(),
+        }
+    }
+}
+
+impl Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.view().hash(state);
+    }
+}
+
+/// A [`Key`] that borrows: the hit path allocates nothing.
+#[derive(Debug, Clone)]
 struct KeyView<'a> {
-    generation: Generation,
-    action: Action,
-    resource_type: ResourceType,
-    resource: &'a str,
-    destination: Option<&'a str>,
-    has_request: bool,
-    ambiguous: bool,
+    plain: Plain,
+    destination: Option<&'a Arc<str>>,
     method: Option<&'a Method>,
     path: PathKey<&'a str>,
-    safe: Option<bool>,
-    scopes: &'a [String],
-    audience: Option<&'a str>,
-    second: Option<u64>,
-    local: Option<(i8, i8)>,
-    expired: usize,
+    scopes: Option<&'a Arc<[String]>>,
+    audience: Option<&'a Arc<str>>,
 }
 
 impl<'a> KeyView<'a> {
+    /// `None` for a resource that is not in the engine's configuration: it has no number.
     fn new(
-        snapshot: &PolicySnapshot,
+        engine: &PolicyEngine,
         workload: &AttestedWorkload,
         question: &Question<'a>,
-    ) -> Self {
-        let engine = snapshot.engine();
-        let (resource_type, resource) = question.resource.identity();
-        let (scopes, audience) = question.resource.asked();
-        let slice = engine.slice(question);
-        let reads = slice.map(|slice| &slice.reads);
-        let read = |flag: fn(&super::reads::Reads) -> bool| reads.is_some_and(flag);
+    ) -> Option<Self> {
+        let (resource, slice) = engine.applicable(question)?;
+        let (scopes, audience) = match question.resource {
+            Resource::Credential {
+                scopes, audience, ..
+            } => (Some(scopes), audience),
+            Resource::Destination(_) | Resource::Unmatched => (None, None),
+        };
+        let reads = &slice.reads;
         let request = question.request;
-        Self {
-            generation: workload.generation(),
-            action: question.action,
-            resource_type,
-            resource,
-            destination: question.destination.map(|destination| &*destination.name),
-            has_request: request.is_some(),
-            ambiguous: read(|reads| reads.path.is_read())
-                && request.is_some_and(|request| request.path.is_ambiguous()),
-            method: request
-                .filter(|_| read(|reads| reads.method))
-                .map(|request| &request.method),
-            path: match (reads, request) {
-                (Some(reads), Some(request)) => PathKey::new(&reads.path, request.path.as_str()),
-                _ => PathKey::Nothing,
+        let seconds = || {
+            let since = question.wall.duration_since(UNIX_EPOCH);
+            since.map_or(0, |since| since.as_secs())
+        };
+        Some(Self {
+            plain: Plain {
+                generation: workload.generation(),
+                action: question.action,
+                resource: resource.number,
+                has_request: request.is_some(),
+                ambiguous: reads.path.is_read()
+                    && request.is_some_and(|request| request.path.is_ambiguous()),
+                safe: request
+                    .filter(|_| reads.safe)
+                    .map(|request| request.is_safe()),
+                second: reads.time.then(seconds),
+                local: reads.local.then(|| engine.local_time(question.wall)),
+                expired: slice.expired(question.wall),
             },
-            safe: request
-                .filter(|_| read(|reads| reads.safe))
-                .map(|request| request.is_safe()),
+            destination: question.destination.map(|destination| &destination.name),
+            method: request
+                .filter(|_| reads.method)
+                .map(|request| &request.method),
+            path: request.map_or(PathKey::Nothing, |request| {
+                PathKey::new(slice, request.path.as_str())
+            }),
             scopes,
             audience,
-            second: read(|reads| reads.time).then(|| {
-                question
-                    .wall
-                    .duration_since(UNIX_EPOCH)
-                    .map_or(0, |since| since.as_secs())
-            }),
-            local: read(|reads| reads.local).then(|| engine.local_time(question.wall)),
-            expired: slice.map_or(0, |slice| slice.expired(question.wall)),
-        }
+        })
     }
 
     /// The same, where the path is read, with the path instead of what it matches.
@@ -279,41 +300,43 @@ impl<'a> KeyView<'a> {
 
     fn to_key(&self) -> Key {
         Key {
-            generation: self.generation,
-            action: self.action,
-            resource_type: self.resource_type,
-            resource: self.resource.to_owned(),
-            destination: self.destination.map(str::to_owned),
-            has_request: self.has_request,
-            ambiguous: self.ambiguous,
+            plain: self.plain,
+            destination: self.destination.cloned(),
             method: self.method.cloned(),
             path: self.path.to_owned(),
-            safe: self.safe,
-            scopes: self.scopes.to_vec(),
-            audience: self.audience.map(str::to_owned),
-            second: self.second,
-            local: self.local,
-            expired: self.expired,
+            scopes: self.scopes.cloned(),
+            audience: self.audience.cloned(),
         }
+    }
+}
+
+impl Hash for KeyView<'_> {
+    /// Hashes what takes many values. Keys that differ in the rest only are told apart by comparison.
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.plain.generation.hash(state);
+        self.plain.resource.hash(state);
+        self.plain.second.hash(state);
+        self.destination.hash(state);
+        self.method.hash(state);
+        self.path.hash(state);
+        self.scopes.hash(state);
+        self.audience.hash(state);
     }
 }
 
 impl Equivalent<Key> for KeyView<'_> {
     fn equivalent(&self, key: &Key) -> bool {
-        self.generation == key.generation
-            && self.action == key.action
-            && self.resource_type == key.resource_type
-            && self.resource == key.resource
-            && self.destination == key.destination.as_deref()
-            && self.has_request == key.has_request
-            && self.ambiguous == key.ambiguous
+        let asks_for_the_same = match (self.scopes, &key.scopes) {
+            // Those of a configuration are the same list.
+            (Some(asked), Some(known)) => Arc::ptr_eq(asked, known) || asked == known,
+            (None, None) => true,
+            _ => false,
+        };
+        self.plain == key.plain
+            && self.destination == key.destination.as_ref()
             && self.method == key.method.as_ref()
             && self.path == key.path.borrowed()
-            && self.safe == key.safe
-            && self.scopes == key.scopes
-            && self.audience == key.audience.as_deref()
-            && self.second == key.second
-            && self.local == key.local
-            && self.expired == key.expired
+            && asks_for_the_same
+            && self.audience == key.audience.as_ref()
     }
 }

@@ -12,13 +12,15 @@ use countersign_attestors::{AttributeDeclaration, FailureKind, WorkloadFacts};
 use foldhash::fast::RandomState;
 use jiff::tz::TimeZone;
 
+use super::compiled::{CompiledPolicy, World};
 use super::decision::{Decision, Denial, DenialKind, Permission};
-use super::principal::{PARENT_ATTRIBUTES, Principal, REPOSITORY_ATTRIBUTE, uid, workload_uid};
+use super::pattern::Patterns;
+use super::principal::{Principal, PrincipalModel, uid, workload_uid};
 use super::question::{Action, Question, Resource, ResourceType, UNMATCHED};
-use super::reads::Reads;
+use super::reads::{PathRead, Reads};
 use super::source::{self, ParsedPolicy, PolicyFile};
 use super::{conditions, load, schema};
-use crate::config::{Config, EnvironmentRule, TemplatePart, TokenSource};
+use crate::config::{Config, TemplatePart, TokenSource};
 use crate::diagnostics::{Diagnostics, position};
 
 /// `environment` of a resource whose configuration does not say.
@@ -32,14 +34,13 @@ const NO_ISSUER: &str = "oidc";
 pub struct PolicyEngine {
     version: Arc<str>,
     pub(super) policies: Vec<Arc<LoadedPolicy>>,
-    by_id: HashMap<PolicyId, Arc<LoadedPolicy>>,
     pub(super) credentials: LoadedResources,
     pub(super) destinations: LoadedResources,
-    environments: Vec<EnvironmentRule>,
-    repository_hosts: BTreeMap<String, String>,
+    principals: PrincipalModel,
     issuer_groups: BTreeSet<String>,
     attributes_read: BTreeSet<(String, String)>,
-    declared: BTreeMap<String, BTreeSet<String>>,
+    /// `(group, attribute)` that policies read, in order: [`LoadedPolicy::attributes`] are places in it.
+    attributes: Vec<(String, String)>,
     time_zone: TimeZone,
     schema_text: String,
     authorizer: Authorizer,
@@ -55,6 +56,10 @@ pub(super) struct LoadedPolicy {
     pub(super) policy: Policy,
     pub(super) json: serde_json::Value,
     pub(super) reads: Reads,
+    /// Places in [`PolicyEngine::attributes`].
+    attributes: Vec<usize>,
+    /// `None` where Cedar has to evaluate it.
+    pub(super) compiled: Option<CompiledPolicy>,
     pub(super) max_lifetime: Option<Duration>,
     pub(super) scopes: Option<BTreeSet<String>>,
     pub(super) expires: Option<SystemTime>,
@@ -67,6 +72,11 @@ pub(super) type LoadedResources = HashMap<String, LoadedResource, RandomState>;
 
 #[derive(Debug)]
 pub(super) struct LoadedResource {
+    /// Tells it from the engine's others.
+    pub(super) number: usize,
+    pub(super) environment: String,
+    /// The names of its `CredentialGroup`s.
+    pub(super) groups: Vec<String>,
     entity: Entity,
     pub(super) slices: BTreeMap<Action, Arc<Slice>>,
 }
@@ -74,15 +84,19 @@ pub(super) struct LoadedResource {
 /// The policies that can apply to one resource and action.
 #[derive(Debug)]
 pub(super) struct Slice {
+    /// In the order of their names.
     pub(super) policies: Vec<Arc<LoadedPolicy>>,
     pub(super) reads: Reads,
+    /// What the path is compared with, where nothing else is done with it.
+    pub(super) path_patterns: Option<Patterns>,
     set: PolicySet,
     /// `@expires` of its policies, in order.
     expiries: Vec<SystemTime>,
 }
 
 impl Slice {
-    fn new(policies: Vec<Arc<LoadedPolicy>>) -> Self {
+    fn new(mut policies: Vec<Arc<LoadedPolicy>>) -> Self {
+        policies.sort_by(|one, other| one.id.cmp(&other.id));
         let mut reads = Reads::default();
         for policy in &policies {
             reads.add(&policy.reads);
@@ -94,6 +108,10 @@ impl Slice {
         expiries.sort();
         Self {
             set: set_of(policies.iter()),
+            path_patterns: match &reads.path {
+                PathRead::Matched(patterns) => Patterns::new(patterns.clone()),
+                PathRead::Unread | PathRead::Whole => None,
+            },
             reads,
             expiries,
             policies,
@@ -111,11 +129,46 @@ impl Slice {
             .iter()
             .filter(move |policy| policy.expires.is_none_or(|expires| now < expires))
     }
+
+    /// The policies that decide, in the order of their names: the satisfied forbids or, where there is none,
+    /// the satisfied permits. `None` where Cedar has to say: a policy is not compiled, or fails.
+    pub(super) fn decide(
+        &self,
+        world: &World<'_>,
+        now: SystemTime,
+    ) -> Option<Vec<&Arc<LoadedPolicy>>> {
+        let mut satisfied = Vec::new();
+        for policy in self.in_force(now) {
+            if policy.compiled.as_ref()?.is_satisfied(world).ok()? {
+                satisfied.push(policy);
+            }
+        }
+        if satisfied.iter().any(|policy| !policy.is_permit) {
+            satisfied.retain(|policy| !policy.is_permit);
+        }
+        Some(satisfied)
+    }
+
+    /// Those of its policies with these ids.
+    fn with_ids<'a>(&self, ids: impl IntoIterator<Item = &'a PolicyId>) -> Vec<&Arc<LoadedPolicy>> {
+        let ids: HashSet<&PolicyId> = ids.into_iter().collect();
+        self.policies
+            .iter()
+            .filter(|policy| ids.contains(policy.policy.id()))
+            .collect()
+    }
 }
 
 fn set_of<'a>(policies: impl Iterator<Item = &'a Arc<LoadedPolicy>>) -> PolicySet {
     // INVARIANT (unique ids): `load` refuses a set in which two policies have one id.
     PolicySet::from_policies(policies.map(|policy| policy.policy.clone())).unwrap_or_default()
+}
+
+/// Policies that could not be evaluated.
+struct Failed<'a> {
+    policies: Vec<&'a Arc<LoadedPolicy>>,
+    /// Cedar's words.
+    detail: String,
 }
 
 /// A question in Cedar's form.
@@ -155,38 +208,36 @@ impl PolicyEngine {
         files: &[PolicyFile],
         parsed: Vec<ParsedPolicy>,
     ) -> Self {
+        let principals = PrincipalModel::new(config, declarations);
+        let reads: Vec<Reads> = parsed
+            .iter()
+            .map(|parsed| Reads::of_policy(&parsed.json))
+            .collect();
+        let attributes: BTreeSet<(String, String)> = reads
+            .iter()
+            .flat_map(|reads| principals.attributes_of(reads))
+            .map(owned)
+            .collect();
+        let attributes = Vec::from_iter(attributes);
+        let places = |reads: &Reads| {
+            principals
+                .attributes_of(reads)
+                .into_iter()
+                .filter_map(|attribute| attributes.binary_search(&owned(attribute)).ok())
+                .collect()
+        };
         let policies: Vec<Arc<LoadedPolicy>> = parsed
             .into_iter()
-            .map(|parsed| Arc::new(LoadedPolicy::new(parsed, files)))
-            .collect();
-        let declared: BTreeMap<String, BTreeSet<String>> = schema::by_group(declarations)
-            .into_iter()
-            .map(|(group, attributes)| {
-                (
-                    group.to_owned(),
-                    attributes.into_keys().map(str::to_owned).collect(),
-                )
+            .zip(reads)
+            .map(|(parsed, reads)| {
+                let places = places(&reads);
+                Arc::new(LoadedPolicy::new(parsed, files, reads, places))
             })
             .collect();
         let mut engine = Self {
             version: version_of(files),
-            by_id: policies
-                .iter()
-                .map(|policy| (policy.policy.id().clone(), Arc::clone(policy)))
-                .collect(),
             credentials: LoadedResources::default(),
             destinations: LoadedResources::default(),
-            environments: config.environments.clone(),
-            repository_hosts: config
-                .attestors
-                .oidc_issuers
-                .iter()
-                .filter(|issuer| issuer.claims.contains_key(REPOSITORY_ATTRIBUTE))
-                .filter_map(|issuer| {
-                    let host = issuer.issuer.url().host_str()?;
-                    Some((issuer.name.clone(), host.to_owned()))
-                })
-                .collect(),
             issuer_groups: config
                 .attestors
                 .oidc_issuers
@@ -194,7 +245,6 @@ impl PolicyEngine {
                 .map(|issuer| issuer.name.clone())
                 .collect(),
             attributes_read: BTreeSet::new(),
-            declared,
             // The node's is looked for among hundreds of files.
             time_zone: match policies.iter().any(|policy| policy.reads.local) {
                 true => TimeZone::system(),
@@ -202,6 +252,8 @@ impl PolicyEngine {
             },
             schema_text: schema::text(declarations),
             authorizer: Authorizer::new(),
+            principals,
+            attributes,
             policies,
         };
         (engine.credentials, engine.destinations) = engine.slices(config);
@@ -214,6 +266,7 @@ impl PolicyEngine {
         let mut shared: HashMap<Vec<usize>, Arc<Slice>> = HashMap::new();
         let mut credentials = LoadedResources::default();
         let mut destinations = LoadedResources::default();
+        let mut number = 0;
         let mut add = |resource_type: ResourceType,
                        name: &str,
                        environment: Option<&str>,
@@ -253,7 +306,12 @@ impl PolicyEngine {
                     (*action, Arc::clone(slice))
                 })
                 .collect();
+            let environment = environment.unwrap_or(UNKNOWN_RESOURCE_ENVIRONMENT);
+            number += 1;
             let resource = LoadedResource {
+                number,
+                environment: environment.to_owned(),
+                groups: groups.to_vec(),
                 entity: resource_entity(resource_uid, name, environment, ancestors),
                 slices,
             };
@@ -291,18 +349,8 @@ impl PolicyEngine {
     }
 
     fn all_attributes_read(&self, config: &Config) -> BTreeSet<(String, String)> {
-        let mut read = BTreeSet::new();
-        for policy in &self.policies {
-            read.extend(self.attributes_of(&policy.reads).into_iter().map(owned));
-        }
-        let whole_name = |attribute: &String| {
-            attribute
-                .split_once('.')
-                .map(|(group, name)| (group.to_owned(), name.to_owned()))
-        };
-        for rule in &self.environments {
-            read.extend(rule.when.keys().filter_map(whole_name));
-        }
+        let mut read = BTreeSet::from_iter(self.attributes.iter().cloned());
+        read.extend(self.principals.attributes_of_environments().map(owned));
         for credential in &config.credentials {
             let TokenSource::OauthClientCredentials(settings) = &credential.source;
             let templates =
@@ -350,7 +398,7 @@ impl PolicyEngine {
         question: &Question<'_>,
     ) -> BTreeSet<(String, String)> {
         self.slice(question)
-            .map(|slice| self.attributes_of(&slice.reads))
+            .map(|slice| self.principals.attributes_of(&slice.reads))
             .unwrap_or_default()
             .into_iter()
             .map(owned)
@@ -363,15 +411,11 @@ impl PolicyEngine {
 
     /// `principal.environment` of a workload.
     pub fn environment(&self, facts: &WorkloadFacts) -> Arc<str> {
-        super::principal::environment_of(facts, &self.environments)
+        self.principals.environment_of(facts)
     }
 
-    pub(super) fn environments(&self) -> &[EnvironmentRule] {
-        &self.environments
-    }
-
-    pub(super) fn repository_hosts(&self) -> &BTreeMap<String, String> {
-        &self.repository_hosts
+    pub(super) fn principals(&self) -> &PrincipalModel {
+        &self.principals
     }
 
     /// Decides. Pure: the same facts and question have the same answer; revocations and liveness are
@@ -399,10 +443,14 @@ impl PolicyEngine {
 
     /// The policies that can apply; `None` for a resource that is not in this configuration.
     pub(super) fn slice(&self, question: &Question<'_>) -> Option<&Slice> {
-        self.resource(question)?
-            .slices
-            .get(&question.action)
-            .map(AsRef::as_ref)
+        self.applicable(question).map(|(_, slice)| slice)
+    }
+
+    /// The resource and the policies that can apply; `None` for one that is not in this configuration.
+    pub(super) fn applicable(&self, question: &Question<'_>) -> Option<(&LoadedResource, &Slice)> {
+        let resource = self.resource(question)?;
+        let slice = resource.slices.get(&question.action)?;
+        Some((resource, slice))
     }
 
     fn resource(&self, question: &Question<'_>) -> Option<&LoadedResource> {
@@ -429,7 +477,7 @@ impl PolicyEngine {
                 attributes_read,
             }))
         };
-        let Some(slice) = self.slice(question) else {
+        let Some((resource, slice)) = self.applicable(question) else {
             return deny(DenialKind::NoPermit, &[]);
         };
         if let Some(kind) = self.lacks_evidence(facts, question) {
@@ -449,10 +497,75 @@ impl PolicyEngine {
             };
             return deny(kind, &[]);
         }
-        let prepared = match self.prepare(facts, principal, question, &slice.reads) {
-            Ok(prepared) => prepared,
-            Err(detail) => return deny(DenialKind::EvaluationError { detail }, &[]),
+        let world = World::new(self, facts, principal, question, resource);
+        let decided = match slice.decide(&world, question.wall) {
+            Some(deciding) => Ok(deciding),
+            None => self.decide_by_cedar(facts, principal, question, slice),
         };
+        let deciding = match decided {
+            Ok(deciding) => deciding,
+            Err(Failed { policies, detail }) => {
+                return deny(DenialKind::EvaluationError { detail }, &policies);
+            }
+        };
+        if deciding.first().is_some_and(|policy| policy.is_permit) {
+            return match permission(&deciding, question, principal) {
+                Some(mut permission) => {
+                    permission.attributes_read = self.values_read(facts, &deciding);
+                    permission.valid_until = permission
+                        .valid_until
+                        .into_iter()
+                        .chain(self.same_time_until(&slice.reads, question.wall))
+                        .min();
+                    Decision::Allow(Arc::new(permission))
+                }
+                None => deny(DenialKind::NoPermit, &[]),
+            };
+        }
+        match self.missing_evidence(facts, slice, &deciding, question.wall) {
+            Some(kind) => deny(kind, &deciding),
+            None if !deciding.is_empty() => deny(DenialKind::Forbidden, &deciding),
+            None => {
+                let prepared = match self.prepare(facts, principal, question, &slice.reads) {
+                    Ok(prepared) => prepared,
+                    Err(detail) => return deny(DenialKind::EvaluationError { detail }, &[]),
+                };
+                let nearest = conditions::nearest_miss(slice, &prepared, question);
+                let read: Vec<&Arc<LoadedPolicy>> = slice
+                    .policies
+                    .iter()
+                    .filter(|policy| {
+                        nearest
+                            .as_ref()
+                            .is_some_and(|miss| miss.policy == policy.id)
+                    })
+                    .collect();
+                Decision::Deny(Arc::new(Denial {
+                    kind: DenialKind::NoPermit,
+                    policies: Arc::default(),
+                    policy_version: Arc::clone(&self.version),
+                    attributes_read: self.values_read(facts, &read),
+                    nearest,
+                    environment: Arc::clone(&principal.environment),
+                }))
+            }
+        }
+    }
+
+    /// As [`Slice::decide`], by Cedar.
+    fn decide_by_cedar<'a>(
+        &self,
+        facts: &WorkloadFacts,
+        principal: &Principal,
+        question: &Question<'_>,
+        slice: &'a Slice,
+    ) -> Result<Vec<&'a Arc<LoadedPolicy>>, Failed<'a>> {
+        let prepared = self
+            .prepare(facts, principal, question, &slice.reads)
+            .map_err(|detail| Failed {
+                policies: Vec::new(),
+                detail,
+            })?;
         let unexpired;
         let set = match slice.expired(question.wall) {
             0 => &slice.set,
@@ -476,46 +589,12 @@ impl PolicyEngine {
             }
             detail.push_str(&source::sentence(&error.to_string()));
         }
-        if !failed.is_empty() {
-            let failed = self.by_name(failed);
-            return deny(DenialKind::EvaluationError { detail }, &failed);
-        }
-
-        let deciding = self.by_name(response.diagnostics().reason());
-        match response.decision() {
-            cedar_policy::Decision::Allow => match permission(&deciding, question, principal) {
-                Some(mut permission) => {
-                    permission.attributes_read = self.values_read(facts, &deciding);
-                    permission.valid_until = permission
-                        .valid_until
-                        .into_iter()
-                        .chain(self.same_time_until(&slice.reads, question.wall))
-                        .min();
-                    Decision::Allow(Arc::new(permission))
-                }
-                None => deny(DenialKind::NoPermit, &[]),
-            },
-            cedar_policy::Decision::Deny => {
-                match self.missing_evidence(facts, slice, &deciding, question.wall) {
-                    Some(kind) => deny(kind, &deciding),
-                    None if !deciding.is_empty() => deny(DenialKind::Forbidden, &deciding),
-                    None => {
-                        let nearest = conditions::nearest_miss(slice, &prepared, question);
-                        Decision::Deny(Arc::new(Denial {
-                            kind: DenialKind::NoPermit,
-                            policies: Arc::default(),
-                            policy_version: Arc::clone(&self.version),
-                            attributes_read: nearest
-                                .as_ref()
-                                .and_then(|miss| self.by_id.get(&PolicyId::new(&*miss.policy)))
-                                .map(|policy| self.values_read(facts, &[policy]))
-                                .unwrap_or_default(),
-                            nearest,
-                            environment: Arc::clone(&principal.environment),
-                        }))
-                    }
-                }
-            }
+        match failed.is_empty() {
+            true => Ok(slice.with_ids(response.diagnostics().reason())),
+            false => Err(Failed {
+                policies: slice.with_ids(failed),
+                detail,
+            }),
         }
     }
 
@@ -536,7 +615,7 @@ impl PolicyEngine {
                 .get(&*destination.name)
                 .filter(|found| found.entity.uid() != resource.entity.uid())
         });
-        let workload = principal.entity.clone()?;
+        let workload = principal.entity(facts).clone()?;
         let entities = Entities::from_entities(
             [workload, resource.entity.clone()]
                 .into_iter()
@@ -692,82 +771,25 @@ impl PolicyEngine {
                         .groups
                         .get(group)
                         .is_none_or(|established| established.is_empty())
-                        && self.reads_group(reads, group)
+                        && self.principals.reads_group(reads, group)
                 })
             })
             .map(|failed| failed.name.clone())
             .collect()
     }
 
-    /// Whether a group is read, also by way of the environment or of a parent.
-    fn reads_group(&self, reads: &Reads, group: &str) -> bool {
-        reads.reads_group(group)
-            || (reads.labels && group == super::principal::LABELS)
-            || (reads.environment
-                && self.environments.iter().any(|rule| {
-                    rule.when.keys().any(|attribute| {
-                        attribute
-                            .split_once('.')
-                            .is_some_and(|(known, _)| known == group)
-                    })
-                }))
-            || (reads.parents
-                && (PARENT_ATTRIBUTES
-                    .iter()
-                    .any(|(_, known, _)| *known == group)
-                    || self.repository_hosts.contains_key(group)))
-    }
-
-    /// `(group, attribute)` that are read, also by way of the environment, a parent, or a group as a whole.
-    fn attributes_of<'a>(&'a self, reads: &'a Reads) -> BTreeSet<(&'a str, &'a str)> {
-        let mut attributes: BTreeSet<(&str, &str)> = reads
-            .attributes
-            .iter()
-            .map(|(group, name)| (&**group, &**name))
-            .collect();
-        for group in &reads.groups {
-            // `principal has unix && principal.unix.uid == 0` needs the uid only.
-            if !reads.attributes.iter().any(|(known, _)| known == group) {
-                let names = self.declared.get(group).into_iter().flatten();
-                attributes.extend(names.map(|name| (&**group, &**name)));
-            }
-        }
-        if reads.environment {
-            attributes.extend(
-                self.environments
-                    .iter()
-                    .flat_map(|rule| rule.when.keys())
-                    .filter_map(|attribute| attribute.split_once('.')),
-            );
-        }
-        if reads.parents {
-            for (_, group, names) in PARENT_ATTRIBUTES {
-                let declared = self.declared.get(group);
-                attributes.extend(
-                    names
-                        .iter()
-                        .filter(|name| declared.is_some_and(|declared| declared.contains(**name)))
-                        .map(|name| (group, *name)),
-                );
-            }
-            attributes.extend(
-                self.repository_hosts
-                    .keys()
-                    .map(|group| (&**group, REPOSITORY_ATTRIBUTE)),
-            );
-        }
-        attributes
-    }
-
     /// The established values of what these policies read.
     fn values_read(&self, facts: &WorkloadFacts, policies: &[&Arc<LoadedPolicy>]) -> Arc<[String]> {
-        let attributes: BTreeSet<(&str, &str)> = policies
+        let mut places: Vec<usize> = policies
             .iter()
-            .flat_map(|policy| self.attributes_of(&policy.reads))
+            .flat_map(|policy| policy.attributes.iter().copied())
             .collect();
-        attributes
+        places.sort_unstable();
+        places.dedup();
+        places
             .into_iter()
-            .filter_map(|(group, name)| {
+            .filter_map(|place| {
+                let (group, name) = self.attributes.get(place)?;
                 let value = facts.attribute(group, name)?;
                 Some(format!("{group}.{name}={value}"))
             })
@@ -787,7 +809,8 @@ impl PolicyEngine {
             self.issuer_groups
                 .iter()
                 .filter(|group| {
-                    !facts.groups.contains_key(*group) && self.reads_group(&policy.reads, group)
+                    !facts.groups.contains_key(*group)
+                        && self.principals.reads_group(&policy.reads, group)
                 })
                 .cloned()
                 .collect::<BTreeSet<String>>()
@@ -811,20 +834,15 @@ impl PolicyEngine {
             issuers: issuers.into_iter().collect(),
         })
     }
-
-    /// The policies with these ids, in the order of their names.
-    fn by_name<'a>(&self, ids: impl IntoIterator<Item = &'a PolicyId>) -> Vec<&Arc<LoadedPolicy>> {
-        let mut policies: Vec<_> = ids
-            .into_iter()
-            .filter_map(|id| self.by_id.get(id))
-            .collect();
-        policies.sort_by(|one, other| one.id.cmp(&other.id));
-        policies
-    }
 }
 
 impl LoadedPolicy {
-    fn new(parsed: ParsedPolicy, files: &[PolicyFile]) -> Self {
+    fn new(
+        parsed: ParsedPolicy,
+        files: &[PolicyFile],
+        reads: Reads,
+        attributes: Vec<usize>,
+    ) -> Self {
         let text = files
             .iter()
             .find(|file| file.path == parsed.path)
@@ -834,7 +852,9 @@ impl LoadedPolicy {
             id: Arc::from(parsed.id()),
             location: format!("{}:{}:{}", parsed.path.display(), place.line, place.column),
             is_permit: parsed.is_permit(),
-            reads: Reads::of_policy(&parsed.json),
+            reads,
+            attributes,
+            compiled: CompiledPolicy::of(&parsed.json),
             policy: parsed.policy,
             json: parsed.json,
             max_lifetime: parsed.max_lifetime,
@@ -945,16 +965,13 @@ fn covers_resource(
 fn resource_entity(
     uid: EntityUid,
     name: &str,
-    environment: Option<&str>,
+    environment: &str,
     parents: HashSet<EntityUid>,
 ) -> Entity {
     let text = |text: &str| RestrictedExpression::new_string(text.to_owned());
     let attributes = HashMap::from([
         ("name".to_owned(), text(name)),
-        (
-            "environment".to_owned(),
-            text(environment.unwrap_or(UNKNOWN_RESOURCE_ENVIRONMENT)),
-        ),
+        ("environment".to_owned(), text(environment)),
     ]);
     match Entity::new(uid, attributes, parents) {
         Ok(entity) => entity,
@@ -962,7 +979,8 @@ fn resource_entity(
     }
 }
 
-fn weekday_name(monday_is_one: i8) -> &'static str {
+/// As policies have it; Monday is 1.
+pub(super) fn weekday_name(monday_is_one: i8) -> &'static str {
     match monday_is_one {
         1 => "monday",
         2 => "tuesday",

@@ -7,6 +7,7 @@
 
 mod cache;
 pub mod cases;
+mod compiled;
 mod conditions;
 mod decision;
 pub mod described;

@@ -56,6 +56,55 @@ impl Pattern {
     }
 }
 
+/// Several patterns that a text is compared with at once.
+#[derive(Debug)]
+pub(super) struct Patterns {
+    /// In order, each with the place of the last one before it that its own beginning begins with.
+    patterns: Vec<(Pattern, Option<usize>)>,
+}
+
+impl Patterns {
+    /// `None` for more than there are bits in what [`matching`](Self::matching) answers.
+    pub(super) fn new(mut patterns: Vec<Pattern>) -> Option<Self> {
+        if patterns.len() > u64::BITS as usize {
+            return None;
+        }
+        patterns.sort();
+        let shorter: Vec<Option<usize>> = patterns
+            .iter()
+            .enumerate()
+            .map(|(place, pattern)| {
+                patterns
+                    .iter()
+                    .take(place)
+                    .rposition(|earlier| pattern.first.starts_with(&earlier.first))
+            })
+            .collect();
+        Some(Self {
+            patterns: patterns.into_iter().zip(shorter).collect(),
+        })
+    }
+
+    /// One bit for each pattern: whether it matches the whole text.
+    pub(super) fn matching(&self, text: &str) -> u64 {
+        // Whatever begins as `text` does is the last pattern that is not after it in order, or what that one
+        // begins with.
+        let mut next = self
+            .patterns
+            .partition_point(|(pattern, _)| *pattern.first <= *text)
+            .checked_sub(1);
+        let mut matching = 0;
+        while let Some(place) = next {
+            let Some((pattern, shorter)) = self.patterns.get(place) else {
+                break;
+            };
+            matching |= u64::from(pattern.matches(text)) << place;
+            next = *shorter;
+        }
+        matching
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use cedar_policy::{Context, EvalResult, Expression, Request, eval_expression};
@@ -92,6 +141,30 @@ mod tests {
         fn a_pattern_matches_what_cedar_says(text in "[a/é]{0,8}", pattern in "[a/é*]{0,6}") {
             prop_assert_eq!(parsed(&pattern).matches(&text), cedar_says(&text, &pattern));
         }
+    }
+
+    proptest! {
+        #[test]
+        fn several_match_as_each_alone(
+            text in "[a/b]{0,6}",
+            patterns in proptest::collection::btree_set("[a/b*]{0,5}", 0..24),
+        ) {
+            let mut patterns: Vec<Pattern> = patterns.iter().map(|pattern| parsed(pattern)).collect();
+            patterns.sort();
+            let together = Patterns::new(patterns.clone()).unwrap().matching(&text);
+            for (place, pattern) in patterns.iter().enumerate() {
+                prop_assert_eq!(together >> place & 1 == 1, pattern.matches(&text), "{:?}", pattern);
+            }
+        }
+    }
+
+    #[test]
+    fn no_more_than_bits_are_matched_together() {
+        let patterns =
+            |count: u32| (0..count).map(|number| Pattern::exactly(&format!("{number:02}")));
+        let most = Patterns::new(patterns(64).collect()).unwrap();
+        assert_eq!(most.matching("63"), 1 << 63);
+        assert!(Patterns::new(patterns(65).collect()).is_none());
     }
 
     #[test]

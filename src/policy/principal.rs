@@ -1,16 +1,18 @@
 //! A workload as policies see it: `Workload::"caller"` with one record per group of attributes.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::{Arc, LazyLock};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, LazyLock, OnceLock};
 
 use cedar_policy::{
     Entity, EntityAttrEvaluationError, EntityId, EntityTypeName, EntityUid, RestrictedExpression,
 };
-use countersign_attestors::{AttributeValue, Attributes, WorkloadFacts};
+use countersign_attestors::{AttributeDeclaration, AttributeValue, Attributes, WorkloadFacts};
 
 use super::engine::PolicyEngine;
+use super::reads::Reads;
 use super::revocations::value_is;
-use crate::config::EnvironmentRule;
+use super::schema;
+use crate::config::{Config, EnvironmentRule};
 
 /// `principal.environment` where no rule matches.
 pub const UNKNOWN_ENVIRONMENT: &str = "unknown";
@@ -18,12 +20,14 @@ pub const UNKNOWN_ENVIRONMENT: &str = "unknown";
 /// The group whose attributes are tags (`principal.getTag("app")`) and not a record.
 pub(super) const LABELS: &str = "labels";
 
-/// A workload's entity. Built once for each attestation and set of policies: it is the costly part of a request.
+/// What a workload is to policies beside its attributes, found once for each attestation and set of policies.
 #[derive(Debug)]
 pub(super) struct Principal {
-    /// `None` if a value could not be made an entity; nothing is permitted to such a workload.
-    pub(super) entity: Result<Entity, String>,
     pub(super) environment: Arc<str>,
+    /// Entity types and ids.
+    pub(super) parents: Vec<(&'static str, String)>,
+    /// Made when Cedar first needs it.
+    entity: OnceLock<Result<Entity, String>>,
 }
 
 impl Principal {
@@ -37,41 +41,167 @@ impl Principal {
         environment: Option<&str>,
         engine: &PolicyEngine,
     ) -> Self {
-        let environment = match environment {
-            Some(environment) => Arc::from(environment),
-            None => environment_of(facts, engine.environments()),
-        };
-        let entity = entity_of(facts, &environment, engine.repository_hosts())
-            .map_err(|error| error.to_string());
+        let model = engine.principals();
         Self {
-            entity,
-            environment,
+            environment: match environment {
+                Some(environment) => Arc::from(environment),
+                None => model.environment_of(facts),
+            },
+            parents: model.parents_of(facts),
+            entity: OnceLock::new(),
         }
+    }
+
+    /// The entity of this workload, whose facts are `facts`; why there is none, if a value could not be made
+    /// one: nothing is permitted to such a workload.
+    pub(super) fn entity(&self, facts: &WorkloadFacts) -> &Result<Entity, String> {
+        self.entity.get_or_init(|| {
+            entity_of(facts, &self.environment, &self.parents).map_err(|error| error.to_string())
+        })
     }
 }
 
-/// The first environment whose attributes all equal, else `unknown`.
-pub(super) fn environment_of(facts: &WorkloadFacts, rules: &[EnvironmentRule]) -> Arc<str> {
-    rules
-        .iter()
-        .find(|rule| {
-            rule.when.iter().all(|(attribute, expected)| {
-                attribute
-                    .split_once('.')
-                    .and_then(|(group, name)| facts.attribute(group, name))
-                    .is_some_and(|actual| value_is(actual, expected))
+/// What makes a workload's environment and its parents, and which attributes it may have.
+#[derive(Debug)]
+pub(super) struct PrincipalModel {
+    environments: Vec<EnvironmentRule>,
+    /// By issuer's name.
+    repository_hosts: BTreeMap<String, String>,
+    /// Attributes by group.
+    declared: BTreeMap<String, BTreeSet<String>>,
+}
+
+impl PrincipalModel {
+    pub(super) fn new(config: &Config, declarations: &[AttributeDeclaration]) -> Self {
+        let issuers = config.attestors.oidc_issuers.iter();
+        Self {
+            environments: config.environments.clone(),
+            repository_hosts: issuers
+                .filter(|issuer| issuer.claims.contains_key(REPOSITORY_ATTRIBUTE))
+                .filter_map(|issuer| {
+                    let host = issuer.issuer.url().host_str()?;
+                    Some((issuer.name.clone(), host.to_owned()))
+                })
+                .collect(),
+            declared: schema::by_group(declarations)
+                .into_iter()
+                .map(|(group, attributes)| {
+                    (
+                        group.to_owned(),
+                        attributes.into_keys().map(str::to_owned).collect(),
+                    )
+                })
+                .collect(),
+        }
+    }
+
+    /// The first environment whose attributes all equal, else `unknown`.
+    pub(super) fn environment_of(&self, facts: &WorkloadFacts) -> Arc<str> {
+        self.environments
+            .iter()
+            .find(|rule| {
+                rule.when.iter().all(|(attribute, expected)| {
+                    attribute
+                        .split_once('.')
+                        .and_then(|(group, name)| facts.attribute(group, name))
+                        .is_some_and(|actual| value_is(actual, expected))
+                })
             })
-        })
-        .map_or_else(
-            || Arc::from(UNKNOWN_ENVIRONMENT),
-            |rule| Arc::from(rule.name.as_str()),
-        )
+            .map_or_else(
+                || Arc::from(UNKNOWN_ENVIRONMENT),
+                |rule| Arc::from(rule.name.as_str()),
+            )
+    }
+
+    /// `(group, attribute)` of the rules that give an environment.
+    pub(super) fn attributes_of_environments(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.environments
+            .iter()
+            .flat_map(|rule| rule.when.keys())
+            .filter_map(|attribute| attribute.split_once('.'))
+    }
+
+    fn parents_of(&self, facts: &WorkloadFacts) -> Vec<(&'static str, String)> {
+        let made_of = |group: &str, names: &[&str]| {
+            names
+                .iter()
+                .map(|name| match facts.attribute(group, name)? {
+                    AttributeValue::String(text) => Some(text.clone()),
+                    AttributeValue::Long(number) => Some(number.to_string()),
+                    AttributeValue::Boolean(_) | AttributeValue::StringSet(_) => None,
+                })
+                .collect::<Option<Vec<String>>>()
+                .map(|parts| parts.join("/"))
+        };
+        PARENT_ATTRIBUTES
+            .iter()
+            .filter_map(|(entity_type, group, names)| Some((*entity_type, made_of(group, names)?)))
+            .chain(self.repository_hosts.iter().filter_map(|(group, host)| {
+                let id = made_of(group, &[REPOSITORY_ATTRIBUTE])?;
+                Some(("Repository", format!("{host}/{id}")))
+            }))
+            .collect()
+    }
+
+    /// Whether a group is read, also by way of the environment or of a parent.
+    pub(super) fn reads_group(&self, reads: &Reads, group: &str) -> bool {
+        reads.reads_group(group)
+            || (reads.labels && group == LABELS)
+            || (reads.environment
+                && self
+                    .attributes_of_environments()
+                    .any(|(known, _)| known == group))
+            || (reads.parents
+                && (PARENT_ATTRIBUTES
+                    .iter()
+                    .any(|(_, known, _)| *known == group)
+                    || self.repository_hosts.contains_key(group)))
+    }
+
+    /// `(group, attribute)` that are read, also by way of the environment, a parent, or a group as a whole.
+    pub(super) fn attributes_of<'a>(&'a self, reads: &'a Reads) -> BTreeSet<(&'a str, &'a str)> {
+        let mut attributes: BTreeSet<(&str, &str)> = reads
+            .attributes
+            .iter()
+            .map(|(group, name)| (&**group, &**name))
+            .collect();
+        for group in &reads.groups {
+            // `principal has unix && principal.unix.uid == 0` needs the uid only.
+            if !reads.attributes.iter().any(|(known, _)| known == group) {
+                let names = self.declared.get(group).into_iter().flatten();
+                attributes.extend(names.map(|name| (&**group, &**name)));
+            }
+        }
+        if reads.environment {
+            attributes.extend(self.attributes_of_environments());
+        }
+        if reads.parents {
+            for (_, group, names) in PARENT_ATTRIBUTES {
+                let declared = self.declared.get(group);
+                attributes.extend(
+                    names
+                        .iter()
+                        .filter(|name| declared.is_some_and(|declared| declared.contains(**name)))
+                        .map(|name| (group, *name)),
+                );
+            }
+            attributes.extend(
+                self.repository_hosts
+                    .keys()
+                    .map(|group| (&**group, REPOSITORY_ATTRIBUTE)),
+            );
+        }
+        attributes
+    }
 }
 
 /// The uid of every workload: policies must not name one, since it says nothing about who it is.
 pub(super) fn workload_uid() -> EntityUid {
-    uid("Workload", "caller")
+    uid(WORKLOAD.0, WORKLOAD.1)
 }
+
+/// The entity type and the id of [`workload_uid`].
+pub(super) const WORKLOAD: (&str, &str) = ("Workload", "caller");
 
 /// Read once: every decision names several.
 static ENTITY_TYPES: LazyLock<HashMap<&str, EntityTypeName>> = LazyLock::new(|| {
@@ -102,7 +232,7 @@ pub(super) fn uid(entity_type: &'static str, name: &str) -> EntityUid {
 fn entity_of(
     facts: &WorkloadFacts,
     environment: &str,
-    repository_hosts: &BTreeMap<String, String>,
+    parents: &[(&'static str, String)],
 ) -> Result<Entity, EntityAttrEvaluationError> {
     let mut attributes: HashMap<String, RestrictedExpression> = facts
         .groups
@@ -118,7 +248,7 @@ fn entity_of(
     Entity::new_with_tags(
         workload_uid(),
         attributes,
-        parents(facts, repository_hosts),
+        parents.iter().map(|(entity_type, id)| uid(entity_type, id)),
         tags.map(|(name, value)| {
             (
                 name.clone(),
@@ -150,7 +280,7 @@ fn expression(value: &AttributeValue) -> RestrictedExpression {
     }
 }
 
-/// The attributes that a parent of each type is made of; [`parents`] and what a policy with `in` reads agree by it.
+/// The attributes that a parent of each type is made of; [`PrincipalModel::parents_of`] and what a policy with `in` reads agree by it.
 /// No attestor states those of Kubernetes and SPIFFE: the schema keeps their names for the ones that will.
 pub(super) const PARENT_ATTRIBUTES: [(&str, &str, &[&str]); 3] = [
     ("Namespace", "kubernetes", &["cluster", "namespace"]),
@@ -164,28 +294,3 @@ pub(super) const PARENT_ATTRIBUTES: [(&str, &str, &[&str]); 3] = [
 
 /// The claim by which a `Repository` parent is made, with the issuer's host.
 pub(super) const REPOSITORY_ATTRIBUTE: &str = "repository_id";
-
-fn parents(
-    facts: &WorkloadFacts,
-    repository_hosts: &BTreeMap<String, String>,
-) -> HashSet<EntityUid> {
-    let made_of = |group: &str, names: &[&str]| {
-        names
-            .iter()
-            .map(|name| match facts.attribute(group, name)? {
-                AttributeValue::String(text) => Some(text.clone()),
-                AttributeValue::Long(number) => Some(number.to_string()),
-                AttributeValue::Boolean(_) | AttributeValue::StringSet(_) => None,
-            })
-            .collect::<Option<Vec<String>>>()
-            .map(|parts| parts.join("/"))
-    };
-    PARENT_ATTRIBUTES
-        .iter()
-        .filter_map(|(entity_type, group, names)| Some(uid(entity_type, &made_of(group, names)?)))
-        .chain(repository_hosts.iter().filter_map(|(group, host)| {
-            let id = made_of(group, &[REPOSITORY_ATTRIBUTE])?;
-            Some(uid("Repository", &format!("{host}/{id}")))
-        }))
-        .collect()
-}

@@ -58,7 +58,7 @@ pub(super) enum PathRead {
 impl PathRead {
     /// Whether it is read.
     pub(super) fn is_read(&self) -> bool {
-        *self != Self::Unread
+        !matches!(self, Self::Unread)
     }
 
     fn add(&mut self, other: &Self) {
@@ -335,7 +335,8 @@ fn comparison(operands: &Value) -> Option<(&Value, Pattern)> {
     Some((left, pattern))
 }
 
-fn names_of(attribute: Option<&Value>) -> Option<Vec<String>> {
+/// The names that `has` asks for.
+pub(super) fn names_of(attribute: Option<&Value>) -> Option<Vec<String>> {
     match attribute? {
         Value::String(name) => Some(vec![name.clone()]),
         Value::Array(names) => names
