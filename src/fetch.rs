@@ -14,7 +14,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -203,7 +203,23 @@ impl FetchClient {
         }
     }
 
-    /// `GET url`, with [`Self::send`]'s bounds; once more where a kept connection broke.
+    /// As [`Self::send`], and once more where a kept connection broke: for a request that may be taken twice.
+    pub async fn send_repeatable(
+        &self,
+        request: Request<Bytes>,
+        timeout: Duration,
+    ) -> Result<Answer, FetchFailure> {
+        let began = Instant::now();
+        match self.send(request.clone(), timeout).await {
+            Err(failure) if failure.kind == FetchFailureKind::KeptConnectionBroke => {
+                let left = timeout.saturating_sub(began.elapsed());
+                self.send(request, left).await
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// `GET url`, with [`Self::send_repeatable`]'s bounds.
     pub async fn get(&self, url: &Url, timeout: Duration) -> Result<Answer, FetchFailure> {
         let request = Request::builder()
             .method(Method::GET)
@@ -212,12 +228,7 @@ impl FetchClient {
             .header(http::header::USER_AGENT, USER_AGENT)
             .body(Bytes::new())
             .map_err(|error| FetchFailure::new(FetchFailureKind::NotAllowed, error.to_string()))?;
-        match self.send(request.clone(), timeout).await {
-            Err(failure) if failure.kind == FetchFailureKind::KeptConnectionBroke => {
-                self.send(request, timeout).await
-            }
-            outcome => outcome,
-        }
+        self.send_repeatable(request, timeout).await
     }
 }
 
@@ -335,6 +346,10 @@ fn build_client(
         .timer(TokioTimer::new())
         .pool_timer(TokioTimer::new())
         .pool_idle_timeout(CONNECTION_KEPT)
+        .pool_max_idle_per_host(1)
+        // One that many share is never idle: where it is dead, who waits on it need not wait for TCP to tell.
+        .http2_keep_alive_interval(CONNECTION_KEPT)
+        .http2_keep_alive_timeout(CONNECTION_KEPT)
         .build(connector))
 }
 

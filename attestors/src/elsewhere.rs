@@ -71,10 +71,6 @@ impl Process {
         match *self {}
     }
 
-    pub fn cgroup_file(&self) -> io::Result<Vec<u8>> {
-        match *self {}
-    }
-
     pub(crate) fn cgroups(&self) -> io::Result<Arc<Cgroups>> {
         match *self {}
     }

@@ -60,11 +60,16 @@ pub fn run(arguments: &RunArguments) -> ExitCode {
     }
 }
 
+/// Policies and configurations become trees that are walked recursively; the largest that load need a part
+/// of this, also where the code is not optimised.
+const STACK_BYTES: usize = 8 << 20;
+
 /// The runtime of everything that is not the data path.
 pub fn control_runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("control")
+        .thread_stack_size(STACK_BYTES)
         .enable_all()
         .build()
 }

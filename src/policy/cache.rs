@@ -316,6 +316,7 @@ impl Hash for KeyView<'_> {
         self.plain.generation.hash(state);
         self.plain.resource.hash(state);
         self.plain.second.hash(state);
+        self.plain.local.hash(state);
         self.destination.hash(state);
         self.method.hash(state);
         self.path.hash(state);

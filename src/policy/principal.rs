@@ -53,7 +53,7 @@ impl Principal {
     }
 
     /// The entity of this workload, whose facts are `facts`; why there is none, if a value could not be made
-    /// one: nothing is permitted to such a workload.
+    /// one: Cedar evaluates nothing for such a workload.
     pub(super) fn entity(&self, facts: &WorkloadFacts) -> &Result<Entity, String> {
         self.entity.get_or_init(|| {
             entity_of(facts, &self.environment, &self.parents).map_err(|error| error.to_string())

@@ -224,7 +224,7 @@ fn scan(text: &str, mut stop: impl FnMut(usize, u8) -> bool) {
             }
             b'/' if bytes.peek().is_some_and(|(_, next)| *next == b'/') => {
                 for (_, inside) in bytes.by_ref() {
-                    if inside == b'\n' {
+                    if matches!(inside, b'\n' | b'\r') {
                         break;
                     }
                 }
@@ -304,8 +304,25 @@ fn too_large(text: &str) -> Option<String> {
 /// Parses every policy of a file and reads its annotations.
 pub(super) fn parse(file: &PolicyFile, diagnostics: &mut Diagnostics) -> Vec<ParsedPolicy> {
     let spans = statements(&file.text);
-    let mut policies =
-        parse_at_once(file, &spans).unwrap_or_else(|| parse_one_by_one(file, spans, diagnostics));
+    let mut policies = match parse_at_once(file, &spans) {
+        Some(policies) => policies,
+        None => {
+            let before = diagnostics.iter().count();
+            let policies = parse_one_by_one(file, spans, diagnostics);
+            // A policy that only one of the two ways of reading finds must not be left out.
+            if diagnostics.iter().count() == before {
+                diagnostics.push(
+                    Diagnostic::error(
+                        "policy_syntax",
+                        &file.path,
+                        "the file holds other policies as a whole than it does piece by piece",
+                    )
+                    .next("end each policy with `;`, and write nothing else but comments"),
+                );
+            }
+            policies
+        }
+    };
     for policy in &mut policies {
         read_annotations(policy, diagnostics);
     }
@@ -332,7 +349,7 @@ fn parse_at_once(file: &PolicyFile, spans: &[Range<usize>]) -> Option<Vec<Parsed
             let id = PolicyID::from_string(format!("policy{index}"));
             let policy = set.get(&id).filter(|policy| policy.is_static())?;
             let place = policy.loc()?;
-            if place.start() != span.start || place.end() != span.end {
+            if place.start() < span.start || span.end < place.end() {
                 return None;
             }
             let policy = Policy::from(policy.clone()).new_id(stand_in(file, index));

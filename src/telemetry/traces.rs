@@ -474,7 +474,7 @@ impl Exporter {
             .map_err(|error| error.to_string())?;
         let answer = self
             .client
-            .send(request, EXPORT_TIMEOUT)
+            .send_repeatable(request, EXPORT_TIMEOUT)
             .await
             .map_err(|failure| failure.to_string())?;
         if !answer.status.is_success() {

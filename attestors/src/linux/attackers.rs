@@ -587,7 +587,7 @@ fn another_process_with_the_same_number_is_another_process() {
     assert_eq!(evidence.check_liveness(), Err(AttestationEnded::Exited));
     assert_eq!(weaker.check_liveness(), Err(AttestationEnded::Exited));
     assert!(
-        evidence.process().unwrap().cgroup_file().is_err(),
+        evidence.process().unwrap().cgroups().is_err(),
         "the directory is of the dead one"
     );
     assert!(matches!(

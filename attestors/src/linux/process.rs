@@ -39,8 +39,8 @@ static KNOWN: LazyLock<Mutex<Known>> = LazyLock::new(Mutex::default);
 /// Above this many, numbers whose process is no longer held are forgotten.
 const FORGET_ABOVE: usize = 1024;
 
-/// How many of the processes found last are held although no connection of theirs may be open, with three
-/// descriptors each. What they are is read anew whenever they are found.
+/// How many processes, those that were found for the first time last, are held although no connection of
+/// theirs may be open, with three descriptors each. What they are is read anew whenever they are found.
 const HELD_LAST: usize = 64;
 
 /// A process that held a caller's socket.
@@ -185,13 +185,8 @@ impl Process {
         self.held.executable.is_some()
     }
 
-    /// `/proc/PID/cgroup`, byte for byte (cgroups(7)), as it was after the process was found. What is
-    /// less than a millisecond old is not read again.
-    pub fn cgroup_file(&self) -> io::Result<Vec<u8>> {
-        Ok(self.cgroups()?.text.to_vec())
-    }
-
-    /// What [`Process::cgroup_file`] says.
+    /// What `/proc/PID/cgroup` (cgroups(7)) says since the process was found. What is less than a
+    /// millisecond old is not read again.
     pub(crate) fn cgroups(&self) -> io::Result<Arc<Cgroups>> {
         let held = &self.held;
         let mut cgroup = held.cgroup.lock().unwrap_or_else(PoisonError::into_inner);
@@ -238,6 +233,7 @@ impl Process {
         }
         let path = PathBuf::from(readlinkat(&self.held.directory, c"exe")?);
         let running = kernel::identify(self.held.directory.as_fd(), c"exe")?;
+        self.check_still_runs(&running)?;
         // `exe` shows a path in whatever mount tree the file was opened. A process of the host's
         // namespace can run a descriptor that it was handed from another one (fexecve), where a
         // user may have mounted anything anywhere: the host must find the same file there.
@@ -251,7 +247,18 @@ impl Process {
     pub fn executable_sha256(&self) -> io::Result<Option<[u8; 32]>> {
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
         let file = File::from(openat(&self.held.directory, c"exe", flags, Mode::empty())?);
+        self.check_still_runs(&kernel::identify_open(file.as_fd())?)?;
         executable::sha256(file)
+    }
+
+    /// What is stated of a process is of one program, also where it executes another meanwhile.
+    fn check_still_runs(&self, running: &FileIdentity) -> io::Result<()> {
+        match &self.held.executable {
+            Some(before) if !before.same_file(running) => {
+                Err(io::Error::other("it has executed another program"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Checks that the process lives and runs the executable that it ran when it was found. A check
@@ -260,7 +267,7 @@ impl Process {
         let held = &self.held;
         let now = since_start();
         let last = Duration::from_nanos(held.last_check.load(Ordering::Relaxed));
-        if !last.is_zero() && now.saturating_sub(last) < CHECK_AGAIN_AFTER {
+        if !last.is_zero() && last >= self.found && now.saturating_sub(last) < CHECK_AGAIN_AFTER {
             return Ok(());
         }
         match (
@@ -609,7 +616,7 @@ mod tests {
         let directory = Arc::clone(&first.held.directory);
         let by_directory = Process::of_directory(pid, directory).unwrap().unwrap();
         assert!(Arc::ptr_eq(&first.held, &by_directory.held));
-        let text = first.cgroup_file().unwrap();
+        let text = first.cgroups().unwrap().text.to_vec();
         assert_eq!(text, std::fs::read(format!("/proc/{pid}/cgroup")).unwrap());
         child.kill().unwrap();
         child.wait().unwrap();

@@ -200,6 +200,16 @@ fn what_is_asked_of_cedar_fits_the_schema() {
     .unwrap();
 }
 
+#[test]
+fn a_comment_ends_where_it_does_for_cedar() {
+    let fixture = Fixture::new();
+    let permit = "@id(\"some\") permit (principal, action, resource) when { principal has unix };";
+    let text = format!("// a note\r@id(\"none\") forbid (principal, action, resource);\n{permit}");
+    let (engine, _) = fixture.load(&text).unwrap();
+    let ids: Vec<&str> = engine.policies().map(|(id, _)| id).collect();
+    assert_eq!(ids, ["none", "some"]);
+}
+
 /// Deep nesting must end in a diagnostic, never in a stack overflow: a reload reads what anybody wrote.
 #[test]
 fn nesting_is_bounded() {
