@@ -114,15 +114,14 @@ impl ParsedPolicy {
         file: &PolicyFile,
         span: Range<usize>,
         parsed_from: usize,
-        text: &str,
         policy: Policy,
         json: serde_json::Value,
     ) -> Self {
         Self {
             path: file.path.clone(),
+            text: file.text.get(span.clone()).unwrap_or_default().to_owned(),
             span,
             parsed_from,
-            text: text.to_owned(),
             policy,
             json,
             is_named: false,
@@ -331,20 +330,20 @@ pub(super) fn parse(file: &PolicyFile, diagnostics: &mut Diagnostics) -> Vec<Par
 
 /// Parses a file as a whole, which takes a quarter of the time; `None` where anything is wrong with it.
 fn parse_at_once(file: &PolicyFile, spans: &[Range<usize>]) -> Option<Vec<ParsedPolicy>> {
-    let texts: Vec<&str> = spans
+    let mut texts = spans
         .iter()
-        .map(|span| file.text.get(span.clone()))
-        .collect::<Option<_>>()?;
-    if texts.iter().any(|text| too_large(text).is_some()) {
+        .map(|span| file.text.get(span.clone()).unwrap_or_default());
+    if texts.any(|text| too_large(text).is_some()) {
         return None;
     }
     let (mut forms, set) = parse_policyset_to_ests_and_pset(&file.text).ok()?;
     if forms.len() != spans.len() {
         return None;
     }
-    let parsed = spans.iter().zip(texts).enumerate();
-    parsed
-        .map(|(index, (span, text))| {
+    spans
+        .iter()
+        .enumerate()
+        .map(|(index, span)| {
             // Cedar's parser numbers them.
             let id = PolicyID::from_string(format!("policy{index}"));
             let policy = set.get(&id).filter(|policy| policy.is_static())?;
@@ -354,7 +353,7 @@ fn parse_at_once(file: &PolicyFile, spans: &[Range<usize>]) -> Option<Vec<Parsed
             }
             let policy = Policy::from(policy.clone()).new_id(stand_in(file, index));
             let json = serde_json::to_value(forms.remove(&id)?).ok()?;
-            Some(ParsedPolicy::new(file, span.clone(), 0, text, policy, json))
+            Some(ParsedPolicy::new(file, span.clone(), 0, policy, json))
         })
         .collect()
 }
@@ -401,7 +400,7 @@ fn parse_one_by_one(
         match policy.to_json() {
             Ok(json) => {
                 let start = span.start;
-                policies.push(ParsedPolicy::new(file, span, start, text, policy, json));
+                policies.push(ParsedPolicy::new(file, span, start, policy, json));
             }
             Err(error) => diagnostics.push(
                 Diagnostic::error("policy_syntax", &file.path, sentence(&error.to_string()))

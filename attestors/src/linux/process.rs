@@ -267,7 +267,7 @@ impl Process {
         let held = &self.held;
         let now = since_start();
         let last = Duration::from_nanos(held.last_check.load(Ordering::Relaxed));
-        if !last.is_zero() && last >= self.found && now.saturating_sub(last) < CHECK_AGAIN_AFTER {
+        if last >= self.found && now.saturating_sub(last) < CHECK_AGAIN_AFTER {
             return Ok(());
         }
         match (
@@ -505,7 +505,7 @@ pub(crate) fn parse_status(status: &[u8]) -> Option<Status> {
 
 fn since_start() -> Duration {
     static START: LazyLock<Instant> = LazyLock::new(Instant::now);
-    // One more nanosecond than nothing: zero means "never checked".
+    // One more nanosecond than nothing: zero means "never checked", which is before any process is found.
     START.elapsed() + Duration::from_nanos(1)
 }
 
