@@ -27,8 +27,8 @@
 #include <time.h>
 #include <unistd.h>
 
-/* The agent stands still for the first half of each period. */
-enum { PERIOD = 500, LAST = 30, MOST_ALIVE = 40, NOBODY = 65534 };
+/* The agent stands still at the beginning of each period, for more callers than there are numbers. */
+enum { PERIOD = 600, STILL = 350, LAST = 30, MOST_ALIVE = 40, NOBODY = 65534 };
 
 static struct sockaddr_un unix_socket = {.sun_family = AF_UNIX};
 static struct sockaddr_in tcp = {.sin_family = AF_INET};
@@ -103,10 +103,10 @@ int main(int count, char **arguments) {
         by_tcp++;
     }
     for (int number = 0; number < callers; number++) {
-        if (number % PERIOD == 0) kill(agent, SIGSTOP);
-        if (number % PERIOD == PERIOD / 2) kill(agent, SIGCONT);
         int in_period = number % PERIOD;
-        int stays = in_period >= PERIOD / 2 ? in_period % 5 == 0 || in_period % 5 == 3 : in_period >= PERIOD / 2 - LAST;
+        if (in_period == 0) kill(agent, SIGSTOP);
+        if (in_period == STILL) kill(agent, SIGCONT);
+        int stays = in_period >= STILL ? in_period % 5 == 0 || in_period % 5 == 3 : in_period >= STILL - LAST;
         /* They may all wait for an agent that stands still. */
         if (alive == MOST_ALIVE) kill(agent, SIGCONT);
         while (alive && reap(alive == MOST_ALIVE ? 0 : WNOHANG)) continue;
