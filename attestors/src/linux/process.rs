@@ -27,6 +27,10 @@ use crate::workload::AttestationEnded;
 /// A liveness check this young is not repeated.
 const CHECK_AGAIN_AFTER: Duration = Duration::from_millis(1);
 
+/// How long the executable is not looked at while the process has the memory that it had then. What keeps a
+/// memory from ending with its process, as a child that shares it does, hides an exec for so long.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(20);
+
 /// No file of procfs that is read here comes near this; a longer one is not believed.
 const LARGEST_PROC_FILE: u64 = 4 * 1024 * 1024;
 
@@ -40,7 +44,7 @@ static KNOWN: LazyLock<Mutex<Known>> = LazyLock::new(Mutex::default);
 const FORGET_ABOVE: usize = 1024;
 
 /// How many processes, those that were found for the first time last, are held although no connection of
-/// theirs may be open, with three descriptors each. What they are is read anew whenever they are found.
+/// theirs may be open, with four descriptors each. What they are is read anew whenever they are found.
 const HELD_LAST: usize = 64;
 
 /// A process that held a caller's socket.
@@ -63,6 +67,9 @@ struct Held {
     cgroup: Mutex<CgroupFile>,
     /// The executable when the process was found; `None` where this agent may not see it.
     executable: Option<FileIdentity>,
+    /// `/proc/PID/pagemap`, opened before the executable was looked at; `None` where that is not allowed.
+    memory: Option<File>,
+    last_look: AtomicU64,
     last_check: AtomicU64,
     /// Which descriptor the last socket was by which it was found: the next is often the same.
     last_descriptor: AtomicU32,
@@ -97,6 +104,7 @@ impl Process {
         if let Some(held) = known(pid)
             && let Some((credentials, executable)) = look(&pidfd, &held.directory)?
             && executable == held.executable
+            && !held.has_another_memory()
         {
             return Ok(Some(Self::new(held, credentials)));
         }
@@ -121,6 +129,7 @@ impl Process {
         if let Some(held) = known(pid).filter(|held| Arc::ptr_eq(&held.directory, &directory))
             && let Some((credentials, executable)) = look(&held.pidfd, &directory)?
             && executable == held.executable
+            && !held.has_another_memory()
         {
             return Ok(Some(Self::new(held, credentials)));
         }
@@ -132,6 +141,7 @@ impl Process {
     }
 
     fn hold(pid: u32, pidfd: OwnedFd, directory: Arc<OwnedFd>) -> io::Result<Option<Self>> {
+        let memory = open_file(&directory, c"pagemap").ok();
         let Some((credentials, executable)) = look(&pidfd, &directory)? else {
             return Ok(None);
         };
@@ -141,6 +151,8 @@ impl Process {
             directory,
             cgroup: Mutex::default(),
             executable,
+            memory,
+            last_look: AtomicU64::new(0),
             last_check: AtomicU64::new(0),
             last_descriptor: AtomicU32::new(0),
         });
@@ -264,12 +276,11 @@ impl Process {
     /// Checks that the process lives and runs the executable that it ran when it was found. A check
     /// less than a millisecond old is not repeated.
     pub fn check_liveness(&self) -> Result<(), AttestationEnded> {
-        let held = &self.held;
-        let now = since_start();
-        let last = Duration::from_nanos(held.last_check.load(Ordering::Relaxed));
-        if last >= self.found && now.saturating_sub(last) < CHECK_AGAIN_AFTER {
+        if self.is_known_to_live() {
             return Ok(());
         }
+        let held = &self.held;
+        let now = since_start();
         match (
             &held.executable,
             kernel::identify(held.directory.as_fd(), c"exe"),
@@ -281,9 +292,30 @@ impl Process {
             (_, Err(error)) if gone(&error) => return Err(AttestationEnded::Exited),
             _ => return Err(AttestationEnded::Executed),
         }
-        let nanoseconds = u64::try_from(now.as_nanos()).unwrap_or(0);
-        held.last_check.store(nanoseconds, Ordering::Relaxed);
+        held.last_look.store(nanoseconds(now), Ordering::Relaxed);
+        held.last_check.store(nanoseconds(now), Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Whether [`Process::check_liveness`] holds by what is known already and by whether the process has the
+    /// memory that it had: it loses that when it exits, and by every exec. To ask so takes a tenth of the time
+    /// of a look at the executable, and any thread may.
+    pub(super) fn is_known_to_live(&self) -> bool {
+        let held = &self.held;
+        let now = since_start();
+        let is_younger = |time: &AtomicU64, than: Duration| {
+            let time = Duration::from_nanos(time.load(Ordering::Relaxed));
+            time >= self.found && now.saturating_sub(time) < than
+        };
+        if is_younger(&held.last_check, CHECK_AGAIN_AFTER) {
+            return true;
+        }
+        let lives = is_younger(&held.last_look, LOOK_AGAIN_AFTER)
+            && held.memory.as_ref().is_some_and(is_in_use);
+        if lives {
+            held.last_check.store(nanoseconds(now), Ordering::Relaxed);
+        }
+        lives
     }
 
     /// True when the two processes are alike in everything that an attestor may state, except the pid.
@@ -316,6 +348,28 @@ impl Process {
     fn namespace(&self, link: &CStr) -> io::Result<u64> {
         Ok(kernel::identify(self.held.directory.as_fd(), link)?.inode)
     }
+}
+
+impl Held {
+    /// True after an exec of the same file.
+    fn has_another_memory(&self) -> bool {
+        self.memory
+            .as_ref()
+            .is_some_and(|memory| !is_in_use(memory))
+    }
+}
+
+/// Whether any process still has the memory of this `/proc/PID/pagemap`. Without one the kernel says that the
+/// file ends here, else that entries have eight bytes (Documentation/admin-guide/mm/pagemap.rst); for neither
+/// does it wait for a lock of the process.
+fn is_in_use(pagemap: &File) -> bool {
+    pagemap
+        .read_at(&mut [0], 0)
+        .is_err_and(|error| error.raw_os_error() == Some(Errno::EINVAL as i32))
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(0)
 }
 
 /// The process with this number that was found before, if it is still held. It may be gone.
@@ -620,6 +674,90 @@ mod tests {
         assert_eq!(text, std::fs::read(format!("/proc/{pid}/cgroup")).unwrap());
         child.kill().unwrap();
         child.wait().unwrap();
+    }
+
+    /// A shell that executes `program` once its input ends.
+    fn shell_that_executes(program: &str) -> std::process::Child {
+        let mut command = std::process::Command::new("/bin/sh");
+        let command = command.args(["-c", &format!("read line; exec {program}")]);
+        command.stdin(std::process::Stdio::piped()).spawn().unwrap()
+    }
+
+    /// Has the shell do so, and waits until it has.
+    fn execute(shell: &mut std::process::Child, process: &Process) {
+        drop(shell.stdin.take());
+        while is_in_use(process.held.memory.as_ref().unwrap()) {
+            std::thread::yield_now();
+        }
+    }
+
+    /// Waits until it is known by its memory that a process lives, and then until that is asked again.
+    fn wait_until_known_to_live(process: &Process) {
+        let is_known = || {
+            process.check_liveness().unwrap();
+            std::thread::sleep(2 * CHECK_AGAIN_AFTER);
+            process.is_known_to_live()
+        };
+        // A busy machine may let more time pass than a look counts for.
+        let began = Instant::now();
+        while !is_known() {
+            assert!(began.elapsed() < Duration::from_secs(20));
+        }
+        std::thread::sleep(2 * CHECK_AGAIN_AFTER);
+    }
+
+    #[test]
+    fn a_process_is_known_to_live_by_its_memory_until_it_executes_another_program() {
+        let mut shell = shell_that_executes("/bin/sleep 20");
+        let process = Process::of_pid(shell.id()).unwrap().unwrap();
+        assert!(!process.is_known_to_live(), "nobody has looked at it yet");
+        wait_until_known_to_live(&process);
+        execute(&mut shell, &process);
+        assert!(!process.is_known_to_live());
+        assert_eq!(process.check_liveness(), Err(AttestationEnded::Executed));
+        shell.kill().unwrap();
+        shell.wait().unwrap();
+        assert_eq!(process.check_liveness(), Err(AttestationEnded::Exited));
+    }
+
+    #[test]
+    fn a_process_that_executes_the_same_file_again_is_held_anew() {
+        let mut shell = shell_that_executes("/bin/sh -c 'sleep 20; true'");
+        let first = Process::of_pid(shell.id()).unwrap().unwrap();
+        execute(&mut shell, &first);
+        let again = Process::of_pid(shell.id()).unwrap().unwrap();
+        assert!(!Arc::ptr_eq(&first.held, &again.held));
+        wait_until_known_to_live(&again);
+        shell.kill().unwrap();
+        shell.wait().unwrap();
+    }
+
+    #[test]
+    fn an_exec_is_seen_though_another_process_keeps_the_memory() {
+        let mut shell = shell_that_executes("/bin/sleep 20");
+        let found = Process::of_pid(shell.id()).unwrap().unwrap();
+        let pidfd = kernel::pidfd_open(shell.id()).unwrap();
+        let kept = Process::new(
+            Arc::new(Held {
+                pid: shell.id(),
+                pidfd,
+                directory: Arc::clone(&found.held.directory),
+                cgroup: Mutex::default(),
+                executable: found.held.executable.clone(),
+                // Of this process, which goes on.
+                memory: Some(File::open("/proc/self/pagemap").unwrap()),
+                last_look: AtomicU64::new(0),
+                last_check: AtomicU64::new(0),
+                last_descriptor: AtomicU32::new(0),
+            }),
+            found.credentials,
+        );
+        kept.check_liveness().unwrap();
+        execute(&mut shell, &found);
+        std::thread::sleep(LOOK_AGAIN_AFTER);
+        assert_eq!(kept.check_liveness(), Err(AttestationEnded::Executed));
+        shell.kill().unwrap();
+        shell.wait().unwrap();
     }
 
     proptest! {
