@@ -26,10 +26,9 @@ use self::single_flight::{Departure, Found, Outcome, Perishable, Rejection, wait
 use self::slot::{Ask, Failure, Purpose, Slot};
 use self::token::{Token, sha256_hexadecimal};
 use crate::config::{Config, CredentialConfig, OauthClientCredentials, TokenSource};
-use crate::fetch::{FetchClient, FetchSettings};
 use crate::policy::{Action, Grant, Selector, TokenHolder};
 use crate::providers::{
-    Deadline, MintFailure, MintedToken, Provider, Recovery, TokenRequest, provider,
+    Common, Deadline, MintFailure, MintedToken, Provider, Recovery, TokenRequest, provider,
 };
 use crate::refusal::{Refusal, RefusalCode};
 use crate::telemetry::metrics::{CredentialMetrics, Metrics};
@@ -279,8 +278,7 @@ impl Credentials {
     ) {
         let known = self.entries.load_full();
         let mut entries = HashMap::default();
-        // Credentials of one server share its connections.
-        let mut clients = HashMap::new();
+        let mut common = Common::new(Arc::clone(own_listeners), self.runtime.clone());
         for credential in credentials {
             let certificate_authority_sha256 = certificate_authority_sha256(credential);
             let unchanged = known.get(&credential.name).filter(|entry| {
@@ -292,13 +290,7 @@ impl Credentials {
                 None => Arc::new(Entry {
                     config: Arc::clone(credential),
                     certificate_authority_sha256,
-                    provider: provider(credential, Arc::clone(&self.clock), |settings| {
-                        let client = || self.client(settings.clone(), own_listeners);
-                        clients
-                            .entry(settings.clone())
-                            .or_insert_with(client)
-                            .clone()
-                    }),
+                    provider: provider(credential, Arc::clone(&self.clock), &mut common),
                     metrics: self.metrics.credential(&credential.name),
                 }),
             };
@@ -317,10 +309,6 @@ impl Credentials {
             }
             is_kept
         });
-    }
-
-    fn client(&self, settings: FetchSettings, own_listeners: &Arc<[SocketAddr]>) -> FetchClient {
-        FetchClient::new(settings, Arc::clone(own_listeners), self.runtime.clone())
     }
 
     /// A token for the grant's credential, from the cache where it can be. Never returns a token past

@@ -155,6 +155,17 @@ impl Bench {
         self.token_for(&WorkloadFacts::default(), None).await
     }
 
+    async fn token_of(&self, credential: &str) -> Result<Arc<Token>, Refusal> {
+        let scopes = ["orders.read".to_owned()];
+        let nobody = WorkloadFacts::default();
+        let ask = Ask {
+            credential,
+            ..orders(&scopes, &nobody)
+        };
+        let obtained = self.credentials.obtain_token(&ask).await;
+        Ok(obtained.map_err(|failed| failed.refusal)?.0)
+    }
+
     async fn token_for(
         &self,
         facts: &WorkloadFacts,
@@ -822,6 +833,84 @@ async fn a_key_file_is_read_anew() {
     bench.token().await.unwrap();
     bench.configure(&[credential(seconds(3))]);
     bench.token().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_credential_tells_of_a_key_that_was_replaced() {
+    let mut bench = Bench::start().await;
+    let told: Arc<Mutex<Vec<String>>> = Arc::default();
+    let tell = Arc::clone(&told);
+    bench.credentials = Credentials::new(
+        tokio::runtime::Handle::current(),
+        Arc::clone(&bench.clock) as Arc<dyn Clock>,
+        Arc::new(Metrics::new(Arc::clone(&bench.clock) as Arc<dyn Clock>)),
+        Arc::new(move |event| {
+            if let TokenEvent::KeyReplaced { credential, key_id } = event {
+                tell.lock().unwrap().push(format!("{credential} {key_id}"));
+            }
+        }),
+    );
+    bench.configure(&[
+        bench.credential("orders", bench.settings()),
+        bench.credential("other", bench.settings()),
+    ]);
+    bench.token().await.unwrap();
+    bench.token_of("other").await.unwrap();
+    let (key, pem) = SigningKey::generate(SigningAlgorithm::Es256).unwrap();
+    bench.state.register(client("node-agent", &key));
+    std::fs::write(bench.path("client.pem"), pem.as_bytes()).unwrap();
+    for _ in 0..2 {
+        bench.clock.advance(seconds(1000));
+        bench.token().await.unwrap();
+        bench.token_of("other").await.unwrap();
+    }
+    let expected = ["orders", "other"].map(|name| format!("{name} {}", key.key_id()));
+    assert_eq!(*told.lock().unwrap(), expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn credentials_of_one_issuer_share_its_metadata() {
+    let bench = Bench::start().await;
+    bench.configure(&[]);
+    bench.configure(&[
+        bench.credential("orders", bench.settings()),
+        bench.credential("other", bench.settings()),
+    ]);
+    let metadata_requests = || bench.server.metadata_requests();
+    bench.token().await.unwrap();
+    bench.token_of("other").await.unwrap();
+    assert_eq!(metadata_requests(), 1);
+    bench.clock.advance(seconds(3600));
+    bench.token_of("other").await.unwrap();
+    bench.token().await.unwrap();
+    assert_eq!(metadata_requests(), 2);
+
+    // What one has reason to distrust stays good for the other.
+    bench.clock.advance(seconds(1000));
+    bench.server.set(Fault::Html).await;
+    let refusal = bench.token_of("other").await.unwrap_err();
+    assert_eq!(refusal.code, RefusalCode::TokenResponseInvalid);
+    bench.server.set(Fault::None).await;
+    bench.token().await.unwrap();
+    assert_eq!(metadata_requests(), 2);
+    bench.clock.advance(seconds(1000));
+    bench.token_of("other").await.unwrap();
+    bench.token().await.unwrap();
+    assert_eq!(metadata_requests(), 3);
+
+    // One that reaches the issuer in another way asks for itself.
+    let settings = OauthClientCredentials {
+        allow_addresses: vec!["127.0.0.0/8".parse().unwrap()],
+        ..bench.settings()
+    };
+    bench.configure(&[]);
+    bench.configure(&[
+        bench.credential("orders", bench.settings()),
+        bench.credential("other", settings),
+    ]);
+    bench.token().await.unwrap();
+    bench.token_of("other").await.unwrap();
+    assert_eq!(metadata_requests(), 5);
 }
 
 #[tokio::test(flavor = "multi_thread")]

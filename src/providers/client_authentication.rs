@@ -1,7 +1,7 @@
 //! How the agent proves at a token endpoint who the client is.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use base64::Engine;
@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 
 use super::{MintFailure, Recovery, Subject};
 use crate::config::SigningAlgorithm;
-use crate::jwt::{SigningKey, numeric_date, unique_id};
+use crate::jwt::{KeyError, SigningKey, numeric_date, unique_id};
 use crate::refusal::RefusalCode;
 
 /// RFC 7523 section 2.2.
@@ -34,13 +34,10 @@ pub(super) struct KeyFile {
     path: PathBuf,
     algorithm: SigningAlgorithm,
     key_id: Option<String>,
-    typ: String,
-    audience: String,
     parsed: Mutex<Option<Parsed>>,
-    /// The id of the key that took another's place, until somebody asked.
-    replaced_by: Mutex<Option<String>>,
 }
 
+#[derive(Clone)]
 struct Parsed {
     content_sha256: [u8; 32],
     key: Arc<SigningKey>,
@@ -57,21 +54,68 @@ impl std::fmt::Debug for KeyFile {
 }
 
 impl KeyFile {
-    pub(super) fn new(
-        path: &Path,
-        algorithm: SigningAlgorithm,
-        key_id: Option<&str>,
-        typ: Option<&str>,
-        audience: &str,
-    ) -> Self {
+    pub(super) fn new(path: &Path, algorithm: SigningAlgorithm, key_id: Option<String>) -> Self {
         Self {
             path: path.to_owned(),
             algorithm,
-            key_id: key_id.map(str::to_owned),
+            key_id,
+            parsed: Mutex::new(None),
+        }
+    }
+
+    async fn read(&self) -> Result<Parsed, MintFailure> {
+        let content = read_secret(&self.path).await?;
+        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &content);
+        let mut parsed = self.parsed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = &*parsed
+            && known.content_sha256 == digest.as_ref()
+        {
+            return Ok(known.clone());
+        }
+        let key = SigningKey::parse(&content, self.algorithm)
+            .map_err(|error| self.unavailable(&error))?;
+        let key = Arc::new(match &self.key_id {
+            Some(key_id) => key.with_key_id(key_id),
+            None => key,
+        });
+        let mut content_sha256 = [0; 32];
+        content_sha256.copy_from_slice(digest.as_ref());
+        let read = Parsed {
+            content_sha256,
+            key,
+        };
+        *parsed = Some(read.clone());
+        Ok(read)
+    }
+
+    fn unavailable(&self, error: &KeyError) -> MintFailure {
+        key_unavailable(&self.path, &error.to_string())
+    }
+}
+
+/// Makes a credential's client assertions, with a key that others may sign with too.
+#[derive(Debug)]
+pub(super) struct Assertions {
+    file: Arc<KeyFile>,
+    typ: String,
+    audience: String,
+    signed_with: Mutex<SignedWith>,
+}
+
+#[derive(Debug, Default)]
+struct SignedWith {
+    content_sha256: Option<[u8; 32]>,
+    /// The id of the key that took another's place, until somebody asked.
+    replaced_by: Option<String>,
+}
+
+impl Assertions {
+    pub(super) fn new(file: Arc<KeyFile>, typ: Option<&str>, audience: &str) -> Self {
+        Self {
+            file,
             typ: typ.unwrap_or(ASSERTION_TYP).to_owned(),
             audience: audience.to_owned(),
-            parsed: Mutex::new(None),
-            replaced_by: Mutex::new(None),
+            signed_with: Mutex::default(),
         }
     }
 
@@ -100,7 +144,7 @@ impl KeyFile {
         }
         key.sign(&self.typ, &claims)
             .map(Zeroizing::new)
-            .map_err(|error| key_unavailable(&self.path, &error.to_string()))
+            .map_err(|error| self.file.unavailable(&error))
     }
 
     /// Whether the key can be used now.
@@ -110,41 +154,27 @@ impl KeyFile {
 
     /// As [`Provider::take_replaced_key`](super::Provider::take_replaced_key).
     pub(super) fn take_replaced(&self) -> Option<String> {
-        self.replaced_by
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
+        self.signed_with().replaced_by.take()
     }
 
     async fn key(&self) -> Result<Arc<SigningKey>, MintFailure> {
-        let content = read_secret(&self.path).await?;
-        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &content);
-        let mut parsed = self.parsed.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = &*parsed
-            && known.content_sha256 == digest.as_ref()
-        {
-            return Ok(Arc::clone(&known.key));
-        }
-        let key = SigningKey::parse(&content, self.algorithm)
-            .map_err(|error| key_unavailable(&self.path, &error.to_string()))?;
-        let key = Arc::new(match &self.key_id {
-            Some(key_id) => key.with_key_id(key_id),
-            None => key,
-        });
-        let mut content_sha256 = [0; 32];
-        content_sha256.copy_from_slice(digest.as_ref());
-        if parsed.is_some() {
-            tracing::info!(file = %self.path.display(), key_id = key.key_id(), "the client key was replaced");
-            *self
-                .replaced_by
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner) = Some(key.key_id().to_owned());
-        }
-        *parsed = Some(Parsed {
+        let Parsed {
             content_sha256,
-            key: Arc::clone(&key),
-        });
+            key,
+        } = self.file.read().await?;
+        let mut signed_with = self.signed_with();
+        let before = signed_with.content_sha256.replace(content_sha256);
+        if before.is_some_and(|before| before != content_sha256) {
+            tracing::info!(file = %self.file.path.display(), key_id = key.key_id(), "the client key was replaced");
+            signed_with.replaced_by = Some(key.key_id().to_owned());
+        }
         Ok(key)
+    }
+
+    fn signed_with(&self) -> MutexGuard<'_, SignedWith> {
+        self.signed_with
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -1,5 +1,9 @@
 //! Authorization-server metadata (RFC 8414) and OpenID configuration (OpenID Connect Discovery 1.0).
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use countersign_attestors::Clock;
 use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 use url::Url;
@@ -9,6 +13,9 @@ use super::{Deadline, MintFailure, Recovery};
 use crate::config::ExactUrl;
 use crate::fetch::FetchClient;
 use crate::refusal::RefusalCode;
+
+/// How long metadata is used before it is fetched again.
+const METADATA_LIFETIME: Duration = Duration::from_secs(3600);
 
 /// What the agent reads of the metadata.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,9 +33,81 @@ struct Document {
     token_endpoint_auth_signing_alg_values_supported: Option<Vec<String>>,
 }
 
+/// The metadata of one issuer, for all credentials that reach it alike.
+#[derive(Debug)]
+pub(super) struct IssuerMetadata {
+    issuer: ExactUrl,
+    client: FetchClient,
+    last: Mutex<Option<Fetched>>,
+}
+
+#[derive(Debug, Clone)]
+struct Fetched {
+    metadata: Arc<Metadata>,
+    at: Duration,
+}
+
+impl IssuerMetadata {
+    pub(super) fn new(issuer: ExactUrl, client: FetchClient) -> Self {
+        Self {
+            issuer,
+            client,
+            last: Mutex::new(None),
+        }
+    }
+
+    /// The metadata that was fetched last, fetched anew where it is old; as if there were none where that
+    /// is `distrusted`.
+    pub(super) async fn current(
+        &self,
+        distrusted: Option<Arc<Metadata>>,
+        deadline: Deadline,
+        clock: &dyn Clock,
+    ) -> Result<Arc<Metadata>, MintFailure> {
+        let last = self.last().clone().filter(|last| {
+            !distrusted.is_some_and(|distrusted| Arc::ptr_eq(&last.metadata, &distrusted))
+        });
+        let now = clock.monotonic();
+        if let Some(last) = &last
+            && now < last.at + METADATA_LIFETIME
+        {
+            return Ok(Arc::clone(&last.metadata));
+        }
+        match (self.discover(deadline, clock.wall()).await, last) {
+            (Ok((metadata, _)), _) => {
+                let metadata = Arc::new(metadata);
+                *self.last() = Some(Fetched {
+                    metadata: Arc::clone(&metadata),
+                    at: now,
+                });
+                Ok(metadata)
+            }
+            // Metadata that names another issuer takes the place of none.
+            (Err(failure), Some(last)) if failure.code != RefusalCode::MetadataInvalid => {
+                tracing::warn!(issuer = %self.issuer, detail = failure.detail, "metadata could not be renewed; the last is used");
+                Ok(last.metadata)
+            }
+            (Err(failure), _) => Err(failure),
+        }
+    }
+
+    /// Finds the metadata, and the headers with which it came.
+    pub(super) async fn discover(
+        &self,
+        deadline: Deadline,
+        now: SystemTime,
+    ) -> Result<(Metadata, HeaderMap), MintFailure> {
+        discover(&self.client, &self.issuer, deadline, now).await
+    }
+
+    fn last(&self) -> MutexGuard<'_, Option<Fetched>> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// The URLs at which an issuer's metadata may be, in the order in which they are tried: RFC 8414
 /// section 3.1, then its section 5 for OpenID, then the suffix form of OpenID Connect Discovery.
-pub(super) fn well_known_urls(issuer: &Url) -> Vec<Url> {
+fn well_known_urls(issuer: &Url) -> Vec<Url> {
     let path = issuer.path().trim_end_matches('/');
     let at = |path: String| {
         let mut url = issuer.clone();
@@ -48,11 +127,11 @@ pub(super) fn well_known_urls(issuer: &Url) -> Vec<Url> {
 }
 
 /// Finds an issuer's metadata, and the headers with which it came. A document that names another issuer is never used.
-pub(super) async fn discover(
+async fn discover(
     client: &FetchClient,
     issuer: &ExactUrl,
     deadline: Deadline,
-    now: std::time::SystemTime,
+    now: SystemTime,
 ) -> Result<(Metadata, HeaderMap), MintFailure> {
     let mut last_answer = String::new();
     for url in well_known_urls(issuer.url()) {

@@ -2,6 +2,7 @@
 //! line to [`provider`], the visible list.
 
 mod client_authentication;
+mod common;
 mod metadata;
 mod oauth_client_credentials;
 mod token_response;
@@ -14,9 +15,10 @@ use countersign_attestors::{AttributeValue, Clock, PresentedToken, WorkloadFacts
 use secrecy::SecretString;
 
 use crate::config::{CredentialConfig, Template, TemplatePart, TokenSource};
-use crate::fetch::{FetchClient, FetchFailure, FetchFailureKind, FetchSettings};
+use crate::fetch::{FetchFailure, FetchFailureKind};
 use crate::refusal::{Refusal, RefusalCode};
 
+pub use common::Common;
 pub use oauth_client_credentials::OauthClientCredentialsProvider;
 pub(crate) use token_response::wipe;
 pub use token_response::{TokenResponse, parse_token_response};
@@ -55,15 +57,15 @@ pub trait Provider: Send + Sync + std::fmt::Debug {
     fn timeout(&self) -> Duration;
 }
 
-/// The list of token sources: the provider of a configured credential.
+/// The list of token sources: the provider of a configured credential, which has in `common` what it shares.
 pub fn provider(
     config: &CredentialConfig,
     clock: Arc<dyn Clock>,
-    client: impl FnOnce(FetchSettings) -> FetchClient,
+    common: &mut Common,
 ) -> Arc<dyn Provider> {
     match &config.source {
         TokenSource::OauthClientCredentials(settings) => {
-            Arc::new(OauthClientCredentialsProvider::new(settings, clock, client))
+            Arc::new(OauthClientCredentialsProvider::new(settings, clock, common))
         }
     }
 }

@@ -2,7 +2,7 @@
 //! token as client assertion, or `client_secret_basic`.
 
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
@@ -15,21 +15,19 @@ use serde_json::Value;
 use url::{Url, form_urlencoded};
 use zeroize::Zeroizing;
 
-use super::client_authentication::{ASSERTION_TYPE, KeyFile, basic_header, claim_value};
-use super::metadata::{Metadata, discover};
+use super::client_authentication::{ASSERTION_TYPE, Assertions, basic_header, claim_value};
+use super::common::Common;
+use super::metadata::{IssuerMetadata, Metadata};
 use super::token_response::{TokenResponse, parse_retry_after, parse_token_response};
 use super::{
     Deadline, MintFailure, MintedToken, PresentedFrom, Provider, Recovery, Subject, SubjectParts,
     TokenRequest, attributes_of,
 };
 use crate::config::{
-    AuthorizationServer, ClientAuthentication, ExactUrl, OauthClientCredentials, SigningAlgorithm,
+    AuthorizationServer, ClientAuthentication, OauthClientCredentials, SigningAlgorithm,
 };
 use crate::fetch::{Answer, FetchClient, FetchFailureKind, FetchSettings};
 use crate::refusal::RefusalCode;
-
-/// How long metadata is used before it is fetched again.
-const METADATA_LIFETIME: Duration = Duration::from_secs(3600);
 
 /// Clocks that differ by no more are taken to agree; a `Date` header is exact to the second only.
 const SKEW_NOTICED_SECONDS: u64 = 3;
@@ -42,25 +40,27 @@ const SKEW_LIMIT_SECONDS: u64 = 60;
 pub struct OauthClientCredentialsProvider {
     settings: OauthClientCredentials,
     subject_parts: SubjectParts,
+    server: Server,
     authentication: Authentication,
     client: FetchClient,
     clock: Arc<dyn Clock>,
-    metadata: Mutex<Option<CachedMetadata>>,
+    /// What led to an answer that hints at an endpoint that moved.
+    distrusted: Mutex<Option<Arc<Metadata>>>,
     /// The server's wall clock less ours, in seconds, as its last answer told.
     server_ahead_seconds: AtomicI64,
 }
 
 #[derive(Debug)]
-enum Authentication {
-    PrivateKeyJwt(KeyFile),
-    WorkloadAssertion,
-    ClientSecretBasic,
+enum Server {
+    Issuer(Arc<IssuerMetadata>),
+    TokenEndpoint(Url),
 }
 
-#[derive(Debug, Clone)]
-struct CachedMetadata {
-    metadata: Arc<Metadata>,
-    fetched_at: Duration,
+#[derive(Debug)]
+enum Authentication {
+    PrivateKeyJwt(Assertions),
+    WorkloadAssertion,
+    ClientSecretBasic,
 }
 
 /// Where requests go.
@@ -105,23 +105,32 @@ impl Form {
 }
 
 impl OauthClientCredentialsProvider {
-    /// A provider that reaches its server by a client made for its settings.
+    /// A provider that shares what it can.
     pub fn new(
         settings: &OauthClientCredentials,
         clock: Arc<dyn Clock>,
-        client: impl FnOnce(FetchSettings) -> FetchClient,
+        common: &mut Common,
     ) -> Self {
         let configured = match &settings.server {
-            AuthorizationServer::Issuer(issuer) => issuer.url().clone(),
-            AuthorizationServer::TokenEndpoint(token_endpoint) => token_endpoint.clone(),
+            AuthorizationServer::Issuer(issuer) => issuer.url(),
+            AuthorizationServer::TokenEndpoint(token_endpoint) => token_endpoint,
         };
-        let client = client(FetchSettings {
-            configured: [configured].into(),
+        let reached_by = FetchSettings {
+            configured: [configured.clone()].into(),
             ca_file: settings.ca_file.clone(),
             connect_to: settings.connect_to,
             outbound_proxy: settings.outbound_proxy.clone(),
             allow_addresses: settings.allow_addresses.clone(),
-        });
+        };
+        let client = common.client(&reached_by);
+        let server = match &settings.server {
+            AuthorizationServer::Issuer(issuer) => {
+                Server::Issuer(common.metadata(issuer, reached_by))
+            }
+            AuthorizationServer::TokenEndpoint(token_endpoint) => {
+                Server::TokenEndpoint(token_endpoint.clone())
+            }
+        };
         let mut attributes: Vec<_> = attributes_of(&settings.client_id)
             .chain(settings.assertion_claims.values().flat_map(attributes_of))
             .collect();
@@ -135,10 +144,8 @@ impl OauthClientCredentialsProvider {
                 assertion_type_header,
                 audience,
             } => (
-                Authentication::PrivateKeyJwt(KeyFile::new(
-                    key_file,
-                    *algorithm,
-                    key_id.as_deref(),
+                Authentication::PrivateKeyJwt(Assertions::new(
+                    common.key(key_file, *algorithm, key_id.as_deref()),
                     assertion_type_header.as_deref(),
                     audience,
                 )),
@@ -161,76 +168,37 @@ impl OauthClientCredentialsProvider {
                 attributes,
                 presented,
             },
+            server,
             authentication,
             client,
             clock,
-            metadata: Mutex::new(None),
+            distrusted: Mutex::new(None),
             server_ahead_seconds: AtomicI64::new(0),
         }
     }
 
     async fn endpoint(&self, deadline: Deadline) -> Result<Endpoint, MintFailure> {
-        match &self.settings.server {
-            AuthorizationServer::Issuer(issuer) => {
-                let metadata = self.metadata(issuer, deadline).await?;
+        match &self.server {
+            Server::Issuer(issuer) => {
+                let distrusted = self.distrusted().clone();
+                let metadata = issuer.current(distrusted, deadline, &*self.clock).await?;
                 self.check_algorithm(&metadata)?;
                 Ok(Endpoint {
                     url: metadata.token_endpoint.clone(),
                     metadata: Some(metadata),
                 })
             }
-            AuthorizationServer::TokenEndpoint(token_endpoint) => Ok(Endpoint {
+            Server::TokenEndpoint(token_endpoint) => Ok(Endpoint {
                 url: token_endpoint.clone(),
                 metadata: None,
             }),
         }
     }
 
-    async fn metadata(
-        &self,
-        issuer: &ExactUrl,
-        deadline: Deadline,
-    ) -> Result<Arc<Metadata>, MintFailure> {
-        let cached = self.cached_metadata();
-        let now = self.clock.monotonic();
-        if let Some(cached) = &cached
-            && now < cached.fetched_at + METADATA_LIFETIME
-        {
-            return Ok(Arc::clone(&cached.metadata));
-        }
-        match (
-            discover(&self.client, issuer, deadline, self.clock.wall()).await,
-            cached,
-        ) {
-            (Ok((metadata, _)), _) => {
-                let metadata = Arc::new(metadata);
-                *self.metadata.lock().unwrap_or_else(PoisonError::into_inner) =
-                    Some(CachedMetadata {
-                        metadata: Arc::clone(&metadata),
-                        fetched_at: now,
-                    });
-                Ok(metadata)
-            }
-            // Metadata that names another issuer takes the place of none.
-            (Err(failure), _) if failure.code == RefusalCode::MetadataInvalid => Err(failure),
-            (Err(failure), Some(cached)) => {
-                tracing::warn!(%issuer, detail = failure.detail, "metadata could not be renewed; the last is used");
-                Ok(cached.metadata)
-            }
-            (Err(failure), None) => Err(failure),
-        }
-    }
-
-    fn cached_metadata(&self) -> Option<CachedMetadata> {
-        self.metadata
+    fn distrusted(&self) -> MutexGuard<'_, Option<Arc<Metadata>>> {
+        self.distrusted
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-
-    /// After an answer that hints at an endpoint that moved, the next attempt asks for metadata again.
-    fn forget_metadata(&self) {
-        *self.metadata.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// A server that lists its algorithms and not ours would refuse the assertion (RFC 8414 section 2).
@@ -272,7 +240,7 @@ impl OauthClientCredentialsProvider {
             header: None,
         };
         let mut proof = match (&self.authentication, &self.settings.client_authentication) {
-            (Authentication::PrivateKeyJwt(key_file), _) => {
+            (Authentication::PrivateKeyJwt(assertions), _) => {
                 let claims: Vec<(String, Value)> = self
                     .settings
                     .assertion_claims
@@ -280,7 +248,7 @@ impl OauthClientCredentialsProvider {
                     .map(|(name, template)| Ok((name.clone(), claim_value(subject, template)?)))
                     .collect::<Result<_, MintFailure>>()?;
                 assertion(
-                    key_file
+                    assertions
                         .assertion(client_id, &claims, self.server_time())
                         .await?,
                 )
@@ -456,7 +424,7 @@ impl OauthClientCredentialsProvider {
     /// Whether the client can prove who it is; a workload's own token is the workload's matter.
     async fn check_key(&self) -> Result<(), MintFailure> {
         match (&self.authentication, &self.settings.client_authentication) {
-            (Authentication::PrivateKeyJwt(key_file), _) => key_file.check().await,
+            (Authentication::PrivateKeyJwt(assertions), _) => assertions.check().await,
             (_, ClientAuthentication::ClientSecretBasic { secret_file }) => {
                 basic_header("", secret_file).await.map(drop)
             }
@@ -466,15 +434,14 @@ impl OauthClientCredentialsProvider {
 
     /// The headers of an answer of the server's to a request for nothing but its documents.
     async fn ask_nothing(&self, deadline: Deadline) -> Result<HeaderMap, MintFailure> {
-        match &self.settings.server {
-            AuthorizationServer::Issuer(issuer) => {
-                let (metadata, headers) =
-                    discover(&self.client, issuer, deadline, self.clock.wall()).await?;
+        match &self.server {
+            Server::Issuer(issuer) => {
+                let (metadata, headers) = issuer.discover(deadline, self.clock.wall()).await?;
                 self.check_algorithm(&metadata)?;
                 Ok(headers)
             }
             // Whatever it answers to a GET (RFC 6749 section 3.2), it is there.
-            AuthorizationServer::TokenEndpoint(token_endpoint) => self
+            Server::TokenEndpoint(token_endpoint) => self
                 .client
                 .get(token_endpoint, deadline.remaining())
                 .await
@@ -517,7 +484,7 @@ impl Provider for OauthClientCredentialsProvider {
 
     fn take_replaced_key(&self) -> Option<String> {
         match &self.authentication {
-            Authentication::PrivateKeyJwt(key_file) => key_file.take_replaced(),
+            Authentication::PrivateKeyJwt(assertions) => assertions.take_replaced(),
             Authentication::WorkloadAssertion | Authentication::ClientSecretBasic => None,
         }
     }
@@ -552,7 +519,8 @@ impl Provider for OauthClientCredentialsProvider {
                 RefusalCode::TokenServerRedirected | RefusalCode::TokenResponseInvalid
             )
         {
-            self.forget_metadata();
+            // The next attempt asks for metadata again.
+            *self.distrusted() = endpoint.metadata;
         }
         outcome.map_err(|failure| self.name_skew(failure))
     }

@@ -88,11 +88,9 @@ async fn each_fault_is_told_as_documented() {
             _ => Duration::from_secs(3),
         };
         assert!(took < limit, "{}: took {took:?}", row.name);
-        // The connection over which the metadata came is kept, and what breaks it is asked once more.
-        let over_the_kept_one = usize::from(row.fault == Fault::Reset);
         assert_eq!(
             world.authorization_server.state().token_requests() - calls,
-            row.token_requests + over_the_kept_one,
+            row.token_requests,
             "{}",
             row.name
         );

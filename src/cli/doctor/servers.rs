@@ -10,7 +10,7 @@ use countersign_attestors::{Clock, OidcAttestor, SystemClock};
 use super::finding::{Finding, FindingCode};
 use crate::config::{Bind, Config, OidcIssuer};
 use crate::fetch::{FetchClient, FetchSettings};
-use crate::providers::{Deadline, MintFailure, provider};
+use crate::providers::{Common, Deadline, MintFailure, provider};
 use crate::refusal::RefusalCode;
 
 /// Asks every server that a configuration names.
@@ -20,10 +20,10 @@ pub(super) async fn check(config: &Config) -> Vec<Finding> {
         clock: Arc::new(SystemClock::new()),
     };
     let mut findings = Vec::new();
+    let runtime = tokio::runtime::Handle::current();
+    let mut common = Common::new(Arc::clone(&servers.own_listeners), runtime);
     for credential in &config.credentials {
-        let provider = provider(credential, Arc::clone(&servers.clock), |settings| {
-            servers.client(settings)
-        });
+        let provider = provider(credential, Arc::clone(&servers.clock), &mut common);
         let failures = provider.probe(Deadline::after(provider.timeout())).await;
         findings.extend(
             failures
@@ -47,13 +47,12 @@ struct Servers {
 }
 
 impl Servers {
-    fn client(&self, settings: FetchSettings) -> FetchClient {
-        let runtime = tokio::runtime::Handle::current();
-        FetchClient::new(settings, Arc::clone(&self.own_listeners), runtime)
-    }
-
     async fn token_issuer(&self, issuer: &OidcIssuer) -> Option<Finding> {
-        let fetch = Arc::new(self.client(FetchSettings::of_issuer(issuer)));
+        let fetch = Arc::new(FetchClient::new(
+            FetchSettings::of_issuer(issuer),
+            Arc::clone(&self.own_listeners),
+            tokio::runtime::Handle::current(),
+        ));
         let outcome = match OidcAttestor::new(issuer.settings(), fetch, Arc::clone(&self.clock)) {
             Ok(attestor) => attestor.fetch_keys().await,
             Err(error) => Err(error.to_string()),
