@@ -19,7 +19,7 @@ use super::principal::{Principal, PrincipalModel, uid, workload_uid};
 use super::question::{Action, Question, Resource, ResourceType, UNMATCHED};
 use super::reads::{PathRead, Reads};
 use super::source::{self, ParsedPolicy, PolicyFile};
-use super::{conditions, load, schema};
+use super::{conditions, load};
 use crate::config::{Config, TemplatePart, TokenSource};
 use crate::diagnostics::{Diagnostics, position};
 
@@ -42,7 +42,6 @@ pub struct PolicyEngine {
     /// `(group, attribute)` that policies read, in order: [`LoadedPolicy::attributes`] are places in it.
     attributes: Vec<(String, String)>,
     time_zone: TimeZone,
-    schema_text: String,
     authorizer: Authorizer,
 }
 
@@ -250,7 +249,6 @@ impl PolicyEngine {
                 true => TimeZone::system(),
                 false => TimeZone::UTC,
             },
-            schema_text: schema::text(declarations),
             authorizer: Authorizer::new(),
             principals,
             attributes,
@@ -378,11 +376,6 @@ impl PolicyEngine {
     /// `(group, attribute)` that a policy, an environment rule or a credential's template reads: what attestors must collect.
     pub fn attributes_read(&self) -> &BTreeSet<(String, String)> {
         &self.attributes_read
-    }
-
-    /// The schema that the policies were checked against, as Cedar text.
-    pub fn schema_text(&self) -> &str {
-        &self.schema_text
     }
 
     /// Every policy's id and place, in the order of the files.
