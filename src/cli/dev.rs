@@ -151,9 +151,8 @@ async fn start_generated(directory: Directory, port: Option<u16>) -> Result<Runn
             gateway: free_address(GATEWAY_PORT).or_else(|_| free_address(0))?,
         };
         let set_aside = write_configuration(&directory, listeners, &servers)?;
-        let watcher = Watcher::new(&path);
         match start(&path, None).await {
-            Ok(app) => {
+            Ok((app, watcher)) => {
                 return Ok(Running {
                     directory,
                     servers,
@@ -188,10 +187,9 @@ async fn start_configured(
         .map_or_else(Ports::default, Ports::named_in);
     // Before the configuration counts: it may name the key and the roots that are written here.
     let servers = EmbeddedServers::start(&directory, ports).await?;
-    let watcher = Watcher::new(path);
     let config = Config::load(path).map_err(NotStarted::Problems)?;
     log(&config.log)?;
-    let app = start(path, port).await?;
+    let (app, watcher) = start(path, port).await?;
     Ok(Running {
         directory,
         servers,
@@ -201,16 +199,19 @@ async fn start_configured(
     })
 }
 
-async fn start(path: &Path, proxy_port: Option<u16>) -> Result<Arc<App>, NotStarted> {
-    let config = Config::load(path).map_err(NotStarted::Problems)?;
+async fn start(path: &Path, proxy_port: Option<u16>) -> Result<(Arc<App>, Watcher), NotStarted> {
+    let checked = crate::config::check(path);
+    let watcher = Watcher::new(path, &checked);
+    let config = checked.into_config().map_err(NotStarted::Problems)?;
     let options = StartOptions {
         tells_nearest: true,
         proxy_port,
         ..StartOptions::default()
     };
-    App::start_with(config, Arc::new(SystemClock::new()), options)
+    let app = App::start_with(config, Arc::new(SystemClock::new()), options)
         .await
-        .map_err(NotStarted::Problems)
+        .map_err(NotStarted::Problems)?;
+    Ok((app, watcher))
 }
 
 fn log(config: &LogConfig) -> Result<(), NotStarted> {

@@ -11,8 +11,8 @@ use super::failure::Failure;
 use super::output::{EXIT_CONFIGURATION, EXIT_UNAVAILABLE, OutputFormat};
 use crate::app::{App, StartOptions};
 use crate::clock::SystemClock;
-use crate::config::Config;
 use crate::config::watch::Watcher;
+use crate::config::{self, Config};
 use crate::descriptors;
 use crate::diagnostics::Diagnostics;
 use crate::hardening::{self, Needs};
@@ -39,8 +39,9 @@ pub fn run(arguments: &RunArguments) -> ExitCode {
         Ok(service_manager) => service_manager,
         Err(diagnostics) => return refuse(&diagnostics),
     };
-    let watcher = Watcher::new(&arguments.config);
-    let config = match Config::load(&arguments.config) {
+    let checked = config::check(&arguments.config);
+    let watcher = Watcher::new(&arguments.config, &checked);
+    let config = match checked.into_config() {
         Ok(config) => config,
         Err(diagnostics) => return refuse_in(arguments.output, diagnostics),
     };

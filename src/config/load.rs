@@ -1,12 +1,13 @@
 //! From a path to a [`Config`]: reads the file and those that it includes, and joins them.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use super::raw::{Document, Text};
 use super::reader::{self, Located, RequiredKeys};
 use super::tree::{self, Node, Place, Value};
+use super::watch::Marks;
 use super::{Config, convert};
 use crate::diagnostics::{Diagnostic, Diagnostics, did_you_mean};
 
@@ -19,7 +20,7 @@ pub struct Checked {
     pub diagnostics: Diagnostics,
     /// Every file and directory that was read or named, those of a wrong configuration too: where a
     /// key is missing, its coming is a reason to read again.
-    pub files: Vec<PathBuf>,
+    pub files: Marks,
 }
 
 impl Config {
@@ -184,7 +185,7 @@ pub fn check(path: &Path) -> Checked {
     Checked {
         config: config.filter(|_| !diagnostics.has_errors()),
         diagnostics,
-        files: watched.into_iter().collect(),
+        files: watched,
     }
 }
 
@@ -194,13 +195,13 @@ struct Loader {
     diagnostics: Diagnostics,
     /// Where something did not fit: what is missing there is not reported again.
     misfits: Vec<Place>,
-    watched: BTreeSet<PathBuf>,
+    watched: Marks,
 }
 
 impl Loader {
     /// Reads one file; `named_at` says where another names it.
     fn read(&mut self, path: &Path, named_at: Option<(&Path, Place)>) {
-        self.watched.insert(path.to_owned());
+        self.watched.add(path);
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) => {
@@ -349,7 +350,7 @@ impl Loader {
         let glob = globset::Glob::new(name)
             .map_err(|_| format!("`{pattern}` is no pattern"))?
             .compile_matcher();
-        self.watched.insert(parent.to_owned());
+        self.watched.add(parent);
         let Ok(entries) = std::fs::read_dir(parent) else {
             return Ok(Vec::new());
         };

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
-use super::check;
+use super::{Checked, check};
 
 /// How often metadata is asked for.
 const TICK: Duration = Duration::from_millis(250);
@@ -25,8 +25,10 @@ struct Mark {
     changed: (i64, i64),
 }
 
-/// No mark: there is no such file.
-type Marks = BTreeMap<PathBuf, Vec<Mark>>;
+/// The files and directories behind a configuration, as each was before it was read; without a mark where
+/// there was none.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Marks(BTreeMap<PathBuf, Vec<Mark>>);
 
 /// Watches the files of a configuration: itself, what it includes (new files that a pattern matches
 /// too), keys, certificates, and the policy directory.
@@ -39,12 +41,11 @@ pub struct Watcher {
 }
 
 impl Watcher {
-    /// Watches the files of the configuration at `path` as they are now. Made before the configuration
-    /// is loaded, so that no change falls between. Blocks: it reads the configuration to know its files.
-    pub fn new(path: &Path) -> Self {
+    /// Watches the files of the configuration at `path`, from before they were read.
+    pub fn new(path: &Path, read: &Checked) -> Self {
         Self {
             path: path.to_owned(),
-            seen: renewed(path, &Marks::new()),
+            seen: read.files.clone(),
             unsettled: None,
             interval: None,
         }
@@ -63,15 +64,15 @@ impl Watcher {
                 })
                 .tick()
                 .await;
-            let paths: Vec<PathBuf> = self.seen.keys().cloned().collect();
-            let Ok(now) = tokio::task::spawn_blocking(move || marks(&paths)).await else {
+            let seen = self.seen.clone();
+            let Ok(now) = tokio::task::spawn_blocking(move || seen.now()).await else {
                 continue;
             };
             if now == self.seen {
                 self.unsettled = None;
             } else if self.unsettled.as_ref() == Some(&now) {
                 let path = self.path.clone();
-                let Ok(seen) = tokio::task::spawn_blocking(move || renewed(&path, &now)).await
+                let Ok(seen) = tokio::task::spawn_blocking(move || renewed(&path, now)).await
                 else {
                     continue;
                 };
@@ -87,24 +88,38 @@ impl Watcher {
 
 /// The marks of the files that the configuration names by now. What had a mark keeps it, so that a
 /// change that happens meanwhile is noticed.
-fn renewed(path: &Path, before: &Marks) -> Marks {
-    let first = mark(path);
-    let files = check(path).files;
-    let mut marks = marks(&files);
-    marks.insert(path.to_owned(), first);
-    for (path, mark) in &mut marks {
-        if let Some(before) = before.get(path) {
-            mark.clone_from(before);
-        }
+fn renewed(path: &Path, before: Marks) -> Marks {
+    let mut marks = check(path).files;
+    for (path, mark) in before.0 {
+        marks.0.entry(path).and_modify(|now| *now = mark);
     }
     marks
 }
 
-fn marks(paths: &[PathBuf]) -> Marks {
-    paths
-        .iter()
-        .map(|path| (path.clone(), mark(path)))
-        .collect()
+impl Marks {
+    /// Marks what is read next, where it was not read before.
+    pub(super) fn add(&mut self, path: &Path) {
+        if !self.0.contains_key(path) {
+            self.0.insert(path.to_owned(), mark(path));
+        }
+    }
+
+    /// In order.
+    pub fn paths(&self) -> impl Iterator<Item = &PathBuf> {
+        self.0.keys()
+    }
+
+    fn now(self) -> Self {
+        Self(
+            self.0
+                .into_keys()
+                .map(|path| {
+                    let mark = mark(&path);
+                    (path, mark)
+                })
+                .collect(),
+        )
+    }
 }
 
 /// What a path leads to: a file's identity and times, and for a directory those of its entries.
@@ -166,7 +181,8 @@ mod tests {
             root.join("policies/default.cedar"),
         )
         .unwrap();
-        let watcher = Watcher::new(&root.join("agent.yaml"));
+        let path = root.join("agent.yaml");
+        let watcher = Watcher::new(&path, &check(&path));
         (directory, watcher)
     }
 
@@ -222,6 +238,23 @@ mod tests {
             "the secret that was missing"
         );
         assert!(check(&root.join("agent.yaml")).config.is_some());
+        assert!(is_quiet(&mut watcher).await);
+    }
+
+    #[tokio::test]
+    async fn what_changes_after_it_was_read_is_noticed() {
+        let (directory, _) = laid();
+        let root = directory.path();
+        fs::write(root.join("conf.d/orders.yaml"), "{}").unwrap();
+        let path = root.join("agent.yaml");
+        let read = check(&path);
+        fs::write(root.join("policies/new.cedar"), "").unwrap();
+        let mut watcher = Watcher::new(&path, &read);
+        assert!(is_noticed(&mut watcher).await, "a new policy");
+        let read = check(&path);
+        fs::write(root.join("conf.d/orders.yaml"), "{version: 1}").unwrap();
+        let mut watcher = Watcher::new(&path, &read);
+        assert!(is_noticed(&mut watcher).await, "a changed part");
         assert!(is_quiet(&mut watcher).await);
     }
 

@@ -231,7 +231,7 @@ pub fn permit(path: &Path, checked: &Checked) -> Result<(), Diagnostics> {
     };
     let read = checked
         .files
-        .iter()
+        .paths()
         .map(PathBuf::as_path)
         .filter(|named| !files.may_read(named));
     let written = checked

@@ -30,7 +30,7 @@ impl Converter<'_> {
     pub(super) fn input_file(&mut self, written: Option<&Text>) -> Option<PathBuf> {
         let path = self.output_file(written)?;
         let written = written?;
-        self.watched.insert(path.clone());
+        self.watched.add(&path);
         let opened = std::fs::File::open(&path).and_then(|file| {
             if file.metadata()?.is_dir() {
                 Err(std::io::ErrorKind::IsADirectory.into())

@@ -12,10 +12,10 @@ mod operation;
 mod report;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::PathBuf;
 
 use crate::config::load::SourceFile;
 use crate::config::tree::Place;
+use crate::config::watch::Marks;
 use crate::config::{Config, Unmatched, raw};
 use crate::diagnostics::Diagnostics;
 
@@ -26,7 +26,7 @@ pub(super) fn convert(
     files: &[SourceFile],
     document: Option<raw::Document>,
     misfits: Vec<Place>,
-    watched: &mut BTreeSet<PathBuf>,
+    watched: &mut Marks,
     diagnostics: &mut Diagnostics,
 ) -> Option<Config> {
     let names = |section: &str| -> Vec<String> {
@@ -48,7 +48,7 @@ pub(super) fn convert(
 struct Converter<'a> {
     files: &'a [SourceFile],
     misfits: Vec<Place>,
-    watched: &'a mut BTreeSet<PathBuf>,
+    watched: &'a mut Marks,
     diagnostics: &'a mut Diagnostics,
     /// Names written anywhere, in items that do not fit too: those are not reported as unknown.
     credential_names: Vec<String>,
@@ -125,7 +125,7 @@ impl Converter<'_> {
             log,
             traces,
             admin,
-            watched_files: self.watched.iter().cloned().collect(),
+            watched_files: self.watched.paths().cloned().collect(),
         })
     }
 

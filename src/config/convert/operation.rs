@@ -50,7 +50,7 @@ impl Converter<'_> {
             }
             None => (main_directory.join("policies"), None),
         };
-        self.watched.insert(path.clone());
+        self.watched.add(&path);
         if let Err(error) = std::fs::read_dir(&path) {
             let cause = match error.kind() {
                 std::io::ErrorKind::NotADirectory => "it is no directory".to_owned(),
