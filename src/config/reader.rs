@@ -8,6 +8,7 @@ use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::Range;
+use std::sync::LazyLock;
 
 use serde::de::value::StrDeserializer;
 use serde::de::{
@@ -61,8 +62,11 @@ pub(super) type RequiredKeys = HashMap<String, Vec<String>>;
 /// Reads `node`. What does not fit is left out of the value; `None` when nothing sensible is left.
 pub(super) fn read<T: DeserializeOwned>(
     node: &Node,
-    required: &RequiredKeys,
+    required: &LazyLock<RequiredKeys>,
 ) -> (Option<T>, Vec<Problem>) {
+    if let Some(value) = read_what_fits(node) {
+        return (Some(value), Vec::new());
+    }
     let report = Report::default();
     loop {
         let hidden_before = report.hidden.borrow().len();
@@ -78,6 +82,18 @@ pub(super) fn read<T: DeserializeOwned>(
             return (value, report.problems.into_inner());
         }
     }
+}
+
+/// Reads what has no problem: without the required keys, which take longer to tell than most files to read.
+fn read_what_fits<T: DeserializeOwned>(node: &Node) -> Option<T> {
+    let report = Report::default();
+    let reader = Reader {
+        node,
+        report: &report,
+        required: &RequiredKeys::new(),
+    };
+    let value = T::deserialize(reader).ok()?;
+    report.problems.borrow().is_empty().then_some(value)
 }
 
 #[derive(Default)]
