@@ -105,20 +105,15 @@ pub struct Position {
 
 /// The position of a byte offset in a text; the end of the text for an offset beyond it.
 pub fn position(text: &str, offset: usize) -> Position {
-    let before = text
-        .char_indices()
-        .take_while(|(index, _)| *index < offset)
-        .map(|(_, character)| character);
-    let mut position = Position { line: 1, column: 1 };
-    for character in before {
-        if character == '\n' {
-            position.line += 1;
-            position.column = 1;
-        } else {
-            position.column += 1;
-        }
+    let bytes = text.as_bytes();
+    let before = bytes.get(..offset).unwrap_or(bytes);
+    let line = before.rsplit(|byte| *byte == b'\n').next();
+    // A character counts by its first byte.
+    let is_first = |byte: &&u8| !matches!(byte, 0x80..0xc0);
+    Position {
+        line: 1 + before.iter().filter(|byte| **byte == b'\n').count(),
+        column: 1 + line.into_iter().flatten().filter(is_first).count(),
     }
-    position
 }
 
 /// Everything that one load found, and the texts that it points into.
