@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::client::dev_directory;
 use crate::config::SigningAlgorithm;
 use crate::jwt::SigningKey;
-use crate::tls::interception::write_atomically;
+use crate::tls::interception::write_durably;
 
 /// How many `dev`s of one user may run at once.
 const AT_ONCE: usize = 64;
@@ -55,7 +55,7 @@ impl Directory {
 
     /// Writes a file that its owner alone may read.
     pub fn write(&self, name: &str, content: &str) -> io::Result<()> {
-        write_atomically(&self.file(name), content.as_bytes(), 0o600).map_err(io::Error::other)
+        write_durably(&self.file(name), content.as_bytes(), 0o600).map_err(io::Error::other)
     }
 
     /// Writes a file that the user is invited to edit. What is in its place and differs is kept as

@@ -375,9 +375,9 @@ fn open_generated_root(
     prepare_directory(directory)?;
     if !key_path.exists() {
         let root = generate_root(now)?;
-        write_atomically(&certificate_path, root.pem().as_bytes(), 0o644)?;
+        write_durably(&certificate_path, root.pem().as_bytes(), 0o644)?;
         let key = Zeroizing::new(root.key().serialize_pem());
-        write_atomically(&key_path, key.as_bytes(), 0o600)?;
+        write_durably(&key_path, key.as_bytes(), 0o600)?;
         tracing::info!(directory = %directory.display(), "made an interception root");
     }
     let mode = fs::metadata(&key_path)
@@ -425,8 +425,23 @@ fn refuse_wider_than_owner(path: &Path, mode: u32, wanted: &str) -> Result<(), A
     }
 }
 
-/// Writes a file whole or not at all: a temporary name, `fsync`, then `rename`.
+/// Writes a file whole or not at all: a temporary name, then `rename`. Where the power fails it may be empty
+/// afterwards: for what every start writes anew.
 pub fn write_atomically(path: &Path, content: &[u8], mode: u32) -> Result<(), AuthorityError> {
+    replace(path, content, mode, |_| Ok(()))
+}
+
+/// As [`write_atomically`], and on the disk before it has its name (`fsync`).
+pub fn write_durably(path: &Path, content: &[u8], mode: u32) -> Result<(), AuthorityError> {
+    replace(path, content, mode, fs::File::sync_all)
+}
+
+fn replace(
+    path: &Path,
+    content: &[u8],
+    mode: u32,
+    sync: impl FnOnce(&fs::File) -> std::io::Result<()>,
+) -> Result<(), AuthorityError> {
     let temporary = path.with_extension(format!("{}.new", std::process::id()));
     let written = fs::OpenOptions::new()
         .write(true)
@@ -437,7 +452,7 @@ pub fn write_atomically(path: &Path, content: &[u8], mode: u32) -> Result<(), Au
         .and_then(|mut file| {
             file.set_permissions(fs::Permissions::from_mode(mode))?;
             file.write_all(content)?;
-            file.sync_all()
+            sync(&file)
         })
         .and_then(|()| fs::rename(&temporary, path));
     written.map_err(|error| {
