@@ -208,13 +208,9 @@ impl PolicyEngine {
         parsed: Vec<ParsedPolicy>,
     ) -> Self {
         let principals = PrincipalModel::new(config, declarations);
-        let reads: Vec<Reads> = parsed
+        let attributes: BTreeSet<(String, String)> = parsed
             .iter()
-            .map(|parsed| Reads::of_policy(&parsed.json))
-            .collect();
-        let attributes: BTreeSet<(String, String)> = reads
-            .iter()
-            .flat_map(|reads| principals.attributes_of(reads))
+            .flat_map(|parsed| principals.attributes_of(&parsed.reads))
             .map(owned)
             .collect();
         let attributes = Vec::from_iter(attributes);
@@ -227,10 +223,9 @@ impl PolicyEngine {
         };
         let policies: Vec<Arc<LoadedPolicy>> = parsed
             .into_iter()
-            .zip(reads)
-            .map(|(parsed, reads)| {
-                let places = places(&reads);
-                Arc::new(LoadedPolicy::new(parsed, files, reads, places))
+            .map(|parsed| {
+                let places = places(&parsed.reads);
+                Arc::new(LoadedPolicy::new(parsed, files, places))
             })
             .collect();
         let mut engine = Self {
@@ -830,12 +825,7 @@ impl PolicyEngine {
 }
 
 impl LoadedPolicy {
-    fn new(
-        parsed: ParsedPolicy,
-        files: &[PolicyFile],
-        reads: Reads,
-        attributes: Vec<usize>,
-    ) -> Self {
+    fn new(parsed: ParsedPolicy, files: &[PolicyFile], attributes: Vec<usize>) -> Self {
         let text = files
             .iter()
             .find(|file| file.path == parsed.path)
@@ -845,7 +835,7 @@ impl LoadedPolicy {
             id: Arc::from(parsed.id()),
             location: format!("{}:{}:{}", parsed.path.display(), place.line, place.column),
             is_permit: parsed.is_permit(),
-            reads,
+            reads: parsed.reads,
             attributes,
             compiled: CompiledPolicy::of(&parsed.json),
             policy: parsed.policy,

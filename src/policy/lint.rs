@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::engine::covers_action;
 use super::question::Action;
-use super::reads::{Reads, chain, conditions};
+use super::reads::{chain, conditions};
 use super::source::ParsedPolicy;
 use crate::config::{ClientAuthentication, Config, CredentialConfig, TokenSource};
 use crate::diagnostics::{Diagnostic, Diagnostics, Severity};
@@ -194,7 +194,7 @@ impl Findings<'_> {
         if !self.policy.is_permit() {
             return;
         }
-        let reads = Reads::of_policy(&self.policy.json);
+        let reads = &self.policy.reads;
         if !reads.reads_principal() {
             self.push(
                 Severity::Warning,

@@ -10,6 +10,7 @@ use cedar_policy_core::ast::PolicyID;
 use cedar_policy_core::parser::parse_policyset_to_ests_and_pset;
 use miette::Diagnostic as _;
 
+use super::reads::Reads;
 use crate::diagnostics::{Diagnostic, Diagnostics, did_you_mean};
 
 /// The least `@max_lifetime`: a shorter one could never be met by a token.
@@ -102,6 +103,7 @@ pub(super) struct ParsedPolicy {
     pub(super) policy: Policy,
     /// Cedar's JSON form.
     pub(super) json: serde_json::Value,
+    pub(super) reads: Reads,
     /// Whether `@id` names it; else its id is a stand-in for diagnostics.
     pub(super) is_named: bool,
     pub(super) max_lifetime: Option<Duration>,
@@ -123,6 +125,7 @@ impl ParsedPolicy {
             span,
             parsed_from,
             policy,
+            reads: Reads::of_policy(&json),
             json,
             is_named: false,
             max_lifetime: None,
