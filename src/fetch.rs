@@ -30,6 +30,7 @@ use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::runtime::Handle;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use url::Url;
@@ -95,7 +96,7 @@ pub struct FetchClient {
 
 struct Shared {
     settings: FetchSettings,
-    runtime: tokio::runtime::Handle,
+    runtime: Handle,
     guard: AddressGuard,
     /// Built at the first request: reading the system's roots takes longer than all the rest of start.
     client: OnceLock<Result<Client<Connector, Full<Bytes>>, FetchFailure>>,
@@ -161,11 +162,7 @@ impl FetchFailure {
 
 impl FetchClient {
     /// A client whose connections live on `runtime`.
-    pub fn new(
-        settings: FetchSettings,
-        own_listeners: Arc<[SocketAddr]>,
-        runtime: tokio::runtime::Handle,
-    ) -> Self {
+    pub fn new(settings: FetchSettings, own_listeners: Arc<[SocketAddr]>, runtime: Handle) -> Self {
         let guard = AddressGuard::new(&settings.allow_addresses, own_listeners);
         Self {
             shared: Arc::new(Shared {
@@ -185,7 +182,7 @@ impl FetchClient {
         timeout: Duration,
     ) -> Result<Answer, FetchFailure> {
         let shared = Arc::clone(&self.shared);
-        let task = self.shared.runtime.spawn(async move {
+        let exchange = async move {
             match tokio::time::timeout(timeout, shared.exchange(request)).await {
                 Ok(outcome) => outcome,
                 Err(_) => Err(FetchFailure::new(
@@ -193,8 +190,13 @@ impl FetchClient {
                     format!("no whole answer within {timeout:?}"),
                 )),
             }
-        });
-        match task.await {
+        };
+        let runtime = &self.shared.runtime;
+        // Who is on it already needs no other thread.
+        if Handle::try_current().is_ok_and(|current| current.id() == runtime.id()) {
+            return exchange.await;
+        }
+        match runtime.spawn(exchange).await {
             Ok(outcome) => outcome,
             Err(_) => Err(FetchFailure::new(
                 FetchFailureKind::Reset,
