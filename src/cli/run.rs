@@ -65,10 +65,12 @@ pub fn run(arguments: &RunArguments) -> ExitCode {
 /// of this, also where the code is not optimised.
 const STACK_BYTES: usize = 8 << 20;
 
-/// The runtime of everything that is not the data path.
+/// The runtime of everything that is not the data path. A second thread on one processor would only be woken in
+/// vain with each task that the first is given.
 pub fn control_runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
     tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+        .worker_threads(processors.min(2))
         .thread_name("control")
         .thread_stack_size(STACK_BYTES)
         .enable_all()
