@@ -2,74 +2,32 @@
 //! them on. What a tree says, Cedar says of the same policy; what has no tree, and whatever fails, is left
 //! to Cedar. `src/policy/tests/compiled.rs` compares the two.
 //!
-//! A tree is made of a policy's JSON form (<https://docs.cedarpolicy.com/policies/json-format.html>) when it
-//! is loaded. [`Expression::of`] lists what has one, [`Expression::evaluate`] what it means.
+//! `compile.rs` makes them when a policy is loaded; [`Condition::holds`] and [`Term::value`] say what they mean.
 
 use std::cell::OnceCell;
 use std::collections::BTreeSet;
 
 use countersign_attestors::{AttributeValue, WorkloadFacts};
-use serde_json::Value as Json;
+use smallvec::{SmallVec, smallvec};
 
 use super::engine::{LoadedResource, PolicyEngine, weekday_name};
 use super::pattern::Pattern;
 use super::principal::{LABELS, Principal, WORKLOAD};
 use super::question::Question;
-use super::reads::{chain, conditions, names_of};
-use super::schema::RESERVED_GROUPS;
+use crate::request::EgressRequest;
 
-/// A policy's condition on the principal and its `when` and `unless`.
+/// A policy's condition on the principal and its `when` and `unless`: what must hold, in order.
 #[derive(Debug)]
-pub(super) struct CompiledPolicy(Vec<Expression>);
+pub(super) struct CompiledPolicy(pub(super) Vec<Condition>);
 
 /// The policy could not be evaluated; Cedar says why.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Fails;
 
 impl CompiledPolicy {
-    /// Reads a policy's JSON form; `None` where something in it has no tree.
-    pub(super) fn of(policy: &Json) -> Option<Self> {
-        let mut conjuncts = scope(policy.get("principal")?)?;
-        for condition in conditions(policy) {
-            let body = Expression::of(condition.get("body")?)?;
-            conjuncts.push(match condition.get("kind")?.as_str()? {
-                "when" => body,
-                "unless" => Expression::Not(Box::new(body)),
-                _ => return None,
-            });
-        }
-        Some(Self(conjuncts))
-    }
-
     /// Whether the policy is satisfied, where its scope covers the action and the resource.
     pub(super) fn is_satisfied(&self, world: &World<'_>) -> Result<bool, Fails> {
-        for conjunct in &self.0 {
-            if !conjunct.holds(world)? {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-}
-
-/// What the scope asks of the principal: `principal`, `principal is Workload`, `principal in PARENT`.
-fn scope(principal: &Json) -> Option<Vec<Expression>> {
-    let is_in = |within: &Json| {
-        Some(Expression::In(
-            Box::new(Expression::Attribute(Attribute::Principal)),
-            Entity::of(within.get("entity")?)?,
-        ))
-    };
-    match principal.get("op")?.as_str()? {
-        "All" => Some(Vec::new()),
-        "in" => Some(vec![is_in(principal)?]),
-        "is" if principal.get("entity_type")?.as_str()? == WORKLOAD.0 => {
-            match principal.get("in") {
-                Some(within) => Some(vec![is_in(within)?]),
-                None => Some(Vec::new()),
-            }
-        }
-        _ => None,
+        all_hold(&self.0, world)
     }
 }
 
@@ -80,8 +38,17 @@ pub(super) struct World<'a> {
     principal: &'a Principal,
     question: &'a Question<'a>,
     resource: &'a LoadedResource,
+    /// By place in [`PolicyEngine::attributes`].
+    established: SmallVec<[Established<'a>; 16]>,
     /// Weekday and hour on the node's clock, once they are asked for.
     local: OnceCell<(i8, i8)>,
+}
+
+/// What is established of an attribute and its group, once that is asked for: most policies ask for the same.
+#[derive(Clone, Default)]
+struct Established<'a> {
+    group: OnceCell<bool>,
+    value: OnceCell<Option<&'a AttributeValue>>,
 }
 
 impl<'a> World<'a> {
@@ -99,8 +66,28 @@ impl<'a> World<'a> {
             principal,
             question,
             resource,
+            established: smallvec![Established::default(); engine.attributes.len()],
             local: OnceCell::new(),
         }
+    }
+
+    /// The value of the attribute at a place.
+    fn attribute(&self, place: usize) -> Option<&'a AttributeValue> {
+        *self.established.get(place)?.value.get_or_init(|| {
+            let (group, name) = self.engine.attributes.get(place)?;
+            self.facts.attribute(group, name)
+        })
+    }
+
+    /// Whether the group of the attribute at a place is there.
+    fn has_group(&self, place: usize) -> bool {
+        let Some(established) = self.established.get(place) else {
+            return false;
+        };
+        *established.group.get_or_init(|| {
+            let attribute = self.engine.attributes.get(place);
+            attribute.is_some_and(|(group, _)| self.facts.groups.contains_key(group))
+        })
     }
 
     /// The configuration's own reading of `context.destination`.
@@ -108,6 +95,10 @@ impl<'a> World<'a> {
         self.engine
             .destinations
             .get(&*self.question.destination?.name)
+    }
+
+    fn request(&self) -> Result<&'a EgressRequest, Fails> {
+        self.question.request.map(|request| &**request).ok_or(Fails)
     }
 
     fn local(&self) -> (i8, i8) {
@@ -132,205 +123,205 @@ impl<'a> World<'a> {
     }
 }
 
+/// What is true or false.
 #[derive(Debug)]
-enum Expression {
-    Literal(Literal),
-    Attribute(Attribute),
+pub(super) enum Condition {
+    Term(Term),
     /// `BASE has ASKED`: fails where there is no `base`.
     Has {
         base: Presence,
         asked: Presence,
     },
-    And(Box<Self>, Box<Self>),
-    Or(Box<Self>, Box<Self>),
+    All(Vec<Self>),
+    Any(Vec<Self>),
     Not(Box<Self>),
     If(Box<[Self; 3]>),
-    Negative(Box<Self>),
-    IsEmpty(Box<Self>),
-    Binary(Operator, Box<[Self; 2]>),
-    Like(Box<Self>, Pattern),
-    Is(Box<Self>, String),
-    In(Box<Self>, Entity),
+    Equal(Box<[Term; 2]>),
+    Less(Box<[Term; 2]>),
+    LessOrEqual(Box<[Term; 2]>),
+    Contains(Box<[Term; 2]>),
+    ContainsAll(Box<[Term; 2]>),
+    ContainsAny(Box<[Term; 2]>),
+    IsEmpty(Term),
+    Like(Term, Pattern),
+    Is(Term, String),
+    In(Term, Entity),
     /// `principal.hasTag(...)`
-    HasTag(Box<Self>),
+    HasTag(Term),
+}
+
+/// What has a value.
+#[derive(Debug)]
+pub(super) enum Term {
+    Literal(Literal),
+    Attribute(Attribute),
+    Condition(Box<Condition>),
+    If(Box<(Condition, [Self; 2])>),
+    Negative(Box<Self>),
+    Add(Box<[Self; 2]>),
+    Subtract(Box<[Self; 2]>),
+    Multiply(Box<[Self; 2]>),
     /// `principal.getTag(...)`
     GetTag(Box<Self>),
 }
 
-/// Both sides are evaluated, the left one first.
-#[derive(Debug, Clone, Copy)]
-enum Operator {
-    Equal,
-    Less,
-    LessOrEqual,
-    Add,
-    Subtract,
-    Multiply,
-    Contains,
-    ContainsAll,
-    ContainsAny,
+fn all_hold(conditions: &[Condition], world: &World<'_>) -> Result<bool, Fails> {
+    for condition in conditions {
+        if !condition.holds(world)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
-impl Expression {
-    /// Reads an expression's JSON form; `None` where something in it has no tree.
-    fn of(json: &Json) -> Option<Self> {
-        if let Some((variable, names)) = chain(json) {
-            return Attribute::of(&variable, &names).map(Self::Attribute);
-        }
-        let (operator, operands) = json.as_object()?.iter().next()?;
-        let operand = |name: &str| Self::of(operands.get(name)?);
-        let boxed = |name: &str| operand(name).map(Box::new);
-        let not = |expression| Self::Not(Box::new(expression));
-        let binary = |operator| {
-            let sides = Box::new([operand("left")?, operand("right")?]);
-            Some(Self::Binary(operator, sides))
-        };
-        let is_in = |target: &Json| {
-            let target = Entity::of(target.pointer("/Value/__entity")?)?;
-            Some(Self::In(boxed("left")?, target))
-        };
-        let of_principal =
-            || Some(chain(operands.get("left")?)? == ("principal".to_owned(), vec![]));
-        Some(match operator.as_str() {
-            "Value" | "Set" => Self::Literal(Literal::of(json)?),
-            "&&" => Self::And(boxed("left")?, boxed("right")?),
-            "||" => Self::Or(boxed("left")?, boxed("right")?),
-            "!" => Self::Not(boxed("arg")?),
-            "neg" => Self::Negative(boxed("arg")?),
-            "isEmpty" => Self::IsEmpty(boxed("arg")?),
-            "if-then-else" => Self::If(Box::new([
-                operand("if")?,
-                operand("then")?,
-                operand("else")?,
-            ])),
-            "==" => binary(Operator::Equal)?,
-            "!=" => not(binary(Operator::Equal)?),
-            "<" => binary(Operator::Less)?,
-            "<=" => binary(Operator::LessOrEqual)?,
-            ">" => not(binary(Operator::LessOrEqual)?),
-            ">=" => not(binary(Operator::Less)?),
-            "+" => binary(Operator::Add)?,
-            "-" => binary(Operator::Subtract)?,
-            "*" => binary(Operator::Multiply)?,
-            "contains" => binary(Operator::Contains)?,
-            "containsAll" => binary(Operator::ContainsAll)?,
-            "containsAny" => binary(Operator::ContainsAny)?,
-            "like" => Self::Like(boxed("left")?, Pattern::of_json(operands.get("pattern")?)?),
-            "has" => {
-                let (variable, mut names) = chain(operands.get("left")?)?;
-                let base = Presence::of(&variable, &names)?;
-                names.extend(names_of(operands.get("attr"))?);
-                Self::Has {
-                    base,
-                    asked: Presence::of(&variable, &names)?,
-                }
-            }
-            "is" => {
-                let expected = operands.get("entity_type")?.as_str()?.to_owned();
-                let is = Self::Is(boxed("left")?, expected);
-                match operands.get("in") {
-                    Some(target) => Self::And(Box::new(is), Box::new(is_in(target)?)),
-                    None => is,
-                }
-            }
-            "in" => is_in(operands.get("right")?)?,
-            "hasTag" if of_principal()? => Self::HasTag(boxed("right")?),
-            "getTag" if of_principal()? => Self::GetTag(boxed("right")?),
-            _ => return None,
-        })
-    }
-
-    fn evaluate<'a>(&'a self, world: &'a World<'_>) -> Result<Value<'a>, Fails> {
+impl Condition {
+    fn holds(&self, world: &World<'_>) -> Result<bool, Fails> {
         Ok(match self {
-            Self::Literal(literal) => literal.value(),
-            Self::Attribute(attribute) => attribute.value(world).ok_or(Fails)?,
+            Self::Term(Term::Attribute(Attribute::Safe)) => world.request()?.is_safe(),
+            Self::Term(term) => match term.value(world)? {
+                Value::Boolean(holds) => holds,
+                _ => return Err(Fails),
+            },
             Self::Has { base, asked } => match base.holds(world) {
-                true => Value::Boolean(asked.holds(world)),
+                true => asked.holds(world),
                 false => return Err(Fails),
             },
-            Self::And(left, right) => Value::Boolean(left.holds(world)? && right.holds(world)?),
-            Self::Or(left, right) => Value::Boolean(left.holds(world)? || right.holds(world)?),
-            Self::Not(expression) => Value::Boolean(!expression.holds(world)?),
+            Self::All(conditions) => all_hold(conditions, world)?,
+            Self::Any(conditions) => {
+                for condition in conditions {
+                    if condition.holds(world)? {
+                        return Ok(true);
+                    }
+                }
+                false
+            }
+            Self::Not(condition) => !condition.holds(world)?,
             Self::If(parts) => {
                 let [condition, consequent, alternative] = &**parts;
-                return match condition.holds(world)? {
-                    true => consequent.evaluate(world),
-                    false => alternative.evaluate(world),
-                };
-            }
-            Self::Negative(expression) => match expression.evaluate(world)? {
-                Value::Long(number) => Value::Long(number.checked_neg().ok_or(Fails)?),
-                _ => return Err(Fails),
-            },
-            Self::IsEmpty(expression) => match expression.evaluate(world)? {
-                Value::Set(set) => Value::Boolean(set.all(|_| false)),
-                _ => return Err(Fails),
-            },
-            Self::Binary(operator, sides) => {
-                let [left, right] = &**sides;
-                operator.apply(left.evaluate(world)?, right.evaluate(world)?)?
-            }
-            Self::Like(expression, pattern) => {
-                Value::Boolean(pattern.matches(expression.text(world)?))
-            }
-            Self::Is(expression, expected) => match expression.evaluate(world)? {
-                Value::Entity(entity_type, _) => Value::Boolean(entity_type == expected),
-                _ => return Err(Fails),
-            },
-            Self::In(expression, target) => match expression.evaluate(world)? {
-                Value::Entity(entity_type, id) => {
-                    Value::Boolean(world.is_in((entity_type, id), target))
+                match condition.holds(world)? {
+                    true => consequent.holds(world)?,
+                    false => alternative.holds(world)?,
                 }
-                _ => return Err(Fails),
-            },
-            Self::HasTag(name) => {
-                Value::Boolean(world.facts.attribute(LABELS, name.text(world)?).is_some())
             }
-            Self::GetTag(name) => match world.facts.attribute(LABELS, name.text(world)?) {
-                Some(AttributeValue::String(text)) => Value::Text(text),
-                _ => return Err(Fails),
+            Self::Equal(sides) => match &**sides {
+                [
+                    Term::Attribute(Attribute::OfPrincipal(place)),
+                    Term::Literal(Literal::Text(text)),
+                ] => match world.attribute(*place).ok_or(Fails)? {
+                    AttributeValue::String(known) => known == text,
+                    _ => false,
+                },
+                [left, right] => left.value(world)? == right.value(world)?,
             },
+            Self::Less(sides) => {
+                let [left, right] = Term::longs(sides, world)?;
+                left < right
+            }
+            Self::LessOrEqual(sides) => {
+                let [left, right] = Term::longs(sides, world)?;
+                left <= right
+            }
+            Self::Contains(sides) => {
+                let [set, wanted] = &**sides;
+                set.set(world)?.contains(wanted.value(world)?)
+            }
+            Self::ContainsAll(sides) => {
+                let [set, others] = &**sides;
+                set.set(world)?.contains_all(others.set(world)?)
+            }
+            Self::ContainsAny(sides) => {
+                let [set, others] = &**sides;
+                let (set, others) = (set.set(world)?, others.set(world)?);
+                !set.all(|value| !others.contains(value))
+            }
+            Self::IsEmpty(set) => set.set(world)?.all(|_| false),
+            Self::Like(text, pattern) => pattern.matches(text.text(world)?),
+            Self::Is(entity, expected) => {
+                let (entity_type, _) = entity.entity(world)?;
+                entity_type == expected
+            }
+            Self::In(entity, target) => world.is_in(entity.entity(world)?, target),
+            Self::HasTag(name) => world.facts.attribute(LABELS, name.text(world)?).is_some(),
         })
     }
+}
 
-    fn holds(&self, world: &World<'_>) -> Result<bool, Fails> {
-        match self.evaluate(world)? {
-            Value::Boolean(holds) => Ok(holds),
-            _ => Err(Fails),
+impl Term {
+    fn value<'a>(&'a self, world: &'a World<'_>) -> Result<Value<'a>, Fails> {
+        let long = |result: Option<i64>| result.map(Value::Long).ok_or(Fails);
+        match self {
+            Self::Literal(literal) => Ok(literal.value()),
+            Self::Attribute(attribute) => attribute.value(world).ok_or(Fails),
+            Self::Condition(condition) => condition.holds(world).map(Value::Boolean),
+            Self::If(parts) => {
+                let (condition, [consequent, alternative]) = &**parts;
+                match condition.holds(world)? {
+                    true => consequent.value(world),
+                    false => alternative.value(world),
+                }
+            }
+            Self::Negative(term) => long(term.long(world)?.checked_neg()),
+            Self::Add(sides) => {
+                let [left, right] = Self::longs(sides, world)?;
+                long(left.checked_add(right))
+            }
+            Self::Subtract(sides) => {
+                let [left, right] = Self::longs(sides, world)?;
+                long(left.checked_sub(right))
+            }
+            Self::Multiply(sides) => {
+                let [left, right] = Self::longs(sides, world)?;
+                long(left.checked_mul(right))
+            }
+            Self::GetTag(name) => match world.facts.attribute(LABELS, name.text(world)?) {
+                Some(AttributeValue::String(text)) => Ok(Value::Text(text)),
+                _ => Err(Fails),
+            },
         }
+    }
+
+    // What most policies compare has no value made of it.
+
+    fn long(&self, world: &World<'_>) -> Result<i64, Fails> {
+        match self {
+            Self::Literal(Literal::Long(number)) => Ok(*number),
+            Self::Attribute(Attribute::OfPrincipal(place)) => match world.attribute(*place) {
+                Some(AttributeValue::Long(number)) => Ok(*number),
+                _ => Err(Fails),
+            },
+            _ => match self.value(world)? {
+                Value::Long(number) => Ok(number),
+                _ => Err(Fails),
+            },
+        }
+    }
+
+    fn longs(sides: &[Self; 2], world: &World<'_>) -> Result<[i64; 2], Fails> {
+        let [left, right] = sides;
+        Ok([left.long(world)?, right.long(world)?])
     }
 
     fn text<'a>(&'a self, world: &'a World<'_>) -> Result<&'a str, Fails> {
-        match self.evaluate(world)? {
-            Value::Text(text) => Ok(text),
+        match self {
+            Self::Attribute(Attribute::Path) => Ok(world.request()?.path.as_str()),
+            _ => match self.value(world)? {
+                Value::Text(text) => Ok(text),
+                _ => Err(Fails),
+            },
+        }
+    }
+
+    fn set<'a>(&'a self, world: &'a World<'_>) -> Result<Set<'a>, Fails> {
+        match self.value(world)? {
+            Value::Set(set) => Ok(set),
             _ => Err(Fails),
         }
     }
-}
 
-impl Operator {
-    fn apply<'a>(self, left: Value<'a>, right: Value<'a>) -> Result<Value<'a>, Fails> {
-        let long = |result: Option<i64>| result.map(Value::Long).ok_or(Fails);
-        match (self, left, right) {
-            (Self::Equal, left, right) => Ok(Value::Boolean(left == right)),
-            (Self::Less, Value::Long(left), Value::Long(right)) => Ok(Value::Boolean(left < right)),
-            (Self::LessOrEqual, Value::Long(left), Value::Long(right)) => {
-                Ok(Value::Boolean(left <= right))
-            }
-            (Self::Add, Value::Long(left), Value::Long(right)) => long(left.checked_add(right)),
-            (Self::Subtract, Value::Long(left), Value::Long(right)) => {
-                long(left.checked_sub(right))
-            }
-            (Self::Multiply, Value::Long(left), Value::Long(right)) => {
-                long(left.checked_mul(right))
-            }
-            (Self::Contains, Value::Set(set), value) => Ok(Value::Boolean(set.contains(value))),
-            (Self::ContainsAll, Value::Set(set), Value::Set(others)) => {
-                Ok(Value::Boolean(set.contains_all(others)))
-            }
-            (Self::ContainsAny, Value::Set(set), Value::Set(others)) => {
-                Ok(Value::Boolean(!set.all(|value| !others.contains(value))))
-            }
+    /// By type and id.
+    fn entity<'a>(&'a self, world: &'a World<'_>) -> Result<(&'a str, &'a str), Fails> {
+        match self.value(world)? {
+            Value::Entity(entity_type, id) => Ok((entity_type, id)),
             _ => Err(Fails),
         }
     }
@@ -338,7 +329,7 @@ impl Operator {
 
 /// What stands in a policy as it is.
 #[derive(Debug)]
-enum Literal {
+pub(super) enum Literal {
     Boolean(bool),
     Long(i64),
     Text(String),
@@ -347,19 +338,6 @@ enum Literal {
 }
 
 impl Literal {
-    fn of(json: &Json) -> Option<Self> {
-        if let Some(elements) = json.get("Set") {
-            let elements = elements.as_array()?.iter().map(Self::of);
-            return elements.collect::<Option<_>>().map(Self::Set);
-        }
-        match json.get("Value")? {
-            Json::Bool(value) => Some(Self::Boolean(*value)),
-            Json::Number(value) => value.as_i64().map(Self::Long),
-            Json::String(value) => Some(Self::Text(value.clone())),
-            value => Entity::of(value.get("__entity")?).map(Self::Entity),
-        }
-    }
-
     fn value(&self) -> Value<'_> {
         match self {
             Self::Boolean(value) => Value::Boolean(*value),
@@ -372,20 +350,12 @@ impl Literal {
 }
 
 #[derive(Debug)]
-struct Entity {
-    entity_type: String,
-    id: String,
+pub(super) struct Entity {
+    pub(super) entity_type: String,
+    pub(super) id: String,
 }
 
 impl Entity {
-    /// Reads `{"type": ..., "id": ...}`.
-    fn of(json: &Json) -> Option<Self> {
-        Some(Self {
-            entity_type: json.get("type")?.as_str()?.to_owned(),
-            id: json.get("id")?.as_str()?.to_owned(),
-        })
-    }
-
     fn uid(&self) -> (&str, &str) {
         (&self.entity_type, &self.id)
     }
@@ -437,15 +407,12 @@ impl PartialEq for Set<'_> {
 
 /// A variable or a chain of attributes that has a value which is no record.
 #[derive(Debug)]
-enum Attribute {
+pub(super) enum Attribute {
     Principal,
     /// `principal.environment`
     Environment,
-    /// `principal.GROUP.NAME`
-    OfPrincipal {
-        group: String,
-        name: String,
-    },
+    /// `principal.GROUP.NAME`, by its place.
+    OfPrincipal(usize),
     Action,
     Resource,
     ResourceName,
@@ -466,42 +433,13 @@ enum Attribute {
 }
 
 impl Attribute {
-    fn of(variable: &str, names: &[String]) -> Option<Self> {
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        Some(match (variable, names.as_slice()) {
-            ("principal", []) => Self::Principal,
-            ("principal", ["environment"]) => Self::Environment,
-            ("principal", [group, name]) if !RESERVED_GROUPS.contains(group) => Self::OfPrincipal {
-                group: (*group).to_owned(),
-                name: (*name).to_owned(),
-            },
-            ("action", []) => Self::Action,
-            ("resource", []) => Self::Resource,
-            ("resource", ["name"]) => Self::ResourceName,
-            ("resource", ["environment"]) => Self::ResourceEnvironment,
-            ("context", ["destination"]) => Self::Destination,
-            ("context", ["destination", "name"]) => Self::DestinationName,
-            ("context", ["destination", "environment"]) => Self::DestinationEnvironment,
-            ("context", ["scopes"]) => Self::Scopes,
-            ("context", ["audience"]) => Self::Audience,
-            ("context", ["evidence"]) => Self::Evidence,
-            ("context", ["request", "method"]) => Self::Method,
-            ("context", ["request", "path"]) => Self::Path,
-            ("context", ["request", "safe"]) => Self::Safe,
-            ("context", ["local", "weekday"]) => Self::Weekday,
-            ("context", ["local", "hour"]) => Self::Hour,
-            ("context", ["node" | "posture" | "break_glass", _]) => Self::Unset,
-            _ => return None,
-        })
-    }
-
     /// `None` where it is not there.
     fn value<'a>(&'a self, world: &'a World<'_>) -> Option<Value<'a>> {
         let question = world.question;
         Some(match self {
             Self::Principal => Value::Entity(WORKLOAD.0, WORKLOAD.1),
             Self::Environment => Value::Text(&world.principal.environment),
-            Self::OfPrincipal { group, name } => match world.facts.attribute(group, name)? {
+            Self::OfPrincipal(place) => match world.attribute(*place)? {
                 AttributeValue::Boolean(value) => Value::Boolean(*value),
                 AttributeValue::Long(value) => Value::Long(*value),
                 AttributeValue::String(value) => Value::Text(value),
@@ -535,45 +473,24 @@ impl Attribute {
 
 /// What `has` asks: whether a record, or something of it, is there.
 #[derive(Debug)]
-enum Presence {
+pub(super) enum Presence {
     Always,
     Never,
-    Group(String),
-    OfPrincipal { group: String, name: String },
+    /// By the place of its first attribute.
+    Group(usize),
+    /// By its place.
+    OfPrincipal(usize),
     Destination,
     Request,
 }
 
 impl Presence {
-    fn of(variable: &str, names: &[String]) -> Option<Self> {
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        Some(match (variable, names.as_slice()) {
-            ("principal" | "resource" | "context", [])
-            | ("principal", ["environment"])
-            | ("resource", ["name" | "environment"])
-            | ("context", ["scopes" | "audience" | "evidence" | "local"]) => Self::Always,
-            ("principal", [group]) if !RESERVED_GROUPS.contains(group) => {
-                Self::Group((*group).to_owned())
-            }
-            ("principal", [group, name]) if !RESERVED_GROUPS.contains(group) => Self::OfPrincipal {
-                group: (*group).to_owned(),
-                name: (*name).to_owned(),
-            },
-            ("context", ["destination"]) => Self::Destination,
-            ("context", ["request"]) | ("context", ["request", "method" | "path" | "safe"]) => {
-                Self::Request
-            }
-            ("context", ["node" | "posture" | "break_glass"]) => Self::Never,
-            _ => return None,
-        })
-    }
-
     fn holds(&self, world: &World<'_>) -> bool {
         match self {
             Self::Always => true,
             Self::Never => false,
-            Self::Group(group) => world.facts.groups.contains_key(group),
-            Self::OfPrincipal { group, name } => world.facts.attribute(group, name).is_some(),
+            Self::Group(place) => world.has_group(*place),
+            Self::OfPrincipal(place) => world.attribute(*place).is_some(),
             Self::Destination => world.question.destination.is_some(),
             Self::Request => world.question.request.is_some(),
         }

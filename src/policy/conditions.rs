@@ -80,7 +80,8 @@ pub(super) fn of(policy: &LoadedPolicy) -> &[Conjunct] {
     })
 }
 
-fn split<'a>(expression: &'a Value, operator: &str, parts: &mut Vec<&'a Value>) {
+/// What stands between an operator, `&&` or `||`, in an expression, in the order of the text.
+pub(super) fn split<'a>(expression: &'a Value, operator: &str, parts: &mut Vec<&'a Value>) {
     match expression.get(operator) {
         Some(operands) => {
             for side in ["left", "right"] {

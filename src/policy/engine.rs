@@ -40,7 +40,7 @@ pub struct PolicyEngine {
     issuer_groups: BTreeSet<String>,
     attributes_read: BTreeSet<(String, String)>,
     /// `(group, attribute)` that policies read, in order: [`LoadedPolicy::attributes`] are places in it.
-    attributes: Vec<(String, String)>,
+    pub(super) attributes: Vec<(String, String)>,
     time_zone: TimeZone,
     authorizer: Authorizer,
 }
@@ -225,7 +225,7 @@ impl PolicyEngine {
             .into_iter()
             .map(|parsed| {
                 let places = places(&parsed.reads);
-                Arc::new(LoadedPolicy::new(parsed, files, places))
+                Arc::new(LoadedPolicy::new(parsed, files, places, &attributes))
             })
             .collect();
         let mut engine = Self {
@@ -825,7 +825,12 @@ impl PolicyEngine {
 }
 
 impl LoadedPolicy {
-    fn new(parsed: ParsedPolicy, files: &[PolicyFile], attributes: Vec<usize>) -> Self {
+    fn new(
+        parsed: ParsedPolicy,
+        files: &[PolicyFile],
+        attributes: Vec<usize>,
+        attributes_of_all: &[(String, String)],
+    ) -> Self {
         let text = files
             .iter()
             .find(|file| file.path == parsed.path)
@@ -837,7 +842,7 @@ impl LoadedPolicy {
             is_permit: parsed.is_permit(),
             reads: parsed.reads,
             attributes,
-            compiled: CompiledPolicy::of(&parsed.json),
+            compiled: CompiledPolicy::of(&parsed.json, attributes_of_all),
             policy: parsed.policy,
             json: parsed.json,
             max_lifetime: parsed.max_lifetime,

@@ -7,6 +7,7 @@
 
 mod cache;
 pub mod cases;
+mod compile;
 mod compiled;
 mod conditions;
 mod decision;

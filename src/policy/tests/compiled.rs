@@ -1,7 +1,7 @@
 //! What is compiled says what Cedar says: of each policy, and of whole decisions.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use cedar_policy::{Authorizer, PolicySet};
@@ -13,6 +13,7 @@ use proptest::test_runner::TestRunner;
 use super::*;
 use crate::policy::Denial;
 use crate::policy::compiled::{CompiledPolicy, Fails, World};
+use crate::policy::engine::{Prepared, Slice};
 use crate::policy::principal::Principal;
 use crate::policy::reads::Reads;
 use crate::policy::source;
@@ -310,6 +311,7 @@ impl Choices {
                     "uid" | "gid" if self.below(16) < 15 => {
                         AttributeValue::Long(self.of(&[990, 1000, 0, i64::MAX, i64::MIN]))
                     }
+                    "executable" | "sub" if self.below(16) == 15 => AttributeValue::Long(990),
                     "groups" => AttributeValue::StringSet(
                         (0..self.below(3))
                             .map(|_| self.of(&LITERAL_TEXTS).to_owned())
@@ -400,10 +402,7 @@ fn policies(fixture: &Fixture, choices: &mut Choices) -> String {
 }
 
 /// Whether Cedar says that one policy is satisfied.
-fn cedar_says(
-    policy: &cedar_policy::Policy,
-    prepared: &crate::policy::engine::Prepared,
-) -> Result<bool, Fails> {
+fn cedar_says(policy: &cedar_policy::Policy, prepared: &Prepared) -> Result<bool, Fails> {
     let set = PolicySet::from_policies([policy.clone()]).unwrap();
     let response = Authorizer::new().is_authorized(&prepared.request, &set, &prepared.entities);
     match response.diagnostics().errors().count() {
@@ -427,40 +426,62 @@ fn run(cases: u32, test: impl Fn(&mut Choices)) {
     }
 }
 
+/// Asks a question of the choices under an engine, and gives it with the policies that can apply, and what
+/// evaluates them: compiled, and by Cedar.
+fn ask(
+    fixture: &Fixture,
+    engine: &PolicyEngine,
+    choices: &mut Choices,
+    also_read: &Reads,
+    check: impl FnOnce(&Slice, &World<'_>, &Prepared, &str),
+) {
+    let facts = choices.facts();
+    let asked = Asked::new(choices);
+    let question = asked.question(fixture, choices);
+    let Some((resource, slice)) = engine.applicable(&question) else {
+        return;
+    };
+    let mut reads = slice.reads.clone();
+    reads.add(also_read);
+    let principal = Principal::new(&facts, engine);
+    let prepared = engine
+        .prepare(&facts, &principal, &question, &reads)
+        .unwrap();
+    let world = World::new(engine, &facts, &principal, &question, resource);
+    check(
+        slice,
+        &world,
+        &prepared,
+        &format!("{facts:?}\n{question:?}"),
+    );
+}
+
 #[test]
 fn a_compiled_policy_says_what_cedar_says() {
     let fixture = fixture();
     let seen: RefCell<BTreeMap<String, usize>> = RefCell::default();
     let count = |what: &str| *seen.borrow_mut().entry(what.to_owned()).or_default() += 1;
     run(192, |choices| {
-        let text = policies(&fixture, choices);
-        let engine = fixture.engine(&text);
+        let engine = fixture.engine(&policies(&fixture, choices));
         for _ in 0..24 {
-            let facts = choices.facts();
-            let asked = Asked::new(choices);
-            let question = asked.question(&fixture, choices);
-            let Some((resource, slice)) = engine.applicable(&question) else {
-                continue;
-            };
-            let principal = Principal::new(&facts, &engine);
-            let prepared = engine
-                .prepare(&facts, &principal, &question, &slice.reads)
-                .unwrap();
-            let world = World::new(&engine, &facts, &principal, &question, resource);
-            for policy in &slice.policies {
-                let Some(compiled) = &policy.compiled else {
-                    count("left to Cedar");
-                    continue;
-                };
-                let said = compiled.is_satisfied(&world);
-                count(&format!("{said:?}"));
-                assert_eq!(
-                    said,
-                    cedar_says(&policy.policy, &prepared),
-                    "{}\n{facts:?}\n{question:?}",
-                    policy.policy
-                );
-            }
+            ask(
+                &fixture,
+                &engine,
+                choices,
+                &Reads::default(),
+                |slice, world, prepared, asked| {
+                    for policy in &slice.policies {
+                        let Some(compiled) = &policy.compiled else {
+                            count("left to Cedar");
+                            continue;
+                        };
+                        let said = compiled.is_satisfied(world);
+                        count(&format!("{said:?}"));
+                        let by_cedar = cedar_says(&policy.policy, prepared);
+                        assert_eq!(said, by_cedar, "{}\n{asked}", policy.policy);
+                    }
+                },
+            );
         }
     });
     let seen = seen.into_inner();
@@ -474,8 +495,12 @@ fn a_compiled_policy_says_what_cedar_says() {
 
 #[test]
 fn what_would_not_load_fails_as_it_does_for_cedar() {
+    /// Reads every attribute, so that what reads some of them has a tree.
+    const EVERYTHING: &str = "@id(\"all\") permit (principal, action, resource) \
+        when { principal has unix || principal has systemd || principal has ci };";
+
     let fixture = fixture();
-    let engine = fixture.engine("");
+    let engine = fixture.engine(EVERYTHING);
     let seen: RefCell<BTreeMap<String, usize>> = RefCell::default();
     let evaluated = RefCell::new(String::new());
     run(1_024, |choices| {
@@ -486,29 +511,23 @@ fn what_would_not_load_fails_as_it_does_for_cedar() {
                 .parse()
                 .unwrap();
         let json = policy.to_json().unwrap();
-        let Some(compiled) = CompiledPolicy::of(&json) else {
+        let Some(compiled) = CompiledPolicy::of(&json, &engine.attributes) else {
             return;
         };
         evaluated.borrow_mut().push_str(&condition);
+        let reads = Reads::of_policy(&json);
         for _ in 0..12 {
-            let facts = choices.facts();
-            let asked = Asked::new(choices);
-            let question = asked.question(&fixture, choices);
-            let Some((resource, _)) = engine.applicable(&question) else {
-                continue;
-            };
-            let principal = Principal::new(&facts, &engine);
-            let prepared = engine
-                .prepare(&facts, &principal, &question, &Reads::of_policy(&json))
-                .unwrap();
-            let world = World::new(&engine, &facts, &principal, &question, resource);
-            let said = compiled.is_satisfied(&world);
-            assert_eq!(
-                said,
-                cedar_says(&policy, &prepared),
-                "{policy}\n{facts:?}\n{question:?}"
+            ask(
+                &fixture,
+                &engine,
+                choices,
+                &reads,
+                |_, world, prepared, asked| {
+                    let said = compiled.is_satisfied(world);
+                    assert_eq!(said, cedar_says(&policy, prepared), "{policy}\n{asked}");
+                    *seen.borrow_mut().entry(format!("{said:?}")).or_default() += 1;
+                },
             );
-            *seen.borrow_mut().entry(format!("{said:?}")).or_default() += 1;
         }
     });
     let seen = seen.into_inner();
@@ -616,7 +635,10 @@ fn policies_that_people_write_are_compiled() {
                 path,
             };
             for policy in source::parse(&file, &mut Diagnostics::new()) {
-                match CompiledPolicy::of(&policy.json) {
+                let reads = Reads::of_policy(&policy.json);
+                let groups = reads.groups.into_iter().map(|group| (group, String::new()));
+                let attributes: BTreeSet<_> = reads.attributes.into_iter().chain(groups).collect();
+                match CompiledPolicy::of(&policy.json, &Vec::from_iter(attributes)) {
                     Some(_) => compiled += 1,
                     None => left.push(policy.id().to_owned()),
                 }
