@@ -59,8 +59,39 @@ impl Pattern {
 /// Several patterns that a text is compared with at once.
 #[derive(Debug)]
 pub(super) struct Patterns {
-    /// In order, each with the place of the last one before it that its own beginning begins with.
-    patterns: Vec<(Pattern, Option<usize>)>,
+    /// What all of them begin with.
+    common: String,
+    /// In order.
+    patterns: Vec<Ordered>,
+}
+
+#[derive(Debug)]
+struct Ordered {
+    /// Of its beginning, after what is common.
+    head: u64,
+    pattern: Pattern,
+    /// The place of the last one before it that its own beginning begins with.
+    shorter: Option<usize>,
+}
+
+/// The first bytes of a text as a number, zeros after its end: texts of which these differ are in their order.
+fn head(text: &[u8]) -> u64 {
+    let first = text.first_chunk().copied().unwrap_or_else(|| {
+        let mut first = [0; 8];
+        for (to, from) in first.iter_mut().zip(text) {
+            *to = *from;
+        }
+        first
+    });
+    u64::from_be_bytes(first)
+}
+
+/// What two texts begin with.
+fn common<'a>(one: &'a str, other: &str) -> &'a str {
+    let differs = |((_, one), other): &((usize, char), char)| one != other;
+    let end = one.char_indices().zip(other.chars()).find(differs);
+    let end = end.map_or(one.len().min(other.len()), |((end, _), _)| end);
+    one.get(..end).unwrap_or_default()
 }
 
 impl Patterns {
@@ -80,8 +111,25 @@ impl Patterns {
                     .rposition(|earlier| pattern.first.starts_with(&earlier.first))
             })
             .collect();
+        // They are in order: what the first and the last begin with, all do.
+        let common = match (patterns.first(), patterns.last()) {
+            (Some(first), Some(last)) => common(&first.first, &last.first).to_owned(),
+            _ => String::new(),
+        };
+        let ordered = |(pattern, shorter): (Pattern, _)| Ordered {
+            head: head(
+                pattern
+                    .first
+                    .get(common.len()..)
+                    .unwrap_or_default()
+                    .as_bytes(),
+            ),
+            pattern,
+            shorter,
+        };
         Some(Self {
-            patterns: patterns.into_iter().zip(shorter).collect(),
+            patterns: patterns.into_iter().zip(shorter).map(ordered).collect(),
+            common,
         })
     }
 
@@ -89,17 +137,24 @@ impl Patterns {
     pub(super) fn matching(&self, text: &str) -> u64 {
         // Whatever begins as `text` does is the last pattern that is not after it in order, or what that one
         // begins with.
+        let Some(rest) = text.strip_prefix(&*self.common) else {
+            return 0;
+        };
+        let head = head(rest.as_bytes());
         let mut next = self
             .patterns
-            .partition_point(|(pattern, _)| *pattern.first <= *text)
+            .partition_point(|known| match known.head == head {
+                true => *known.pattern.first <= *text,
+                false => known.head < head,
+            })
             .checked_sub(1);
         let mut matching = 0;
         while let Some(place) = next {
-            let Some((pattern, shorter)) = self.patterns.get(place) else {
+            let Some(known) = self.patterns.get(place) else {
                 break;
             };
-            matching |= u64::from(pattern.matches(text)) << place;
-            next = *shorter;
+            matching |= u64::from(known.pattern.matches(text)) << place;
+            next = known.shorter;
         }
         matching
     }
@@ -146,10 +201,15 @@ mod tests {
     proptest! {
         #[test]
         fn several_match_as_each_alone(
-            text in "[a/b]{0,6}",
-            patterns in proptest::collection::btree_set("[a/b*]{0,5}", 0..24),
+            // Longer and shorter than what is compared at once, alike in the beginning or not.
+            text in "(/aé)?(/a{5,9})?[a/b\0]{0,6}",
+            common in "(/[aáé])?",
+            patterns in proptest::collection::btree_set("(/a{5,9})?[a/b\0*]{0,5}", 0..24),
         ) {
-            let mut patterns: Vec<Pattern> = patterns.iter().map(|pattern| parsed(pattern)).collect();
+            let mut patterns: Vec<Pattern> = patterns
+                .iter()
+                .map(|pattern| parsed(&format!("{common}{pattern}")))
+                .collect();
             patterns.sort();
             let together = Patterns::new(patterns.clone()).unwrap().matching(&text);
             for (place, pattern) in patterns.iter().enumerate() {
