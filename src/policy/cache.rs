@@ -1,6 +1,6 @@
 //! Decisions remembered: one cache per data worker, hung on the snapshot.
 
-use std::hash::{Hash, Hasher};
+use std::hash::{BuildHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
@@ -12,11 +12,12 @@ use quick_cache::{Equivalent, UnitWeighter};
 
 use super::decision::{Decision, Denial};
 use super::engine::{PolicyEngine, Slice};
-use super::grant::Grant;
+use super::grant::{Grant, Permitted};
 use super::principal::Principal;
-use super::question::{Action, Question, Resource};
+use super::question::{Action, OwnedResource, Question, Resource};
 use super::reads::PathRead;
 use super::snapshot::PolicySnapshot;
+use crate::config::Destination;
 
 /// The most decisions that one worker remembers.
 pub const CAPACITY: usize = 65_536;
@@ -28,11 +29,15 @@ const PRINCIPALS: usize = 4_096;
 #[derive(Debug)]
 pub struct DecisionCache {
     snapshot: Option<Arc<PolicySnapshot>>,
-    decisions: Cache<Key, Decision, UnitWeighter, RandomState>,
+    decisions: Cache<Key, Remembered, UnitWeighter, RandomState>,
+    /// By which keys are hashed, once each.
+    hashes: RandomState,
     principals: Cache<Generation, Arc<Principal>>,
     hits: u64,
     misses: u64,
 }
+
+type Remembered = Result<Arc<Permitted>, Arc<Denial>>;
 
 impl DecisionCache {
     /// An empty cache.
@@ -46,6 +51,7 @@ impl DecisionCache {
                 RandomState::default(),
                 DefaultLifecycle::default(),
             ),
+            hashes: RandomState::default(),
             principals: Cache::new(PRINCIPALS),
             hits: 0,
             misses: 0,
@@ -69,32 +75,30 @@ impl DecisionCache {
             self.snapshot = Some(Arc::clone(snapshot));
         }
         snapshot.check_liveness(workload, question)?;
-        let key = KeyView::new(snapshot.engine(), workload, question);
-        let remembered = key.as_ref().and_then(|key| self.remembered(key, question));
-        let decision = match remembered {
-            Some(decision) => {
-                self.hits += 1;
-                decision
-            }
-            None => {
-                self.misses += 1;
-                let principal = self.principal(snapshot, workload);
-                let decision = snapshot.evaluate(workload, &principal, question);
-                if let Some(key) = key {
-                    let key = match &decision {
-                        Decision::Allow(_) => key.to_key(),
-                        // What came nearest says which path was asked for.
-                        Decision::Deny(_) => key.with_the_path_itself(question).to_key(),
-                    };
-                    self.decisions.insert(key, decision.clone());
-                }
-                decision
-            }
-        };
-        match decision {
-            Decision::Allow(permission) => Ok(Grant::new(permission, question, snapshot, workload)),
-            Decision::Deny(denial) => Err(denial),
+        let key = KeyView::new(snapshot.engine(), workload, question, &self.hashes);
+        if let Some(remembered) = key.as_ref().and_then(|key| self.remembered(key, question)) {
+            let answer = answer(remembered, workload);
+            self.hits += 1;
+            return answer;
         }
+        self.misses += 1;
+        let principal = self.principal(snapshot, workload);
+        let decided = match snapshot.evaluate(workload, &principal, question) {
+            Decision::Allow(permission) => Ok(Permitted::new(permission, question, snapshot)),
+            Decision::Deny(denial) => Err(denial),
+        };
+        let answer = answer(&decided, workload);
+        if let Some(key) = key {
+            let key = match &decided {
+                Ok(_) => key,
+                // What came nearest says which path was asked for.
+                Err(_) => key
+                    .with_the_path_itself(question, &self.hashes)
+                    .unwrap_or(key),
+            };
+            self.decisions.insert(key.to_key(), decided);
+        }
+        answer
     }
 
     /// How many decisions came from memory.
@@ -117,11 +121,11 @@ impl DecisionCache {
         self.decisions.is_empty()
     }
 
-    fn remembered(&self, key: &KeyView<'_>, question: &Question<'_>) -> Option<Decision> {
-        self.decisions
-            .get(key)
-            .or_else(|| self.decisions.get(&key.with_the_path_itself(question)))
-            .cloned()
+    fn remembered(&self, key: &KeyView<'_>, question: &Question<'_>) -> Option<&Remembered> {
+        self.decisions.get(key).or_else(|| {
+            let key = key.with_the_path_itself(question, &self.hashes)?;
+            self.decisions.get(&key)
+        })
     }
 
     fn principal(
@@ -147,16 +151,24 @@ impl Default for DecisionCache {
     }
 }
 
+fn answer(remembered: &Remembered, workload: &Arc<AttestedWorkload>) -> Result<Grant, Arc<Denial>> {
+    match remembered {
+        Ok(permitted) => Ok(Grant::new(Arc::clone(permitted), workload)),
+        Err(denial) => Err(Arc::clone(denial)),
+    }
+}
+
 /// Everything that the decision depends on, in full. The generation stands for the workload's attributes;
-/// of the request and the time only what the slice reads is there.
-#[derive(Debug, PartialEq, Eq)]
+/// of the request and the time only what the slice reads is there. What is of the configuration is held, so
+/// that nothing else has its address.
+#[derive(Debug)]
 struct Key {
+    hash: u64,
     plain: Plain,
-    destination: Option<Arc<str>>,
+    resource: OwnedResource,
+    destination: Option<Arc<Destination>>,
     method: Option<Method>,
     path: PathKey<String>,
-    scopes: Option<Arc<[String]>>,
-    audience: Option<Arc<str>>,
 }
 
 /// The part of a key that is copied.
@@ -164,8 +176,6 @@ struct Key {
 struct Plain {
     generation: Generation,
     action: Action,
-    /// Its number in the engine.
-    resource: usize,
     has_request: bool,
     ambiguous: bool,
     safe: Option<bool>,
@@ -175,7 +185,7 @@ struct Plain {
 }
 
 /// What a decision depends on of a path.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum PathKey<Path> {
     /// Nothing: it is not read, or there is no request.
     Nothing,
@@ -215,58 +225,61 @@ impl PathKey<String> {
 impl Key {
     fn view(&self) -> KeyView<'_> {
         KeyView {
+            hash: self.hash,
             plain: self.plain,
+            resource: self.resource.as_resource(),
             destination: self.destination.as_ref(),
             method: self.method.as_ref(),
             path: self.path.borrowed(),
-            scopes: self.scopes.as_ref(),
-            audience: self.audience.as_ref(),
         }
     }
 }
 
+impl PartialEq for Key {
+    fn eq(&self, other: &Self) -> bool {
+        self.view().equivalent(other)
+    }
+}
+
+impl Eq for Key {}
+
 impl Hash for Key {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        self.view().hash(state);
+        state.write_u64(self.hash);
     }
 }
 
 /// A [`Key`] that borrows: the hit path allocates nothing.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 struct KeyView<'a> {
+    hash: u64,
     plain: Plain,
-    destination: Option<&'a Arc<str>>,
+    resource: Resource<'a>,
+    destination: Option<&'a Arc<Destination>>,
     method: Option<&'a Method>,
     path: PathKey<&'a str>,
-    scopes: Option<&'a Arc<[String]>>,
-    audience: Option<&'a Arc<str>>,
 }
 
 impl<'a> KeyView<'a> {
-    /// `None` for a resource that is not in the engine's configuration: it has no number.
+    /// `None` for a resource that is not in the engine's configuration.
     fn new(
         engine: &PolicyEngine,
         workload: &AttestedWorkload,
         question: &Question<'a>,
+        hashes: &RandomState,
     ) -> Option<Self> {
-        let (resource, slice) = engine.applicable(question)?;
-        let (scopes, audience) = match question.resource {
-            Resource::Credential {
-                scopes, audience, ..
-            } => (Some(scopes), audience),
-            Resource::Destination(_) | Resource::Unmatched => (None, None),
-        };
+        let slice = engine.slice(question)?;
         let reads = &slice.reads;
         let request = question.request;
         let seconds = || {
             let since = question.wall.duration_since(UNIX_EPOCH);
             since.map_or(0, |since| since.as_secs())
         };
-        Some(Self {
+        let mut key = Self {
+            hash: 0,
             plain: Plain {
                 generation: workload.generation(),
                 action: question.action,
-                resource: resource.number,
                 has_request: request.is_some(),
                 ambiguous: reads.path.is_read()
                     && request.is_some_and(|request| request.path.is_ambiguous()),
@@ -277,67 +290,131 @@ impl<'a> KeyView<'a> {
                 local: reads.local.then(|| engine.local_time(question.wall)),
                 expired: slice.expired(question.wall),
             },
-            destination: question.destination.map(|destination| &destination.name),
+            resource: question.resource,
+            destination: question.destination,
             method: request
                 .filter(|_| reads.method)
                 .map(|request| &request.method),
             path: request.map_or(PathKey::Nothing, |request| {
                 PathKey::new(slice, request.path.as_str())
             }),
-            scopes,
-            audience,
-        })
+        };
+        key.hash = key.hash_by(hashes);
+        Some(key)
     }
 
-    /// The same, where the path is read, with the path instead of what it matches.
-    fn with_the_path_itself(&self, question: &Question<'a>) -> Self {
-        let mut key = self.clone();
-        if let (PathKey::Outcomes(_), Some(request)) = (self.path, question.request) {
-            key.path = PathKey::Whole(request.path.as_str());
+    /// The same with the path instead of what it matches; `None` where that is not what is read of it.
+    fn with_the_path_itself(
+        mut self,
+        question: &Question<'a>,
+        hashes: &RandomState,
+    ) -> Option<Self> {
+        let (PathKey::Outcomes(_), Some(request)) = (self.path, question.request) else {
+            return None;
+        };
+        self.path = PathKey::Whole(request.path.as_str());
+        self.hash = self.hash_by(hashes);
+        Some(self)
+    }
+
+    /// Hashes what takes many values. Keys that differ in the rest only are told apart by comparison.
+    fn hash_by(&self, hashes: &RandomState) -> u64 {
+        let resource = match self.resource {
+            Resource::Credential { credential, .. } => Arc::as_ptr(credential).addr(),
+            Resource::Destination(destination) => Arc::as_ptr(destination).addr(),
+            Resource::Unmatched => 0,
+        };
+        let destination = self
+            .destination
+            .map_or(0, |destination| Arc::as_ptr(destination).addr());
+        let outcomes = match self.path {
+            PathKey::Outcomes(outcomes) => outcomes,
+            PathKey::Nothing | PathKey::Whole(_) => 0,
+        };
+        let mut state = hashes.build_hasher();
+        self.plain.generation.hash(&mut state);
+        state.write_usize(resource);
+        state.write_usize(destination);
+        state.write_u64(outcomes);
+        let (scopes, audience) = self.resource.asked();
+        for scope in scopes {
+            state.write(scope.as_bytes());
         }
-        key
+        if let Some(audience) = audience {
+            state.write(audience.as_bytes());
+        }
+        if let PathKey::Whole(path) = self.path {
+            state.write(path.as_bytes());
+        }
+        if let Some(method) = self.method {
+            method.hash(&mut state);
+        }
+        if let Some(second) = self.plain.second {
+            state.write_u64(second);
+        }
+        if let Some(local) = self.plain.local {
+            local.hash(&mut state);
+        }
+        state.finish()
     }
 
-    fn to_key(&self) -> Key {
+    fn to_key(self) -> Key {
         Key {
+            hash: self.hash,
             plain: self.plain,
+            resource: self.resource.to_owned(),
             destination: self.destination.cloned(),
             method: self.method.cloned(),
             path: self.path.to_owned(),
-            scopes: self.scopes.cloned(),
-            audience: self.audience.cloned(),
         }
     }
 }
 
 impl Hash for KeyView<'_> {
-    /// Hashes what takes many values. Keys that differ in the rest only are told apart by comparison.
     fn hash<H: Hasher>(&self, state: &mut H) {
-        self.plain.generation.hash(state);
-        self.plain.resource.hash(state);
-        self.plain.second.hash(state);
-        self.plain.local.hash(state);
-        self.destination.hash(state);
-        self.method.hash(state);
-        self.path.hash(state);
-        self.scopes.hash(state);
-        self.audience.hash(state);
+        state.write_u64(self.hash);
     }
 }
 
 impl Equivalent<Key> for KeyView<'_> {
     fn equivalent(&self, key: &Key) -> bool {
-        let asks_for_the_same = match (self.scopes, &key.scopes) {
-            // Those of a configuration are the same list.
-            (Some(asked), Some(known)) => Arc::ptr_eq(asked, known) || asked == known,
+        let same_destination = match (self.destination, &key.destination) {
+            (Some(asked), Some(known)) => Arc::ptr_eq(asked, known),
             (None, None) => true,
             _ => false,
         };
-        self.plain == key.plain
-            && self.destination == key.destination.as_ref()
+        self.hash == key.hash
+            && self.plain == key.plain
+            && same_destination
+            && asks_for_the_same(self.resource, &key.resource)
             && self.method == key.method.as_ref()
             && self.path == key.path.borrowed()
-            && asks_for_the_same
-            && self.audience == key.audience.as_ref()
+    }
+}
+
+fn asks_for_the_same(asked: Resource<'_>, known: &OwnedResource) -> bool {
+    match (asked, known) {
+        (
+            Resource::Credential {
+                credential,
+                scopes,
+                audience,
+            },
+            OwnedResource::Credential {
+                credential: known,
+                scopes: known_scopes,
+                audience: known_audience,
+            },
+        ) => {
+            Arc::ptr_eq(credential, known)
+                // Those of a configuration are the same list.
+                && (Arc::ptr_eq(scopes, known_scopes) || scopes == known_scopes)
+                && audience == known_audience.as_ref()
+        }
+        (Resource::Destination(asked), OwnedResource::Destination(known)) => {
+            Arc::ptr_eq(asked, known)
+        }
+        (Resource::Unmatched, OwnedResource::Unmatched) => true,
+        _ => false,
     }
 }

@@ -11,6 +11,7 @@ use cedar_policy::{
 use countersign_attestors::{AttributeDeclaration, FailureKind, WorkloadFacts};
 use foldhash::fast::RandomState;
 use jiff::tz::TimeZone;
+use smallvec::{SmallVec, smallvec};
 
 use super::compiled::{CompiledPolicy, World};
 use super::decision::{Decision, Denial, DenialKind, Permission};
@@ -71,8 +72,6 @@ pub(super) type LoadedResources = HashMap<String, LoadedResource, RandomState>;
 
 #[derive(Debug)]
 pub(super) struct LoadedResource {
-    /// Tells it from the engine's others.
-    pub(super) number: usize,
     pub(super) environment: String,
     /// The names of its `CredentialGroup`s.
     pub(super) groups: Vec<String>,
@@ -259,7 +258,6 @@ impl PolicyEngine {
         let mut shared: HashMap<Vec<usize>, Arc<Slice>> = HashMap::new();
         let mut credentials = LoadedResources::default();
         let mut destinations = LoadedResources::default();
-        let mut number = 0;
         let mut add = |resource_type: ResourceType,
                        name: &str,
                        environment: Option<&str>,
@@ -300,9 +298,7 @@ impl PolicyEngine {
                 })
                 .collect();
             let environment = environment.unwrap_or(UNKNOWN_RESOURCE_ENVIRONMENT);
-            number += 1;
             let resource = LoadedResource {
-                number,
                 environment: environment.to_owned(),
                 groups: groups.to_vec(),
                 entity: resource_entity(resource_uid, name, environment, ancestors),
@@ -768,16 +764,17 @@ impl PolicyEngine {
 
     /// The established values of what these policies read.
     fn values_read(&self, facts: &WorkloadFacts, policies: &[&Arc<LoadedPolicy>]) -> Arc<[String]> {
-        let mut places: Vec<usize> = policies
+        let mut are_read: SmallVec<[bool; 64]> = smallvec![false; self.attributes.len()];
+        for place in policies.iter().flat_map(|policy| &policy.attributes) {
+            if let Some(is_read) = are_read.get_mut(*place) {
+                *is_read = true;
+            }
+        }
+        self.attributes
             .iter()
-            .flat_map(|policy| policy.attributes.iter().copied())
-            .collect();
-        places.sort_unstable();
-        places.dedup();
-        places
-            .into_iter()
-            .filter_map(|place| {
-                let (group, name) = self.attributes.get(place)?;
+            .zip(are_read)
+            .filter(|(_, is_read)| *is_read)
+            .filter_map(|((group, name), _)| {
                 let value = facts.attribute(group, name)?;
                 Some(format!("{group}.{name}={value}"))
             })
@@ -882,39 +879,48 @@ fn permission(
     question: &Question<'_>,
     principal: &Principal,
 ) -> Option<Permission> {
-    let (asked, audience) = question.resource.asked();
-    let is_capped = permits.iter().all(|permit| permit.scopes.is_some());
-    let allowed: BTreeSet<&String> = permits
-        .iter()
-        .filter_map(|permit| permit.scopes.as_ref())
-        .flatten()
-        .collect();
-    let scopes: Vec<String> = match (is_capped, asked.is_empty()) {
-        (false, _) => asked.to_vec(),
-        // A server's default may be more than the cap: the cap is asked for by name.
-        (true, true) => allowed.into_iter().cloned().collect(),
-        (true, false) => asked
-            .iter()
-            .filter(|scope| allowed.contains(scope))
-            .cloned()
-            .collect(),
+    let (asked, audience) = match question.resource {
+        Resource::Credential {
+            scopes, audience, ..
+        } => (Arc::clone(scopes), audience.cloned()),
+        Resource::Destination(_) | Resource::Unmatched => (Arc::default(), None),
     };
-    if scopes.is_empty() && !asked.is_empty() {
-        return None;
-    }
-    let expiries: Option<Vec<SystemTime>> = permits.iter().map(|permit| permit.expires).collect();
+    let expires = |permit: &&Arc<LoadedPolicy>| permit.expires;
+    let later = |one: Option<SystemTime>, other: Option<SystemTime>| Some(one?.max(other?));
     Some(Permission {
         policies: ids(permits),
         max_lifetime: permits
             .iter()
             .filter_map(|permit| permit.max_lifetime)
             .min(),
-        scopes: scopes.into(),
-        audience: audience.map(Arc::from),
+        scopes: capped(asked, permits)?,
+        audience,
         environment: Arc::clone(&principal.environment),
         attributes_read: Arc::default(),
-        valid_until: expiries.and_then(|expiries| expiries.into_iter().max()),
+        valid_until: permits.iter().map(expires).reduce(later).flatten(),
     })
+}
+
+/// The scopes asked for, as far as the satisfied permits allow them together; `None` if nothing is left.
+fn capped(asked: Arc<[String]>, permits: &[&Arc<LoadedPolicy>]) -> Option<Arc<[String]>> {
+    if permits.iter().any(|permit| permit.scopes.is_none()) {
+        return Some(asked);
+    }
+    let allowed: BTreeSet<&String> = permits
+        .iter()
+        .filter_map(|permit| permit.scopes.as_ref())
+        .flatten()
+        .collect();
+    if asked.is_empty() {
+        // A server's default may be more than the cap: the cap is asked for by name.
+        return Some(allowed.into_iter().cloned().collect());
+    }
+    let left: Arc<[String]> = asked
+        .iter()
+        .filter(|scope| allowed.contains(scope))
+        .cloned()
+        .collect();
+    (!left.is_empty()).then_some(left)
 }
 
 /// The groups that an attestor states. The attestor of processes states the container's as well.

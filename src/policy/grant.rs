@@ -21,7 +21,7 @@ use crate::config::{CredentialConfig, Destination};
 /// ```
 /// ```compile_fail,E0451
 /// // Fields are private: no grant without a decision.
-/// let grant = countersign::policy::Grant { permission: todo!() };
+/// let grant = countersign::policy::Grant { lease: todo!() };
 /// ```
 /// ```compile_fail,E0599
 /// fn twice(grant: countersign::policy::Grant) -> (countersign::policy::Grant, countersign::policy::Grant) {
@@ -30,26 +30,26 @@ use crate::config::{CredentialConfig, Destination};
 /// ```
 #[derive(Debug)]
 pub struct Grant {
+    lease: Lease,
+}
+
+/// What was permitted, to whom it may concern: a positive decision without its workload.
+#[derive(Debug)]
+pub(super) struct Permitted {
     permission: Arc<Permission>,
     action: Action,
     credential: Option<Arc<CredentialConfig>>,
     destination: Option<Arc<Destination>>,
-    lease: Lease,
+    snapshot: Arc<PolicySnapshot>,
 }
 
-impl Grant {
+impl Permitted {
     pub(super) fn new(
         permission: Arc<Permission>,
         question: &Question<'_>,
         snapshot: &Arc<PolicySnapshot>,
-        workload: &Arc<AttestedWorkload>,
-    ) -> Self {
-        let lease = Lease {
-            snapshot: Arc::clone(snapshot),
-            workload: Arc::clone(workload),
-            valid_until: permission.valid_until,
-        };
-        Self {
+    ) -> Arc<Self> {
+        Arc::new(Self {
             permission,
             action: question.action,
             credential: match question.resource {
@@ -62,48 +62,59 @@ impl Grant {
                     question.destination.map(Arc::clone)
                 }
             },
-            lease,
+            snapshot: Arc::clone(snapshot),
+        })
+    }
+}
+
+impl Grant {
+    pub(super) fn new(permitted: Arc<Permitted>, workload: &Arc<AttestedWorkload>) -> Self {
+        Self {
+            lease: Lease {
+                permitted,
+                workload: Arc::clone(workload),
+            },
         }
     }
 
     /// What was permitted.
     pub fn action(&self) -> Action {
-        self.action
+        self.lease.permitted.action
     }
 
     /// The satisfied permits, by id.
     pub fn deciding_policies(&self) -> &Arc<[Arc<str>]> {
-        &self.permission.policies
+        &self.permission().policies
     }
 
     /// The version of the policies that decided.
     pub fn policy_version(&self) -> &Arc<str> {
-        self.lease.snapshot.engine().version()
+        self.lease.permitted.snapshot.engine().version()
     }
 
     /// The credential; `None` for `connect`.
     pub fn credential(&self) -> Option<&Arc<CredentialConfig>> {
-        self.credential.as_ref()
+        self.lease.permitted.credential.as_ref()
     }
 
     /// The destination; `None` for `issue` and for traffic to no configured destination.
     pub fn destination(&self) -> Option<&Arc<Destination>> {
-        self.destination.as_ref()
+        self.lease.permitted.destination.as_ref()
     }
 
     /// The scopes asked for, after `@scopes`.
     pub fn scopes(&self) -> &Arc<[String]> {
-        &self.permission.scopes
+        &self.permission().scopes
     }
 
     /// The audience asked for.
     pub fn audience(&self) -> Option<&Arc<str>> {
-        self.permission.audience.as_ref()
+        self.permission().audience.as_ref()
     }
 
     /// How long a token may be used after it was minted, by `@max_lifetime`.
     pub fn max_lifetime(&self) -> Option<Duration> {
-        self.permission.max_lifetime
+        self.permission().max_lifetime
     }
 
     /// How long this grant holds.
@@ -118,33 +129,34 @@ impl Grant {
 
     /// `GROUP.NAME=VALUE` of the attributes that the deciding policies read, for the audit.
     pub fn attributes_read(&self) -> &Arc<[String]> {
-        &self.permission.attributes_read
+        &self.permission().attributes_read
     }
 
     /// `principal.environment`.
     pub fn environment(&self) -> &str {
-        &self.permission.environment
+        &self.permission().environment
+    }
+
+    fn permission(&self) -> &Permission {
+        &self.lease.permitted.permission
     }
 }
 
 /// How long a decision holds: while the snapshot is the same and the workload's attestation stands.
 #[derive(Debug, Clone)]
 pub struct Lease {
-    snapshot: Arc<PolicySnapshot>,
+    permitted: Arc<Permitted>,
     workload: Arc<AttestedWorkload>,
-    valid_until: Option<SystemTime>,
 }
 
 impl Lease {
     /// Checks the lease against the snapshot in force and the wall-clock time `now`.
     pub fn check(&self, current: &Arc<PolicySnapshot>, now: SystemTime) -> Result<(), LeaseEnded> {
-        if !Arc::ptr_eq(&self.snapshot, current) {
+        if !Arc::ptr_eq(&self.permitted.snapshot, current) {
             return Err(LeaseEnded::SnapshotReplaced);
         }
-        if self
-            .valid_until
-            .is_some_and(|valid_until| now >= valid_until)
-        {
+        let valid_until = self.permitted.permission.valid_until;
+        if valid_until.is_some_and(|valid_until| now >= valid_until) {
             return Err(LeaseEnded::PolicyExpired);
         }
         self.workload

@@ -67,6 +67,23 @@ impl<'a> Resource<'a> {
         }
     }
 
+    /// A copy that outlives the question.
+    pub(crate) fn to_owned(self) -> OwnedResource {
+        match self {
+            Self::Credential {
+                credential,
+                scopes,
+                audience,
+            } => OwnedResource::Credential {
+                credential: Arc::clone(credential),
+                scopes: Arc::clone(scopes),
+                audience: audience.map(Arc::clone),
+            },
+            Self::Destination(destination) => OwnedResource::Destination(Arc::clone(destination)),
+            Self::Unmatched => OwnedResource::Unmatched,
+        }
+    }
+
     /// `(entity type, name)`.
     pub(crate) fn identity(&self) -> (ResourceType, &'a str) {
         match self {
@@ -116,21 +133,7 @@ impl Question<'_> {
     pub fn to_owned(&self) -> OwnedQuestion {
         OwnedQuestion {
             action: self.action,
-            resource: match self.resource {
-                Resource::Credential {
-                    credential,
-                    scopes,
-                    audience,
-                } => OwnedResource::Credential {
-                    credential: Arc::clone(credential),
-                    scopes: Arc::clone(scopes),
-                    audience: audience.map(Arc::clone),
-                },
-                Resource::Destination(destination) => {
-                    OwnedResource::Destination(Arc::clone(destination))
-                }
-                Resource::Unmatched => OwnedResource::Unmatched,
-            },
+            resource: self.resource.to_owned(),
             destination: self.destination.map(Arc::clone),
             request: self.request.map(Arc::clone),
             wall: self.wall,
@@ -204,24 +207,31 @@ pub enum OwnedResource {
     Unmatched,
 }
 
+impl OwnedResource {
+    /// What it is a copy of.
+    pub(crate) fn as_resource(&self) -> Resource<'_> {
+        match self {
+            Self::Credential {
+                credential,
+                scopes,
+                audience,
+            } => Resource::Credential {
+                credential,
+                scopes,
+                audience: audience.as_ref(),
+            },
+            Self::Destination(destination) => Resource::Destination(destination),
+            Self::Unmatched => Resource::Unmatched,
+        }
+    }
+}
+
 impl OwnedQuestion {
     /// The question, to be asked again.
     pub fn as_question(&self) -> Question<'_> {
         Question {
             action: self.action,
-            resource: match &self.resource {
-                OwnedResource::Credential {
-                    credential,
-                    scopes,
-                    audience,
-                } => Resource::Credential {
-                    credential,
-                    scopes,
-                    audience: audience.as_ref(),
-                },
-                OwnedResource::Destination(destination) => Resource::Destination(destination),
-                OwnedResource::Unmatched => Resource::Unmatched,
-            },
+            resource: self.resource.as_resource(),
             destination: self.destination.as_ref(),
             request: self.request.as_ref(),
             wall: self.wall,

@@ -6,7 +6,7 @@ use countersign_attestors::AttestedWorkload;
 
 use super::decision::{Decision, Denial, DenialKind};
 use super::engine::PolicyEngine;
-use super::grant::Grant;
+use super::grant::{Grant, Permitted};
 use super::principal::Principal;
 use super::question::Question;
 use super::revocations::Revocations;
@@ -46,7 +46,10 @@ impl PolicySnapshot {
         self.check_liveness(workload, question)?;
         let principal = Principal::new(workload.facts(), &self.engine);
         match self.evaluate(workload, &principal, question) {
-            Decision::Allow(permission) => Ok(Grant::new(permission, question, self, workload)),
+            Decision::Allow(permission) => {
+                let permitted = Permitted::new(permission, question, self);
+                Ok(Grant::new(permitted, workload))
+            }
             Decision::Deny(denial) => Err(denial),
         }
     }

@@ -632,15 +632,8 @@ when { principal has unix && context has request && context.request.method == "G
             for request in &requests {
                 for credential in ["orders-api", "orders-admin"] {
                     let question = fixture.inject(credential, &[], request);
-                    let direct = snapshot.decide(workload, &question);
                     let cached = cache.decide(&snapshot, workload, &question);
-                    match (direct, cached) {
-                        (Ok(direct), Ok(cached)) => {
-                            assert_eq!(direct.deciding_policies(), cached.deciding_policies());
-                        }
-                        (Err(direct), Err(cached)) => assert_eq!(direct, cached),
-                        (direct, cached) => panic!("{direct:?} is not {cached:?}"),
-                    }
+                    assert_same(&snapshot.decide(workload, &question), &cached);
                 }
             }
         }
@@ -707,6 +700,87 @@ fn another_snapshot_empties_the_cache() {
     assert_eq!(denial.kind.as_str(), "revoked");
     cache.decide(&snapshot, &workload, &question).unwrap();
     assert_eq!((cache.hits(), cache.misses()), (1, 3));
+}
+
+#[test]
+fn a_decision_is_remembered_for_what_it_was_made_of_only() {
+    /// Reads nothing of the request, so that nothing else tells one question from another.
+    const ALL: &str =
+        "@id(\"all\") permit (principal, action, resource) when { principal has unix };";
+
+    let (fixture, reread) = (Fixture::new(), Fixture::new());
+    let snapshot = fixture.snapshot(ALL);
+    let request = request(GET);
+    let audience: Arc<str> = Arc::from("orders");
+    let [read, read_again, write]: [Arc<[String]>; 3] =
+        ["read", "read", "write"].map(|scope| Arc::from([scope.to_owned()]));
+    let of = |credential, scopes, audience| Question {
+        resource: Resource::Credential {
+            credential,
+            scopes,
+            audience,
+        },
+        ..fixture.inject("orders-admin", &[], &request)
+    };
+    let known = fixture.credential("orders-api");
+    let asked = of(known, &read, None);
+    let to = |destination| Question {
+        destination,
+        ..asked
+    };
+    let public = fixture.destination("public");
+    let rows = [
+        (asked, false),
+        (asked, true),
+        (of(known, &read_again, None), true),
+        (of(known, &write, None), false),
+        (of(known, &read, Some(&audience)), false),
+        // The same names in another reading of the configuration.
+        (of(reread.credential("orders-api"), &read, None), false),
+        (to(Some(reread.destination("orders"))), false),
+        (to(Some(public)), false),
+        (to(None), false),
+        (
+            fixture.inject("orders-admin", &["read".to_owned()], &request),
+            false,
+        ),
+        (
+            Question {
+                request: None,
+                ..asked
+            },
+            false,
+        ),
+        (
+            Question {
+                action: Action::Issue,
+                ..asked
+            },
+            false,
+        ),
+        (
+            Question {
+                action: Action::Connect,
+                resource: Resource::Destination(public),
+                ..to(Some(public))
+            },
+            false,
+        ),
+        (unmatched(Some(&request), noon()), false),
+        (asked, true),
+    ];
+    let mut cache = DecisionCache::new();
+    let workload = attested(orders());
+    for (question, is_remembered) in rows {
+        let hits = cache.hits();
+        let cached = cache.decide(&snapshot, &workload, &question);
+        assert_eq!(cache.hits() > hits, is_remembered, "{question:?}");
+        assert_same(&snapshot.decide(&workload, &question), &cached);
+    }
+    let (another, misses) = (attested(orders()), cache.misses());
+    let cached = cache.decide(&snapshot, &another, &asked).unwrap();
+    assert_eq!(cache.misses(), misses + 1);
+    assert!(Arc::ptr_eq(cached.workload(), &another));
 }
 
 #[test]

@@ -17,8 +17,8 @@ use countersign_attestors::{
 };
 
 use super::{
-    Action, Decision, PolicyEngine, PolicyFile, PolicySnapshot, Question, Resource, Revocations,
-    described,
+    Action, Decision, Denial, Grant, PolicyEngine, PolicyFile, PolicySnapshot, Question, Resource,
+    Revocations, described,
 };
 use crate::config::{Config, CredentialConfig, Destination};
 use crate::diagnostics::Diagnostics;
@@ -239,6 +239,32 @@ pub(super) fn outcome(decision: &Decision) -> &'static str {
         Decision::Allow(_) => "allow",
         Decision::Deny(denial) => denial.kind.as_str(),
     }
+}
+
+/// A decision from memory is the one that is made: also the credential and the destination are those asked for.
+pub(super) fn assert_same(
+    made: &Result<Grant, Arc<Denial>>,
+    remembered: &Result<Grant, Arc<Denial>>,
+) {
+    let (made, remembered) = match (made, remembered) {
+        (Ok(made), Ok(remembered)) => (made, remembered),
+        (Err(made), Err(remembered)) => return assert_eq!(made, remembered),
+        _ => panic!("{made:?} is not {remembered:?}"),
+    };
+    let address = |grant: &Grant| {
+        (
+            grant.credential().map(Arc::as_ptr),
+            grant.destination().map(Arc::as_ptr),
+            Arc::as_ptr(grant.workload()),
+        )
+    };
+    assert_eq!(address(made), address(remembered));
+    assert_eq!(made.action(), remembered.action());
+    assert_eq!(made.scopes(), remembered.scopes());
+    assert_eq!(made.audience(), remembered.audience());
+    assert_eq!(made.max_lifetime(), remembered.max_lifetime());
+    assert_eq!(made.deciding_policies(), remembered.deciding_policies());
+    assert_eq!(made.attributes_read(), remembered.attributes_read());
 }
 
 /// The satisfied permits, or the policies that denied.

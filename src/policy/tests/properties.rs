@@ -208,20 +208,8 @@ proptest! {
         for _ in 0..2 {
             for workload in &workloads {
                 every_question(&fixture, |question| {
-                    let direct = snapshot.decide(workload, question);
                     let cached = cache.decide(&snapshot, workload, question);
-                    match (direct, cached) {
-                        (Ok(direct), Ok(cached)) => {
-                            assert_eq!(direct.deciding_policies(), cached.deciding_policies());
-                            assert_eq!(direct.scopes(), cached.scopes());
-                            assert_eq!(
-                                direct.destination().map(|destination| &destination.name),
-                                cached.destination().map(|destination| &destination.name)
-                            );
-                        }
-                        (Err(direct), Err(cached)) => assert_eq!(direct, cached),
-                        (direct, cached) => panic!("{text}\n{direct:?} is not {cached:?}"),
-                    }
+                    assert_same(&snapshot.decide(workload, question), &cached);
                 });
             }
         }
