@@ -149,7 +149,7 @@ impl Caller {
         Arc::clone(&self.known)
     }
 
-    /// Whether the process at the other end still is what was attested. A few hundred nanoseconds.
+    /// Whether the process at the other end still is what was attested. A system call at most.
     pub fn is_still_attested(&self) -> bool {
         !self.ended.get()
             && match self.attestation.borrow().as_ref() {

@@ -152,7 +152,7 @@ refusal_codes! {
     /// The socket is held by processes that attest differently.
     CallerAmbiguous = FORBIDDEN, "caller_ambiguous", "http_request_denied", None,
         "do not share one connection between processes of different identities";
-    /// The process exited or runs another executable than the one attested.
+    /// The process exited, or has executed a program since it was attested.
     AttestationEnded = FORBIDDEN, "attestation_ended", "http_request_denied", None,
         "open a new connection";
     /// Evidence that a policy needs could not be checked.

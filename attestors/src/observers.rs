@@ -79,6 +79,15 @@ pub(crate) fn look<T: Send + 'static>(task: impl FnOnce() -> T + Send + 'static)
     outcome.recv().ok()
 }
 
+/// Has an observer run a task that may block, and does not wait for it.
+#[cfg(target_os = "linux")]
+pub(crate) fn look_without_waiting(task: impl FnOnce() + Send + 'static) {
+    match POOL.get() {
+        Some(pool) => pool.run(Box::new(task)),
+        None => task(),
+    }
+}
+
 /// Runs a task that looks at other processes and may block. Needs a tokio runtime.
 ///
 /// # Errors

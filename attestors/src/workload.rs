@@ -267,8 +267,8 @@ impl AttestedWorkload {
         self.presented.as_ref()
     }
 
-    /// Checks that the process still lives and runs the same executable, and that presented
-    /// evidence has not expired at `now`.
+    /// Checks that the process still lives and has executed nothing since, and that presented evidence has
+    /// not expired at `now`.
     pub fn check_liveness(&self, now: SystemTime) -> Result<(), AttestationEnded> {
         match self.valid_until {
             Some(valid_until) if now >= valid_until => Err(AttestationEnded::EvidenceExpired),
@@ -283,9 +283,8 @@ pub enum AttestationEnded {
     /// The process exited.
     #[error("the calling process exited")]
     Exited,
-    /// The process runs another executable than the one that was attested. That is another file: the same
-    /// one run again is not seen.
-    #[error("the calling process runs another executable than when it was attested")]
+    /// The process has executed a program, be it the same one again.
+    #[error("the calling process has executed a program since it was attested")]
     Executed,
     /// The presented token expired.
     #[error("the presented token expired")]

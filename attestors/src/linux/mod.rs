@@ -26,7 +26,6 @@ pub(crate) use process::parse_status;
 pub(crate) use socket_diagnostics::{TcpSocket, find_tcp, read_answer};
 
 use crate::evidence::EvidenceError;
-use crate::observers;
 use crate::workload::AttestationEnded;
 
 /// The process or processes at the other end of a connection, and how they were found.
@@ -126,25 +125,16 @@ impl Peer {
     /// An exec of any holder ends the attestation: the new program holds the socket too. The exit of
     /// one of several does not.
     pub(crate) fn check_liveness(&self) -> Result<(), AttestationEnded> {
-        if observers::looks_itself() {
-            return check_each(&self.processes);
+        let mut outcome = Err(AttestationEnded::Exited);
+        for process in &self.processes {
+            match process.check_liveness() {
+                Ok(()) => outcome = Ok(()),
+                Err(AttestationEnded::Exited) => {}
+                Err(ended) => return Err(ended),
+            }
         }
-        let processes = self.processes.clone();
-        // Without an answer nothing is known of the processes.
-        observers::look(move || check_each(&processes)).unwrap_or(Err(AttestationEnded::Exited))
+        outcome
     }
-}
-
-fn check_each(processes: &[Process]) -> Result<(), AttestationEnded> {
-    let mut outcome = Err(AttestationEnded::Exited);
-    for process in processes {
-        match process.check_liveness() {
-            Ok(()) => outcome = Ok(()),
-            Err(AttestationEnded::Exited) => {}
-            Err(ended) => return Err(ended),
-        }
-    }
-    outcome
 }
 
 /// Who connected a Unix socket, by SO_PEERCRED (unix(7)): of the moment of connect(2), and of the very

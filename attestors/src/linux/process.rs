@@ -8,13 +8,13 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat, readlinkat};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::stat::Mode;
 use rustix::fs::{RawDir, readlinkat_raw};
 use rustix::path::DecInt;
@@ -22,14 +22,17 @@ use rustix::path::DecInt;
 use super::executable;
 use super::kernel::{self, Credentials, FileIdentity};
 use crate::cgroup::Cgroups;
+use crate::observers;
 use crate::workload::AttestationEnded;
 
 /// A liveness check this young is not repeated.
 const CHECK_AGAIN_AFTER: Duration = Duration::from_millis(1);
 
-/// How long the executable is not looked at while the process has the memory that it had then. What keeps a
-/// memory from ending with its process, as a child that shares it does, hides an exec for so long.
-const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(20);
+/// How long the executable of a process that keeps its memory is not looked at again.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(500);
+
+/// How many milliseconds a process that has lost its memory may take to have exited.
+const EXITED_WITHIN: u8 = 1;
 
 /// No file of procfs that is read here comes near this; a longer one is not believed.
 const LARGEST_PROC_FILE: u64 = 4 * 1024 * 1024;
@@ -67,10 +70,14 @@ struct Held {
     cgroup: Mutex<CgroupFile>,
     /// The executable when the process was found; `None` where this agent may not see it.
     executable: Option<FileIdentity>,
-    /// `/proc/PID/pagemap`, opened before the executable was looked at; `None` where that is not allowed.
+    /// `/proc/PID/pagemap`, opened before the executable was looked at; `None` where it could not be.
     memory: Option<File>,
-    last_look: AtomicU64,
     last_check: AtomicU64,
+    /// When the executable was last seen to be the same.
+    last_look: AtomicU64,
+    is_looked_at: AtomicBool,
+    /// Whether it was found to live no longer, or to run something else.
+    has_ended: AtomicBool,
     /// Which descriptor the last socket was by which it was found: the next is often the same.
     last_descriptor: AtomicU32,
 }
@@ -104,7 +111,7 @@ impl Process {
         if let Some(held) = known(pid)
             && let Some((credentials, executable)) = look(&pidfd, &held.directory)?
             && executable == held.executable
-            && !held.has_another_memory()
+            && !held.has_lost_its_memory()
         {
             return Ok(Some(Self::new(held, credentials)));
         }
@@ -129,7 +136,7 @@ impl Process {
         if let Some(held) = known(pid).filter(|held| Arc::ptr_eq(&held.directory, &directory))
             && let Some((credentials, executable)) = look(&held.pidfd, &directory)?
             && executable == held.executable
-            && !held.has_another_memory()
+            && !held.has_lost_its_memory()
         {
             return Ok(Some(Self::new(held, credentials)));
         }
@@ -142,6 +149,7 @@ impl Process {
 
     fn hold(pid: u32, pidfd: OwnedFd, directory: Arc<OwnedFd>) -> io::Result<Option<Self>> {
         let memory = open_file(&directory, c"pagemap").ok();
+        let looked = since_start();
         let Some((credentials, executable)) = look(&pidfd, &directory)? else {
             return Ok(None);
         };
@@ -152,8 +160,10 @@ impl Process {
             cgroup: Mutex::default(),
             executable,
             memory,
-            last_look: AtomicU64::new(0),
             last_check: AtomicU64::new(0),
+            last_look: AtomicU64::new(nanoseconds(looked)),
+            is_looked_at: AtomicBool::new(false),
+            has_ended: AtomicBool::new(false),
             last_descriptor: AtomicU32::new(0),
         });
         remember(&held);
@@ -273,49 +283,27 @@ impl Process {
         }
     }
 
-    /// Checks that the process lives and runs the executable that it ran when it was found. A check
-    /// less than a millisecond old is not repeated.
+    /// Checks that the process lives and has executed nothing since it was found. A check less than a
+    /// millisecond old is not repeated. Waits for nothing that the process does, where its memory is known.
     pub fn check_liveness(&self) -> Result<(), AttestationEnded> {
-        if self.is_known_to_live() {
+        let held = &self.held;
+        let now = since_start();
+        let last = Duration::from_nanos(held.last_check.load(Ordering::Relaxed));
+        if last >= self.found && now.saturating_sub(last) < CHECK_AGAIN_AFTER {
             return Ok(());
         }
-        let held = &self.held;
-        let now = since_start();
-        match (
-            &held.executable,
-            kernel::identify(held.directory.as_fd(), c"exe"),
-        ) {
-            // Only a process that lives has an executable.
-            (Some(before), Ok(now)) if before.same_file(&now) => {}
-            _ if exited(&held.pidfd).unwrap_or(true) => return Err(AttestationEnded::Exited),
-            (None, Err(error)) if error.kind() == io::ErrorKind::PermissionDenied => {}
-            (_, Err(error)) if gone(&error) => return Err(AttestationEnded::Exited),
-            _ => return Err(AttestationEnded::Executed),
+        if held.memory.is_some() {
+            held.check_memory(now)?;
+        } else if observers::looks_itself() {
+            held.check_executable()?;
+        } else {
+            let held = Arc::clone(held);
+            // Without an answer nothing is known of the process.
+            observers::look(move || held.check_executable())
+                .unwrap_or(Err(AttestationEnded::Exited))?;
         }
-        held.last_look.store(nanoseconds(now), Ordering::Relaxed);
         held.last_check.store(nanoseconds(now), Ordering::Relaxed);
         Ok(())
-    }
-
-    /// Whether [`Process::check_liveness`] holds by what is known already and by whether the process has the
-    /// memory that it had: it loses that when it exits, and by every exec. To ask so takes a tenth of the time
-    /// of a look at the executable, and any thread may.
-    pub(super) fn is_known_to_live(&self) -> bool {
-        let held = &self.held;
-        let now = since_start();
-        let is_younger = |time: &AtomicU64, than: Duration| {
-            let time = Duration::from_nanos(time.load(Ordering::Relaxed));
-            time >= self.found && now.saturating_sub(time) < than
-        };
-        if is_younger(&held.last_check, CHECK_AGAIN_AFTER) {
-            return true;
-        }
-        let lives = is_younger(&held.last_look, LOOK_AGAIN_AFTER)
-            && held.memory.as_ref().is_some_and(is_in_use);
-        if lives {
-            held.last_check.store(nanoseconds(now), Ordering::Relaxed);
-        }
-        lives
     }
 
     /// True when the two processes are alike in everything that an attestor may state, except the pid.
@@ -351,11 +339,66 @@ impl Process {
 }
 
 impl Held {
-    /// True after an exec of the same file.
-    fn has_another_memory(&self) -> bool {
+    /// True after an exec or the exit, unless another process keeps the memory that it had.
+    fn has_lost_its_memory(&self) -> bool {
         self.memory
             .as_ref()
             .is_some_and(|memory| !is_in_use(memory))
+    }
+
+    /// Checks that the process has the memory that it had, which it loses by an exec and by its exit. Another
+    /// process may keep it: now and then an observer looks at the executable, and nobody waits for that, since
+    /// an exec makes who looks wait for its end, and may be made to take for ever.
+    fn check_memory(self: &Arc<Self>, now: Duration) -> Result<(), AttestationEnded> {
+        if self.has_ended.load(Ordering::Relaxed) || self.has_lost_its_memory() {
+            return Err(self.end());
+        }
+        let looked = Duration::from_nanos(self.last_look.load(Ordering::Relaxed));
+        if now.saturating_sub(looked) >= LOOK_AGAIN_AFTER
+            && !self.is_looked_at.swap(true, Ordering::Relaxed)
+        {
+            let held = Arc::clone(self);
+            observers::look_without_waiting(move || held.look(now));
+        }
+        Ok(())
+    }
+
+    /// Looks at the executable, at the time `now`.
+    fn look(&self, now: Duration) {
+        match self.check_executable() {
+            Ok(()) => self.last_look.store(nanoseconds(now), Ordering::Relaxed),
+            Err(_) => self.has_ended.store(true, Ordering::Relaxed),
+        }
+        self.is_looked_at.store(false, Ordering::Relaxed);
+    }
+
+    /// Why it has ended. A process that exits loses its memory a little before its pidfd says so; that is waited
+    /// for once.
+    fn end(&self) -> AttestationEnded {
+        let patience = match self.has_ended.swap(true, Ordering::Relaxed) {
+            true => 0,
+            false => EXITED_WITHIN,
+        };
+        match exited_within(&self.pidfd, patience) {
+            Ok(false) => AttestationEnded::Executed,
+            Ok(true) | Err(_) => AttestationEnded::Exited,
+        }
+    }
+
+    /// Checks that the process lives and runs the executable that it ran when it was found. Waits for an exec
+    /// that is under way.
+    fn check_executable(&self) -> Result<(), AttestationEnded> {
+        match (
+            &self.executable,
+            kernel::identify(self.directory.as_fd(), c"exe"),
+        ) {
+            // Only a process that lives has an executable.
+            (Some(before), Ok(now)) if before.same_file(&now) => Ok(()),
+            _ if exited(&self.pidfd).unwrap_or(true) => Err(AttestationEnded::Exited),
+            (None, Err(error)) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+            (_, Err(error)) if gone(&error) => Err(AttestationEnded::Exited),
+            _ => Err(AttestationEnded::Executed),
+        }
     }
 }
 
@@ -494,8 +537,12 @@ pub(super) fn gone(error: &io::Error) -> bool {
 }
 
 fn exited(pidfd: &OwnedFd) -> io::Result<bool> {
+    exited_within(pidfd, 0)
+}
+
+fn exited_within(pidfd: &OwnedFd, milliseconds: u8) -> io::Result<bool> {
     let mut descriptors = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-    match poll(&mut descriptors, PollTimeout::ZERO) {
+    match poll(&mut descriptors, milliseconds) {
         Ok(ready) => Ok(ready > 0),
         Err(errno) => Err(errno.into()),
     }
@@ -686,78 +733,71 @@ mod tests {
     /// Has the shell do so, and waits until it has.
     fn execute(shell: &mut std::process::Child, process: &Process) {
         drop(shell.stdin.take());
-        while is_in_use(process.held.memory.as_ref().unwrap()) {
+        let began = Instant::now();
+        while !process.held.has_lost_its_memory() {
+            assert!(began.elapsed() < Duration::from_secs(20));
             std::thread::yield_now();
         }
     }
 
-    /// Waits until it is known by its memory that a process lives, and then until that is asked again.
-    fn wait_until_known_to_live(process: &Process) {
-        let is_known = || {
-            process.check_liveness().unwrap();
-            std::thread::sleep(2 * CHECK_AGAIN_AFTER);
-            process.is_known_to_live()
+    /// As `process` is held, but for these.
+    fn held_as(process: &Process, executable: &Process, memory: &str) -> Process {
+        let held = &process.held;
+        let held = Held {
+            pid: held.pid,
+            pidfd: kernel::pidfd_open(held.pid).unwrap(),
+            directory: Arc::clone(&held.directory),
+            cgroup: Mutex::default(),
+            executable: executable.held.executable.clone(),
+            memory: Some(File::open(memory).unwrap()),
+            last_check: AtomicU64::new(0),
+            last_look: AtomicU64::new(nanoseconds(since_start())),
+            is_looked_at: AtomicBool::new(false),
+            has_ended: AtomicBool::new(false),
+            last_descriptor: AtomicU32::new(0),
         };
-        // A busy machine may let more time pass than a look counts for.
-        let began = Instant::now();
-        while !is_known() {
-            assert!(began.elapsed() < Duration::from_secs(20));
+        Process::new(Arc::new(held), process.credentials)
+    }
+
+    #[test]
+    fn every_exec_ends_it_that_of_the_same_file_too() {
+        for program in ["/bin/sleep 20", "/bin/sh -c 'kill -STOP $$'"] {
+            let mut shell = shell_that_executes(program);
+            let first = Process::of_pid(shell.id()).unwrap().unwrap();
+            first.check_liveness().unwrap();
+            execute(&mut shell, &first);
+            std::thread::sleep(2 * CHECK_AGAIN_AFTER);
+            assert_eq!(first.check_liveness(), Err(AttestationEnded::Executed));
+            // What runs now is found anew.
+            let again = Process::of_pid(shell.id()).unwrap().unwrap();
+            assert!(!Arc::ptr_eq(&first.held, &again.held));
+            again.check_liveness().unwrap();
+            shell.kill().unwrap();
+            shell.wait().unwrap();
+            std::thread::sleep(2 * CHECK_AGAIN_AFTER);
+            for ended in [first, again] {
+                assert_eq!(ended.check_liveness(), Err(AttestationEnded::Exited));
+            }
         }
-        std::thread::sleep(2 * CHECK_AGAIN_AFTER);
-    }
-
-    #[test]
-    fn a_process_is_known_to_live_by_its_memory_until_it_executes_another_program() {
-        let mut shell = shell_that_executes("/bin/sleep 20");
-        let process = Process::of_pid(shell.id()).unwrap().unwrap();
-        assert!(!process.is_known_to_live(), "nobody has looked at it yet");
-        wait_until_known_to_live(&process);
-        execute(&mut shell, &process);
-        assert!(!process.is_known_to_live());
-        assert_eq!(process.check_liveness(), Err(AttestationEnded::Executed));
-        shell.kill().unwrap();
-        shell.wait().unwrap();
-        assert_eq!(process.check_liveness(), Err(AttestationEnded::Exited));
-    }
-
-    #[test]
-    fn a_process_that_executes_the_same_file_again_is_held_anew() {
-        let mut shell = shell_that_executes("/bin/sh -c 'sleep 20; true'");
-        let first = Process::of_pid(shell.id()).unwrap().unwrap();
-        execute(&mut shell, &first);
-        let again = Process::of_pid(shell.id()).unwrap().unwrap();
-        assert!(!Arc::ptr_eq(&first.held, &again.held));
-        wait_until_known_to_live(&again);
-        shell.kill().unwrap();
-        shell.wait().unwrap();
     }
 
     #[test]
     fn an_exec_is_seen_though_another_process_keeps_the_memory() {
-        let mut shell = shell_that_executes("/bin/sleep 20");
-        let found = Process::of_pid(shell.id()).unwrap().unwrap();
-        let pidfd = kernel::pidfd_open(shell.id()).unwrap();
-        let kept = Process::new(
-            Arc::new(Held {
-                pid: shell.id(),
-                pidfd,
-                directory: Arc::clone(&found.held.directory),
-                cgroup: Mutex::default(),
-                executable: found.held.executable.clone(),
-                // Of this process, which goes on.
-                memory: Some(File::open("/proc/self/pagemap").unwrap()),
-                last_look: AtomicU64::new(0),
-                last_check: AtomicU64::new(0),
-                last_descriptor: AtomicU32::new(0),
-            }),
-            found.credentials,
+        let mut child = sleeping();
+        let (ours, child_found) = (
+            Process::of_pid(std::process::id()).unwrap().unwrap(),
+            Process::of_pid(child.id()).unwrap().unwrap(),
         );
-        kept.check_liveness().unwrap();
-        execute(&mut shell, &found);
+        // Whose memory goes on, and who runs another program than before.
+        let executed = held_as(&child_found, &ours, "/proc/self/pagemap");
+        executed.check_liveness().unwrap();
         std::thread::sleep(LOOK_AGAIN_AFTER);
-        assert_eq!(kept.check_liveness(), Err(AttestationEnded::Executed));
-        shell.kill().unwrap();
-        shell.wait().unwrap();
+        // This check has it looked at, and the next knows.
+        executed.check_liveness().unwrap();
+        std::thread::sleep(2 * CHECK_AGAIN_AFTER);
+        assert_eq!(executed.check_liveness(), Err(AttestationEnded::Executed));
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     proptest! {
