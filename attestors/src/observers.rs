@@ -69,6 +69,15 @@ pub(crate) fn looks_itself() -> bool {
 /// Runs a task of a few system calls on an observer, and waits for it. `None` where it panicked.
 #[cfg(target_os = "linux")]
 pub(crate) fn look<T: Send + 'static>(task: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    look_within(Duration::MAX, task)
+}
+
+/// As [`look`], and waits no longer than `limit`; `None` where no answer came.
+#[cfg(target_os = "linux")]
+pub(crate) fn look_within<T: Send + 'static>(
+    limit: Duration,
+    task: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
     let Some(pool) = POOL.get() else {
         return Some(task());
     };
@@ -76,15 +85,16 @@ pub(crate) fn look<T: Send + 'static>(task: impl FnOnce() -> T + Send + 'static)
     pool.run(Box::new(move || {
         let _ = done.send(task());
     }));
-    outcome.recv().ok()
+    outcome.recv_timeout(limit).ok()
 }
 
-/// Has an observer run a task that may block, and does not wait for it.
+/// Has a task run that looks at other processes and may block, and does not wait for it.
 #[cfg(target_os = "linux")]
 pub(crate) fn look_without_waiting(task: impl FnOnce() + Send + 'static) {
-    match POOL.get() {
-        Some(pool) => pool.run(Box::new(task)),
-        None => task(),
+    match (POOL.get(), tokio::runtime::Handle::try_current()) {
+        (Some(pool), _) => pool.run(Box::new(task)),
+        (None, Ok(runtime)) => drop(runtime.spawn_blocking(task)),
+        (None, Err(_)) => task(),
     }
 }
 

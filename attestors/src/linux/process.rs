@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat, readlinkat};
-use nix::poll::{PollFd, PollFlags, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
 use rustix::fs::{RawDir, readlinkat_raw};
 use rustix::path::DecInt;
@@ -31,8 +31,11 @@ const CHECK_AGAIN_AFTER: Duration = Duration::from_millis(1);
 /// How long the executable of a process that keeps its memory is not looked at again.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(500);
 
-/// How many milliseconds a process that has lost its memory may take to have exited.
-const EXITED_WITHIN: u8 = 1;
+/// How long to wait for an observer's word on whether a process exits. It reads what waits for no exec.
+const TOLD_WITHIN: Duration = Duration::from_millis(5);
+
+/// Of the flags in `/proc/PID/stat`: it is exiting (`PF_EXITING` in include/linux/sched.h).
+const IS_EXITING: u64 = 4;
 
 /// No file of procfs that is read here comes near this; a longer one is not believed.
 const LARGEST_PROC_FILE: u64 = 4 * 1024 * 1024;
@@ -111,7 +114,7 @@ impl Process {
         if let Some(held) = known(pid)
             && let Some((credentials, executable)) = look(&pidfd, &held.directory)?
             && executable == held.executable
-            && !held.has_lost_its_memory()
+            && held.is_as_it_was()
         {
             return Ok(Some(Self::new(held, credentials)));
         }
@@ -136,7 +139,7 @@ impl Process {
         if let Some(held) = known(pid).filter(|held| Arc::ptr_eq(&held.directory, &directory))
             && let Some((credentials, executable)) = look(&held.pidfd, &directory)?
             && executable == held.executable
-            && !held.has_lost_its_memory()
+            && held.is_as_it_was()
         {
             return Ok(Some(Self::new(held, credentials)));
         }
@@ -148,7 +151,11 @@ impl Process {
     }
 
     fn hold(pid: u32, pidfd: OwnedFd, directory: Arc<OwnedFd>) -> io::Result<Option<Self>> {
-        let memory = open_file(&directory, c"pagemap").ok();
+        let memory = match open_file(&directory, c"pagemap") {
+            Ok(memory) => Some(memory),
+            Err(error) if gone(&error) || error.kind() == io::ErrorKind::PermissionDenied => None,
+            Err(error) => return Err(error),
+        };
         let looked = since_start();
         let Some((credentials, executable)) = look(&pidfd, &directory)? else {
             return Ok(None);
@@ -339,6 +346,11 @@ impl Process {
 }
 
 impl Held {
+    /// Whether it may be held for a connection that it is found by now.
+    fn is_as_it_was(&self) -> bool {
+        !self.has_ended.load(Ordering::Relaxed) && !self.has_lost_its_memory()
+    }
+
     /// True after an exec or the exit, unless another process keeps the memory that it had.
     fn has_lost_its_memory(&self) -> bool {
         self.memory
@@ -350,8 +362,8 @@ impl Held {
     /// process may keep it: now and then an observer looks at the executable, and nobody waits for that, since
     /// an exec makes who looks wait for its end, and may be made to take for ever.
     fn check_memory(self: &Arc<Self>, now: Duration) -> Result<(), AttestationEnded> {
-        if self.has_ended.load(Ordering::Relaxed) || self.has_lost_its_memory() {
-            return Err(self.end());
+        if !self.is_as_it_was() {
+            return Err(self.why_it_ended());
         }
         let looked = Duration::from_nanos(self.last_look.load(Ordering::Relaxed));
         if now.saturating_sub(looked) >= LOOK_AGAIN_AFTER
@@ -372,16 +384,19 @@ impl Held {
         self.is_looked_at.store(false, Ordering::Relaxed);
     }
 
-    /// Why it has ended. A process that exits loses its memory a little before its pidfd says so; that is waited
-    /// for once.
-    fn end(&self) -> AttestationEnded {
-        let patience = match self.has_ended.swap(true, Ordering::Relaxed) {
-            true => 0,
-            false => EXITED_WITHIN,
-        };
-        match exited_within(&self.pidfd, patience) {
-            Ok(false) => AttestationEnded::Executed,
-            Ok(true) | Err(_) => AttestationEnded::Exited,
+    /// Why it has ended. A process that exits loses its memory some time before its pidfd says so.
+    fn why_it_ended(&self) -> AttestationEnded {
+        let exited = exited(&self.pidfd).unwrap_or(true);
+        if exited || self.has_ended.swap(true, Ordering::Relaxed) {
+            return match exited {
+                true => AttestationEnded::Exited,
+                false => AttestationEnded::Executed,
+            };
+        }
+        let directory = Arc::clone(&self.directory);
+        match observers::look_within(TOLD_WITHIN, move || is_exiting(&directory)) {
+            Some(true) => AttestationEnded::Exited,
+            Some(false) | None => AttestationEnded::Executed,
         }
     }
 
@@ -537,12 +552,8 @@ pub(super) fn gone(error: &io::Error) -> bool {
 }
 
 fn exited(pidfd: &OwnedFd) -> io::Result<bool> {
-    exited_within(pidfd, 0)
-}
-
-fn exited_within(pidfd: &OwnedFd, milliseconds: u8) -> io::Result<bool> {
     let mut descriptors = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-    match poll(&mut descriptors, milliseconds) {
+    match poll(&mut descriptors, PollTimeout::ZERO) {
         Ok(ready) => Ok(ready > 0),
         Err(errno) => Err(errno.into()),
     }
@@ -551,6 +562,21 @@ fn exited_within(pidfd: &OwnedFd, milliseconds: u8) -> io::Result<bool> {
 fn open_file(directory: &OwnedFd, name: &CStr) -> io::Result<File> {
     let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
     Ok(File::from(openat(directory, name, flags, Mode::empty())?))
+}
+
+/// Whether the process is exiting, or gone (proc_pid_stat(5), field 9).
+fn is_exiting(directory: &OwnedFd) -> bool {
+    let Ok(stat) = open_file(directory, c"stat").and_then(read_whole) else {
+        return true;
+    };
+    flags_of(&stat).is_some_and(|flags| flags & IS_EXITING != 0)
+}
+
+/// The process may call itself anything, closing brackets included.
+fn flags_of(stat: &[u8]) -> Option<u64> {
+    let after_name = stat.rsplit(|byte| *byte == b')').next()?;
+    let flags = after_name.split(|byte| *byte == b' ').nth(7)?;
+    std::str::from_utf8(flags).ok()?.parse().ok()
 }
 
 fn read_status(directory: &OwnedFd) -> io::Result<Status> {
@@ -738,6 +764,39 @@ mod tests {
             assert!(began.elapsed() < Duration::from_secs(20));
             std::thread::yield_now();
         }
+    }
+
+    #[test]
+    fn who_exits_is_told_from_who_executes() {
+        let stat = |name: &str, flags: u64| {
+            format!("7 ({name}) S 1 7 7 0 -1 {flags} 100 0 0 0 0 0 0\n").into_bytes()
+        };
+        for name in ["orders", "a) S 1 1 1 0 -1 4 1", "", ")"] {
+            assert_eq!(flags_of(&stat(name, 0x40_0100)), Some(0x40_0100), "{name}");
+        }
+        let mut child = sleeping();
+        let directory = open_directory(child.id()).unwrap().unwrap();
+        assert!(!is_exiting(&directory));
+        child.kill().unwrap();
+        // A zombie, and then nothing.
+        while !exited(&kernel::pidfd_open(child.id()).unwrap()).unwrap() {
+            std::thread::yield_now();
+        }
+        assert!(is_exiting(&directory));
+        child.wait().unwrap();
+        assert!(is_exiting(&directory));
+    }
+
+    #[test]
+    fn what_was_taken_for_another_program_once_is_held_anew() {
+        let mut child = sleeping();
+        let first = Process::of_pid(child.id()).unwrap().unwrap();
+        first.held.has_ended.store(true, Ordering::Relaxed);
+        let again = Process::of_pid(child.id()).unwrap().unwrap();
+        again.check_liveness().unwrap();
+        assert_eq!(first.check_liveness(), Err(AttestationEnded::Executed));
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     /// As `process` is held, but for these.
