@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::error::Error;
 use std::io;
 use std::net::SocketAddr;
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,6 +20,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use bytes::Bytes;
 use countersign_attestors::{Fetch, FetchError};
+use futures_util::FutureExt;
 use http::{Extensions, HeaderMap, Method, Request, StatusCode, Uri};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper_util::client::legacy::Client;
@@ -31,6 +33,7 @@ use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::runtime::Handle;
+use tokio::sync::OnceCell;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use url::Url;
@@ -99,7 +102,7 @@ struct Shared {
     runtime: Handle,
     guard: AddressGuard,
     /// Built at the first request: reading the system's roots takes longer than all the rest of start.
-    client: OnceLock<Result<Client<Connector, Full<Bytes>>, FetchFailure>>,
+    client: OnceCell<Client<Connector, Full<Bytes>>>,
 }
 
 /// A whole answer.
@@ -169,7 +172,7 @@ impl FetchClient {
                 settings,
                 runtime,
                 guard,
-                client: OnceLock::new(),
+                client: OnceCell::new(),
             }),
         }
     }
@@ -191,17 +194,21 @@ impl FetchClient {
                 )),
             }
         };
+        let exchange = AssertUnwindSafe(exchange).catch_unwind();
         let runtime = &self.shared.runtime;
         // Who is on it already needs no other thread.
-        if Handle::try_current().is_ok_and(|current| current.id() == runtime.id()) {
-            return exchange.await;
-        }
-        match runtime.spawn(exchange).await {
-            Ok(outcome) => outcome,
-            Err(_) => Err(FetchFailure::new(
+        let is_on_it = Handle::try_current().is_ok_and(|current| current.id() == runtime.id());
+        let ended = match is_on_it {
+            true => Ok(exchange.await),
+            false => runtime.spawn(exchange).await,
+        };
+        match ended {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_)) => Err(FetchFailure::new(
                 FetchFailureKind::Reset,
-                "the agent is shutting down",
+                "the request failed within the agent",
             )),
+            Err(_) => Err(shutting_down()),
         }
     }
 
@@ -277,11 +284,7 @@ impl Fetch for FetchClient {
 
 impl Shared {
     async fn exchange(self: Arc<Self>, request: Request<Bytes>) -> Result<Answer, FetchFailure> {
-        let client = self
-            .client
-            .get_or_init(|| build_client(&self.settings, &self.guard))
-            .as_ref()
-            .map_err(Clone::clone)?;
+        let client = self.client().await?;
         self.check_uri(request.uri())?;
         let response = client
             .request(request.map(Full::new))
@@ -300,6 +303,17 @@ impl Shared {
             headers: head.headers,
             body: Zeroizing::new(body.to_bytes().to_vec()),
         })
+    }
+
+    /// The client, built where none could be before; reading roots blocks.
+    async fn client(self: &Arc<Self>) -> Result<&Client<Connector, Full<Bytes>>, FetchFailure> {
+        let build = || async {
+            let shared = Arc::clone(self);
+            tokio::task::spawn_blocking(move || build_client(&shared.settings, &shared.guard))
+                .await
+                .unwrap_or_else(|_| Err(shutting_down()))
+        };
+        self.client.get_or_try_init(build).await
     }
 
     /// A URL that was learnt must be https; its address is judged when connecting.
@@ -322,6 +336,10 @@ fn is_configured(settings: &FetchSettings, uri: &Uri) -> bool {
                     .is_some_and(|asked| asked.eq_ignore_ascii_case(host))
             })
     })
+}
+
+fn shutting_down() -> FetchFailure {
+    FetchFailure::new(FetchFailureKind::Reset, "the agent is shutting down")
 }
 
 fn build_client(
@@ -702,5 +720,87 @@ fn classify_body(error: &(dyn Error + Send + Sync + 'static)) -> FetchFailure {
             FetchFailureKind::Truncated,
             format!("the answer was cut short: {error}"),
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::stat::Mode;
+    use nix::unistd::mkfifo;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    fn client(url: &Url, ca_file: PathBuf, runtime: &tokio::runtime::Runtime) -> FetchClient {
+        let settings = FetchSettings {
+            configured: BTreeSet::from([url.clone()]),
+            ca_file: Some(ca_file),
+            ..FetchSettings::default()
+        };
+        FetchClient::new(settings, Arc::default(), runtime.handle().clone())
+    }
+
+    fn one_thread() -> tokio::runtime::Runtime {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+    }
+
+    #[test]
+    fn roots_are_read_within_the_time_and_off_the_runtime() {
+        let directory = tempfile::tempdir().unwrap();
+        let ca_file = directory.path().join("ca.pem");
+        mkfifo(&ca_file, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+        // Who reads it waits for this.
+        let writer = std::thread::spawn({
+            let ca_file = ca_file.clone();
+            move || {
+                std::thread::sleep(Duration::from_secs(1));
+                drop(std::fs::File::create(ca_file).unwrap());
+            }
+        });
+        let url = Url::parse("https://server.test/").unwrap();
+        let runtime = one_thread();
+        let client = client(&url, ca_file, &runtime);
+        let failure = runtime
+            .block_on(client.get(&url, Duration::from_millis(50)))
+            .unwrap_err();
+        assert_eq!(failure.kind, FetchFailureKind::Timeout);
+        writer.join().unwrap();
+    }
+
+    #[test]
+    fn roots_that_could_not_be_read_are_read_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let ca_file = directory.path().join("ca.pem");
+        let runtime = one_thread();
+        runtime.block_on(async {
+            let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+            let address = listener.local_addr().unwrap();
+            drop(listener);
+            let url = Url::parse(&format!("https://{address}/")).unwrap();
+            let client = client(&url, ca_file.clone(), &runtime);
+            let failure = async || client.get(&url, DOCUMENT_TIMEOUT).await.unwrap_err().kind;
+            assert_eq!(failure().await, FetchFailureKind::CertificateAuthority);
+            let authority = crate::dev::CertificateAuthority::new("servers").unwrap();
+            std::fs::write(&ca_file, authority.pem()).unwrap();
+            assert_eq!(failure().await, FetchFailureKind::Refused);
+        });
+    }
+
+    #[test]
+    fn a_panic_within_is_a_failure_on_every_runtime() {
+        // Without timers whatever waits for a time panics.
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .build()
+            .unwrap();
+        let url = Url::parse("https://server.test/").unwrap();
+        let client = client(&url, PathBuf::from("none"), &runtime);
+        let asked = || client.get(&url, DOCUMENT_TIMEOUT);
+        for outcome in [runtime.block_on(asked()), one_thread().block_on(asked())] {
+            assert_eq!(outcome.unwrap_err().kind, FetchFailureKind::Reset);
+        }
     }
 }
