@@ -1,7 +1,7 @@
 //! What requests are served under at one time. Immutable: a reload or a revocation makes another,
 //! and a request reads it without a lock.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -24,6 +24,8 @@ use crate::upstream::DestinationTls;
 pub struct Snapshot {
     /// The configuration.
     pub config: Arc<Config>,
+    /// Names the configuration in records, without its content.
+    pub configuration_sha256: String,
     /// Destinations by host and port.
     pub routes: Arc<Routes>,
     /// Policies and revocations.
@@ -61,6 +63,20 @@ pub type Issuers = Vec<(OidcIssuer, Arc<OidcAttestor>)>;
 
 /// The SHA-256 of files of trusted roots, by which their replacement is noticed.
 pub type Roots = HashMap<PathBuf, Vec<u8>>;
+
+/// The SHA-256 of each file that can be read; one that cannot be is refused where it is used.
+pub fn read_roots<'a>(files: impl IntoIterator<Item = &'a PathBuf>) -> Roots {
+    let files: BTreeSet<&PathBuf> = files.into_iter().collect();
+    files
+        .into_iter()
+        .filter_map(|path| {
+            let content = std::fs::read(path).ok()?;
+            let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &content);
+            Some((path.clone(), digest.as_ref().to_vec()))
+        })
+        .collect()
+}
+
 /// What sending to each destination takes, by the destination's name.
 pub type AllPrepared = HashMap<Arc<str>, Prepared, RandomState>;
 

@@ -17,7 +17,7 @@ use crate::diagnostics::{Diagnostic, Diagnostics};
 use crate::fetch::{FetchClient, FetchSettings};
 use crate::policy::{PolicyEngine, PolicySnapshot, Revocations};
 use crate::routing::Routes;
-use crate::snapshot::{Issuers, Roots, Snapshot, prepare, verified_tls};
+use crate::snapshot::{Issuers, Roots, Snapshot, prepare, read_roots, verified_tls};
 use crate::telemetry::metrics::Metrics;
 use crate::tls::interception::{InterceptionAuthority, write_atomically};
 use crate::tls::trust::bundle;
@@ -77,6 +77,7 @@ impl SnapshotBuilder {
             Diagnostic::error("roots_unusable", &config.path, error.to_string())
         })?;
         Ok(Snapshot {
+            configuration_sha256: configuration_sha256(config),
             routes: Arc::new(Routes::new(config)),
             policy: PolicySnapshot::new(Arc::new(engine), Revocations::none()),
             catalog,
@@ -260,7 +261,7 @@ fn reuse_unchanged(mut config: Config, previous: &Snapshot, roots: &Roots) -> Co
     config
 }
 
-/// The SHA-256 of each file of roots that a destination or an issuer names.
+/// The SHA-256 of each file of roots that a destination, an issuer or a credential names.
 fn roots_of(config: &Config) -> Roots {
     let of_destinations = config
         .destinations
@@ -271,15 +272,28 @@ fn roots_of(config: &Config) -> Roots {
         .oidc_issuers
         .iter()
         .filter_map(|issuer| issuer.ca_file.as_ref());
-    let files: BTreeSet<&PathBuf> = of_destinations.chain(of_issuers).collect();
-    files
-        .into_iter()
-        // One that cannot be read is refused where it is used.
-        .filter_map(|path| {
-            let content = std::fs::read(path).ok()?;
+    let of_credentials = config
+        .credentials
+        .iter()
+        .filter_map(|credential| credential.ca_file());
+    read_roots(of_destinations.chain(of_issuers).chain(of_credentials))
+}
+
+/// Names what is in force in records, without its content.
+fn configuration_sha256(config: &Config) -> String {
+    let mut context = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
+    for path in &config.watched_files {
+        // Keys are watched as well; a digest of a digest says nothing of them.
+        if let Ok(content) = std::fs::read(path) {
             let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &content);
-            Some((path.clone(), digest.as_ref().to_vec()))
-        })
+            context.update(digest.as_ref());
+        }
+    }
+    context
+        .finish()
+        .as_ref()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
         .collect()
 }
 

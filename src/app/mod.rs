@@ -165,10 +165,10 @@ impl App {
             Arc::clone(&metrics),
             token_events(audit.clone()),
         );
-        credentials.configure(&config, &own_listeners);
+        credentials.configure(&config, &snapshot.roots, &own_listeners);
         let _ = audit.lifecycle(LifecycleEvent::Start {
             version: env!("CARGO_PKG_VERSION"),
-            configuration_sha256: configuration_sha256(&config),
+            configuration_sha256: snapshot.configuration_sha256.clone(),
             policy_version: snapshot.policy.engine().version().to_string(),
         });
         record_interception(&audit, None, &snapshot);
@@ -317,7 +317,9 @@ impl App {
         .await?;
         let config = Arc::clone(&snapshot.config);
         let policy_version = snapshot.policy.engine().version().to_string();
-        self.agent.credentials.configure(&config, &own_listeners);
+        self.agent
+            .credentials
+            .configure(&config, &snapshot.roots, &own_listeners);
         // What was revoked or lifted while this was built holds.
         self.agent
             .snapshot
@@ -328,7 +330,7 @@ impl App {
         let manager = &self.options.service_manager;
         listeners.replace(prepared, &self.agent, &self.workers, manager);
         let _ = self.agent.audit.lifecycle(LifecycleEvent::Reload {
-            configuration_sha256: configuration_sha256(&config),
+            configuration_sha256: snapshot.configuration_sha256.clone(),
             policy_version: policy_version.clone(),
         });
         record_interception(&self.agent.audit, Some(&previous), &snapshot);
@@ -532,24 +534,6 @@ fn worker_count(config: &Config) -> usize {
         // `available_parallelism` reads the cgroup's quota.
         std::thread::available_parallelism().map_or(1, |count| count.get().min(4))
     })
-}
-
-/// Names what is in force in records, without its content.
-fn configuration_sha256(config: &Config) -> String {
-    let mut context = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
-    for path in &config.watched_files {
-        // Keys are watched as well; a digest of a digest says nothing of them.
-        if let Ok(content) = std::fs::read(path) {
-            let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &content);
-            context.update(digest.as_ref());
-        }
-    }
-    context
-        .finish()
-        .as_ref()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
 }
 
 fn bind_problem(config: &Config, listener: &Listener, error: &std::io::Error) -> Diagnostics {

@@ -214,6 +214,14 @@ pub struct CredentialConfig {
     pub source: TokenSource,
 }
 
+impl CredentialConfig {
+    /// The file of the roots that its server is verified by; `None` where they are the system's.
+    pub fn ca_file(&self) -> Option<&PathBuf> {
+        let TokenSource::OauthClientCredentials(settings) = &self.source;
+        settings.ca_file.as_ref()
+    }
+}
+
 /// Where a credential's tokens come from: one variant for each `type`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum TokenSource {

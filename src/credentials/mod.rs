@@ -25,12 +25,13 @@ use serde::Serialize;
 use self::single_flight::{Departure, Found, Outcome, Perishable, Rejection, wait};
 use self::slot::{Ask, Failure, Purpose, Slot};
 use self::token::{Token, sha256_hexadecimal};
-use crate::config::{Config, CredentialConfig, OauthClientCredentials, TokenSource};
+use crate::config::{Config, CredentialConfig};
 use crate::policy::{Action, Grant, Selector, TokenHolder};
 use crate::providers::{
-    Common, Deadline, MintFailure, MintedToken, Provider, Recovery, TokenRequest, provider,
+    Deadline, MintFailure, MintedToken, Provider, Recovery, Common, TokenRequest, provider,
 };
 use crate::refusal::{Refusal, RefusalCode};
+use crate::snapshot::Roots;
 use crate::telemetry::metrics::{CredentialMetrics, Metrics};
 
 pub use self::token::{Credential, IssuedToken, Obtained};
@@ -97,8 +98,8 @@ struct LiveToken {
 /// A configured credential and its provider.
 struct Entry {
     config: Arc<CredentialConfig>,
-    /// The SHA-256 of the certificate authority's file: another content needs another client.
-    certificate_authority_sha256: Option<String>,
+    /// The SHA-256 of the file of roots: another content needs another client.
+    roots_sha256: Option<Vec<u8>>,
     provider: Arc<dyn Provider>,
     metrics: CredentialMetrics,
 }
@@ -265,31 +266,32 @@ impl Credentials {
         credentials
     }
 
-    /// Takes a configuration in. Tokens of credentials that did not change are kept; what failed may be
-    /// tried again. `own_listeners` are the agent's own addresses, which no server may have.
-    pub fn configure(&self, config: &Config, own_listeners: &Arc<[SocketAddr]>) {
-        self.configure_credentials(&config.credentials, own_listeners);
+    /// Takes a configuration in, with what the files of roots that its credentials name hold. Tokens of
+    /// credentials that did not change are kept; what failed may be tried again. `own_listeners` are the
+    /// agent's own addresses, which no server may have.
+    pub fn configure(&self, config: &Config, roots: &Roots, own_listeners: &Arc<[SocketAddr]>) {
+        self.configure_credentials(&config.credentials, roots, own_listeners);
     }
 
     fn configure_credentials(
         &self,
         credentials: &[Arc<CredentialConfig>],
+        roots: &Roots,
         own_listeners: &Arc<[SocketAddr]>,
     ) {
         let known = self.entries.load_full();
         let mut entries = HashMap::default();
         let mut common = Common::new(Arc::clone(own_listeners), self.runtime.clone());
         for credential in credentials {
-            let certificate_authority_sha256 = certificate_authority_sha256(credential);
+            let roots_sha256 = credential.ca_file().and_then(|path| roots.get(path));
             let unchanged = known.get(&credential.name).filter(|entry| {
-                entry.config == *credential
-                    && entry.certificate_authority_sha256 == certificate_authority_sha256
+                entry.config == *credential && entry.roots_sha256.as_ref() == roots_sha256
             });
             let entry = match unchanged {
                 Some(entry) => Arc::clone(entry),
                 None => Arc::new(Entry {
                     config: Arc::clone(credential),
-                    certificate_authority_sha256,
+                    roots_sha256: roots_sha256.cloned(),
                     provider: provider(credential, Arc::clone(&self.clock), &mut common),
                     metrics: self.metrics.credential(&credential.name),
                 }),
@@ -1014,13 +1016,6 @@ fn no_longer_configured(credential: &str) -> Refusal {
 fn token_sha256(minted: &MintedToken) -> String {
     use secrecy::ExposeSecret;
     sha256_hexadecimal(minted.access_token.expose_secret().as_bytes())
-}
-
-fn certificate_authority_sha256(credential: &CredentialConfig) -> Option<String> {
-    let TokenSource::OauthClientCredentials(settings) = &credential.source;
-    let OauthClientCredentials { ca_file, .. } = &**settings;
-    let content = std::fs::read(ca_file.as_ref()?).ok()?;
-    Some(sha256_hexadecimal(&content))
 }
 
 fn drop_least_recently_used(slots: &mut Slots) {

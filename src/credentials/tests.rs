@@ -22,13 +22,14 @@ use self::faulty_authorization_server::{Fault, FaultyAuthorizationServer};
 use super::*;
 use crate::config::{
     AuthorizationServer as ServerSetting, ClientAuthentication, ExactUrl, InjectionFormat,
-    SigningAlgorithm, Template, TemplatePart,
+    OauthClientCredentials, SigningAlgorithm, Template, TemplatePart, TokenSource,
 };
 use crate::dev::authorization_server::{AuthorizationServerState, Received};
 use crate::dev::{
     AuthorizationServerOptions, CertificateAuthority, Client, ClientCredential, OidcIssuer,
 };
 use crate::jwt::{SigningKey, VerifyingKey, check_times, verify};
+use crate::snapshot::read_roots;
 
 #[path = "../../tests/support/faults.rs"]
 mod faults;
@@ -106,7 +107,11 @@ impl Bench {
 
     fn configure(&self, credentials: &[Arc<CredentialConfig>]) {
         self.credentials
-            .configure_credentials(credentials, &Arc::default());
+            .configure_credentials(credentials, &self.roots(), &Arc::default());
+    }
+
+    fn roots(&self) -> Roots {
+        read_roots([&self.path("ca.pem")])
     }
 
     fn credential(&self, name: &str, settings: OauthClientCredentials) -> Arc<CredentialConfig> {
@@ -1101,9 +1106,11 @@ async fn the_agents_own_listeners_are_no_authorization_servers() {
         allow_addresses: vec!["127.0.0.0/8".parse().unwrap()],
         ..bench.settings()
     };
-    bench
-        .credentials
-        .configure_credentials(&[bench.credential("orders", settings)], &own);
+    bench.credentials.configure_credentials(
+        &[bench.credential("orders", settings)],
+        &bench.roots(),
+        &own,
+    );
     let refusal = bench.token().await.unwrap_err();
     assert_eq!(refusal.code, RefusalCode::TokenServerNotAllowed);
 }
@@ -1626,7 +1633,11 @@ async fn callers_are_told_when_the_control_runtime_ends() {
         timeout: seconds(600),
         ..bench.settings()
     };
-    credentials.configure_credentials(&[bench.credential("orders", settings)], &Arc::default());
+    credentials.configure_credentials(
+        &[bench.credential("orders", settings)],
+        &bench.roots(),
+        &Arc::default(),
+    );
     bench.server.set(Fault::Hang).await;
     let scopes = ["orders.read".to_owned()];
     let nobody = WorkloadFacts::default();

@@ -2,6 +2,7 @@
 //! which), through routing, policy, the broker and injection: what leaves has our credential, once, and
 //! none of the caller's.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime};
@@ -129,7 +130,7 @@ impl Agent {
             Arc::new(Metrics::new(Arc::clone(&clock))),
             Arc::new(|_| {}),
         );
-        credentials.configure(&config, &Arc::default());
+        credentials.configure(&config, &HashMap::new(), &Arc::default());
         let mut facts = WorkloadFacts::default();
         let unix = [("uid", 990), ("gid", 990), ("pid", 4242)]
             .map(|(name, id)| (name.to_owned(), AttributeValue::Long(id)));
