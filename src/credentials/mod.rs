@@ -28,7 +28,7 @@ use self::token::{Token, sha256_hexadecimal};
 use crate::config::{Config, CredentialConfig};
 use crate::policy::{Action, Grant, Selector, TokenHolder};
 use crate::providers::{
-    Deadline, MintFailure, MintedToken, Provider, Recovery, Common, TokenRequest, provider,
+    Deadline, MintFailure, MintedToken, Provider, Recovery, SharedParts, TokenRequest, provider,
 };
 use crate::refusal::{Refusal, RefusalCode};
 use crate::snapshot::Roots;
@@ -281,7 +281,7 @@ impl Credentials {
     ) {
         let known = self.entries.load_full();
         let mut entries = HashMap::default();
-        let mut common = Common::new(Arc::clone(own_listeners), self.runtime.clone());
+        let mut shared = SharedParts::new(Arc::clone(own_listeners), self.runtime.clone());
         for credential in credentials {
             let roots_sha256 = credential.ca_file().and_then(|path| roots.get(path));
             let unchanged = known.get(&credential.name).filter(|entry| {
@@ -292,7 +292,7 @@ impl Credentials {
                 None => Arc::new(Entry {
                     config: Arc::clone(credential),
                     roots_sha256: roots_sha256.cloned(),
-                    provider: provider(credential, Arc::clone(&self.clock), &mut common),
+                    provider: provider(credential, Arc::clone(&self.clock), &mut shared),
                     metrics: self.metrics.credential(&credential.name),
                 }),
             };

@@ -903,6 +903,13 @@ async fn credentials_of_one_issuer_share_its_metadata() {
     bench.token().await.unwrap();
     assert_eq!(metadata_requests(), 3);
 
+    // Those that find it old at the same time ask once.
+    bench.clock.advance(seconds(3600));
+    let (one, other) = tokio::join!(bench.token(), bench.token_of("other"));
+    one.unwrap();
+    other.unwrap();
+    assert_eq!(metadata_requests(), 4);
+
     // One that reaches the issuer in another way asks for itself.
     let settings = OauthClientCredentials {
         allow_addresses: vec!["127.0.0.0/8".parse().unwrap()],
@@ -915,7 +922,38 @@ async fn credentials_of_one_issuer_share_its_metadata() {
     ]);
     bench.token().await.unwrap();
     bench.token_of("other").await.unwrap();
-    assert_eq!(metadata_requests(), 5);
+    assert_eq!(metadata_requests(), 6);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_distrusted_stays_so_whoever_comes_late() {
+    let bench = Bench::start().await;
+    let ask = async |audience: &str| {
+        let scopes = ["orders.read".to_owned()];
+        let nobody = WorkloadFacts::default();
+        let ask = Ask {
+            audience: Some(audience),
+            ..orders(&scopes, &nobody)
+        };
+        let obtained = bench.credentials.obtain_token(&ask).await;
+        obtained.map(drop).map_err(|failed| failed.refusal.code)
+    };
+    let invalid = Err(RefusalCode::TokenResponseInvalid);
+    bench.server.change(Fault::LateHtml(seconds(1)));
+    let late = ask("late");
+    let meanwhile = async {
+        while bench.requests() == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        bench.server.change(Fault::Html);
+        assert_eq!(ask("first").await, invalid);
+        assert_eq!(ask("second").await, invalid);
+        assert_eq!(bench.server.metadata_requests(), 2);
+    };
+    assert_eq!(tokio::join!(late, meanwhile).0, invalid);
+    bench.server.change(Fault::None);
+    assert_eq!(ask("third").await, Ok(()));
+    assert_eq!(bench.server.metadata_requests(), 3);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -11,7 +11,7 @@ use url::Url;
 use super::token_response::parse_retry_after;
 use super::{Deadline, MintFailure, Recovery};
 use crate::config::ExactUrl;
-use crate::fetch::FetchClient;
+use crate::fetch::{FetchClient, FetchFailure, FetchFailureKind};
 use crate::refusal::RefusalCode;
 
 /// How long metadata is used before it is fetched again.
@@ -38,12 +38,17 @@ struct Document {
 pub(super) struct IssuerMetadata {
     issuer: ExactUrl,
     client: FetchClient,
-    last: Mutex<Option<Fetched>>,
+    last: Mutex<Option<Arc<Fetched>>>,
+    /// One asks at a time.
+    fetching: tokio::sync::Mutex<()>,
 }
 
-#[derive(Debug, Clone)]
-struct Fetched {
-    metadata: Arc<Metadata>,
+/// Metadata as an answer told it.
+#[derive(Debug)]
+pub(super) struct Fetched {
+    pub(super) metadata: Metadata,
+    /// Greater than that of what was fetched before; the first is 1.
+    pub(super) number: u64,
     at: Duration,
 }
 
@@ -53,42 +58,67 @@ impl IssuerMetadata {
             issuer,
             client,
             last: Mutex::new(None),
+            fetching: tokio::sync::Mutex::default(),
         }
     }
 
-    /// The metadata that was fetched last, fetched anew where it is old; as if there were none where that
-    /// is `distrusted`.
+    /// The metadata that was fetched last, fetched anew where it is old; as if there were none where its
+    /// number is not above `distrusted`.
     pub(super) async fn current(
         &self,
-        distrusted: Option<Arc<Metadata>>,
+        distrusted: u64,
         deadline: Deadline,
         clock: &dyn Clock,
-    ) -> Result<Arc<Metadata>, MintFailure> {
-        let last = self.last().clone().filter(|last| {
-            !distrusted.is_some_and(|distrusted| Arc::ptr_eq(&last.metadata, &distrusted))
-        });
-        let now = clock.monotonic();
-        if let Some(last) = &last
-            && now < last.at + METADATA_LIFETIME
-        {
-            return Ok(Arc::clone(&last.metadata));
+    ) -> Result<Arc<Fetched>, MintFailure> {
+        if let Some(fresh) = self.fresh(distrusted, clock) {
+            return Ok(fresh);
         }
-        match (self.discover(deadline, clock.wall()).await, last) {
-            (Ok((metadata, _)), _) => {
-                let metadata = Arc::new(metadata);
-                *self.last() = Some(Fetched {
-                    metadata: Arc::clone(&metadata),
-                    at: now,
-                });
-                Ok(metadata)
-            }
+        match self.fetch(distrusted, deadline, clock).await {
+            Ok(fetched) => Ok(fetched),
             // Metadata that names another issuer takes the place of none.
-            (Err(failure), Some(last)) if failure.code != RefusalCode::MetadataInvalid => {
+            Err(failure) if failure.code == RefusalCode::MetadataInvalid => Err(failure),
+            Err(failure) => {
+                let last = self.trusted(distrusted).ok_or_else(|| failure.clone())?;
                 tracing::warn!(issuer = %self.issuer, detail = failure.detail, "metadata could not be renewed; the last is used");
-                Ok(last.metadata)
+                Ok(last)
             }
-            (Err(failure), _) => Err(failure),
         }
+    }
+
+    /// Asks the issuer, unless another that asked meanwhile had an answer.
+    async fn fetch(
+        &self,
+        distrusted: u64,
+        deadline: Deadline,
+        clock: &dyn Clock,
+    ) -> Result<Arc<Fetched>, MintFailure> {
+        let turn = tokio::time::timeout(deadline.remaining(), self.fetching.lock());
+        let _one_at_a_time = turn.await.map_err(|_| waited_in_vain())?;
+        if let Some(fresh) = self.fresh(distrusted, clock) {
+            return Ok(fresh);
+        }
+        let at = clock.monotonic();
+        let (metadata, _) = self.discover(deadline, clock.wall()).await?;
+        let mut last = self.last();
+        let number = last.as_ref().map_or(1, |last| last.number + 1);
+        let fetched = Arc::new(Fetched {
+            metadata,
+            number,
+            at,
+        });
+        *last = Some(Arc::clone(&fetched));
+        Ok(fetched)
+    }
+
+    fn fresh(&self, distrusted: u64, clock: &dyn Clock) -> Option<Arc<Fetched>> {
+        let now = clock.monotonic();
+        self.trusted(distrusted)
+            .filter(|last| now < last.at + METADATA_LIFETIME)
+    }
+
+    fn trusted(&self, distrusted: u64) -> Option<Arc<Fetched>> {
+        let last = self.last().clone();
+        last.filter(|last| last.number > distrusted)
     }
 
     /// Finds the metadata, and the headers with which it came.
@@ -100,9 +130,17 @@ impl IssuerMetadata {
         discover(&self.client, &self.issuer, deadline, now).await
     }
 
-    fn last(&self) -> MutexGuard<'_, Option<Fetched>> {
+    fn last(&self) -> MutexGuard<'_, Option<Arc<Fetched>>> {
         self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn waited_in_vain() -> MintFailure {
+    let failure = FetchFailure {
+        kind: FetchFailureKind::Timeout,
+        detail: "another request for its metadata took all of the time".to_owned(),
+    };
+    MintFailure::of_fetch("the authorization server", &failure)
 }
 
 /// The URLs at which an issuer's metadata may be, in the order in which they are tried: RFC 8414

@@ -2,9 +2,9 @@
 //! line to [`provider`], the visible list.
 
 mod client_authentication;
-mod common;
 mod metadata;
 mod oauth_client_credentials;
+mod shared_parts;
 mod token_response;
 
 use std::sync::Arc;
@@ -18,8 +18,8 @@ use crate::config::{CredentialConfig, Template, TemplatePart, TokenSource};
 use crate::fetch::{FetchFailure, FetchFailureKind};
 use crate::refusal::{Refusal, RefusalCode};
 
-pub use common::Common;
 pub use oauth_client_credentials::OauthClientCredentialsProvider;
+pub use shared_parts::SharedParts;
 pub(crate) use token_response::wipe;
 pub use token_response::{TokenResponse, parse_token_response};
 
@@ -57,15 +57,15 @@ pub trait Provider: Send + Sync + std::fmt::Debug {
     fn timeout(&self) -> Duration;
 }
 
-/// The list of token sources: the provider of a configured credential, which has in `common` what it shares.
+/// The list of token sources: the provider of a configured credential, which has in `shared` what it shares.
 pub fn provider(
     config: &CredentialConfig,
     clock: Arc<dyn Clock>,
-    common: &mut Common,
+    shared: &mut SharedParts,
 ) -> Arc<dyn Provider> {
     match &config.source {
         TokenSource::OauthClientCredentials(settings) => {
-            Arc::new(OauthClientCredentialsProvider::new(settings, clock, common))
+            Arc::new(OauthClientCredentialsProvider::new(settings, clock, shared))
         }
     }
 }

@@ -1,8 +1,8 @@
 //! The client credentials grant (RFC 6749 section 4.4) with `private_key_jwt`, the workload's own
 //! token as client assertion, or `client_secret_basic`.
 
-use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
@@ -16,8 +16,8 @@ use url::{Url, form_urlencoded};
 use zeroize::Zeroizing;
 
 use super::client_authentication::{ASSERTION_TYPE, Assertions, basic_header, claim_value};
-use super::common::Common;
-use super::metadata::{IssuerMetadata, Metadata};
+use super::metadata::{Fetched, IssuerMetadata, Metadata};
+use super::shared_parts::SharedParts;
 use super::token_response::{TokenResponse, parse_retry_after, parse_token_response};
 use super::{
     Deadline, MintFailure, MintedToken, PresentedFrom, Provider, Recovery, Subject, SubjectParts,
@@ -44,8 +44,8 @@ pub struct OauthClientCredentialsProvider {
     authentication: Authentication,
     client: FetchClient,
     clock: Arc<dyn Clock>,
-    /// What led to an answer that hints at an endpoint that moved.
-    distrusted: Mutex<Option<Arc<Metadata>>>,
+    /// The greatest number of metadata that led to an answer that hints at an endpoint that moved.
+    distrusted: AtomicU64,
     /// The server's wall clock less ours, in seconds, as its last answer told.
     server_ahead_seconds: AtomicI64,
 }
@@ -66,7 +66,7 @@ enum Authentication {
 /// Where requests go.
 struct Endpoint {
     url: Url,
-    metadata: Option<Arc<Metadata>>,
+    metadata: Option<Arc<Fetched>>,
 }
 
 /// What proves who the client is, in one request only.
@@ -109,7 +109,7 @@ impl OauthClientCredentialsProvider {
     pub fn new(
         settings: &OauthClientCredentials,
         clock: Arc<dyn Clock>,
-        common: &mut Common,
+        shared: &mut SharedParts,
     ) -> Self {
         let configured = match &settings.server {
             AuthorizationServer::Issuer(issuer) => issuer.url(),
@@ -122,10 +122,10 @@ impl OauthClientCredentialsProvider {
             outbound_proxy: settings.outbound_proxy.clone(),
             allow_addresses: settings.allow_addresses.clone(),
         };
-        let client = common.client(&reached_by);
+        let client = shared.client(&reached_by);
         let server = match &settings.server {
             AuthorizationServer::Issuer(issuer) => {
-                Server::Issuer(common.metadata(issuer, reached_by))
+                Server::Issuer(shared.metadata(issuer, reached_by))
             }
             AuthorizationServer::TokenEndpoint(token_endpoint) => {
                 Server::TokenEndpoint(token_endpoint.clone())
@@ -145,7 +145,7 @@ impl OauthClientCredentialsProvider {
                 audience,
             } => (
                 Authentication::PrivateKeyJwt(Assertions::new(
-                    common.key(key_file, *algorithm, key_id.as_deref()),
+                    shared.key(key_file, *algorithm, key_id.as_deref()),
                     assertion_type_header.as_deref(),
                     audience,
                 )),
@@ -172,7 +172,7 @@ impl OauthClientCredentialsProvider {
             authentication,
             client,
             clock,
-            distrusted: Mutex::new(None),
+            distrusted: AtomicU64::new(0),
             server_ahead_seconds: AtomicI64::new(0),
         }
     }
@@ -180,12 +180,12 @@ impl OauthClientCredentialsProvider {
     async fn endpoint(&self, deadline: Deadline) -> Result<Endpoint, MintFailure> {
         match &self.server {
             Server::Issuer(issuer) => {
-                let distrusted = self.distrusted().clone();
-                let metadata = issuer.current(distrusted, deadline, &*self.clock).await?;
-                self.check_algorithm(&metadata)?;
+                let distrusted = self.distrusted.load(Ordering::Relaxed);
+                let fetched = issuer.current(distrusted, deadline, &*self.clock).await?;
+                self.check_algorithm(&fetched.metadata)?;
                 Ok(Endpoint {
-                    url: metadata.token_endpoint.clone(),
-                    metadata: Some(metadata),
+                    url: fetched.metadata.token_endpoint.clone(),
+                    metadata: Some(fetched),
                 })
             }
             Server::TokenEndpoint(token_endpoint) => Ok(Endpoint {
@@ -193,12 +193,6 @@ impl OauthClientCredentialsProvider {
                 metadata: None,
             }),
         }
-    }
-
-    fn distrusted(&self) -> MutexGuard<'_, Option<Arc<Metadata>>> {
-        self.distrusted
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A server that lists its algorithms and not ours would refuse the assertion (RFC 8414 section 2).
@@ -513,14 +507,14 @@ impl Provider for OauthClientCredentialsProvider {
             }
             _ => Err(first),
         };
-        if let Err(failure) = &outcome
+        if let (Err(failure), Some(fetched)) = (&outcome, &endpoint.metadata)
             && matches!(
                 failure.code,
                 RefusalCode::TokenServerRedirected | RefusalCode::TokenResponseInvalid
             )
         {
             // The next attempt asks for metadata again.
-            *self.distrusted() = endpoint.metadata;
+            self.distrusted.fetch_max(fetched.number, Ordering::Relaxed);
         }
         outcome.map_err(|failure| self.name_skew(failure))
     }
@@ -548,7 +542,7 @@ impl Provider for OauthClientCredentialsProvider {
         let Some(url) = endpoint
             .metadata
             .as_ref()
-            .and_then(|metadata| metadata.revocation_endpoint.clone())
+            .and_then(|fetched| fetched.metadata.revocation_endpoint.clone())
         else {
             return Ok(false);
         };

@@ -11,7 +11,7 @@ use crate::config::{ExactUrl, SigningAlgorithm};
 use crate::fetch::{FetchClient, FetchSettings};
 
 /// Connections, metadata and keys, each made once for all providers that are made with this.
-pub struct Common {
+pub struct SharedParts {
     own_listeners: Arc<[SocketAddr]>,
     runtime: tokio::runtime::Handle,
     clients: HashMap<FetchSettings, FetchClient>,
@@ -19,7 +19,7 @@ pub struct Common {
     keys: HashMap<(PathBuf, SigningAlgorithm, Option<String>), Arc<KeyFile>>,
 }
 
-impl Common {
+impl SharedParts {
     /// For connections that live on `runtime`, to any server but `own_listeners`.
     pub fn new(own_listeners: Arc<[SocketAddr]>, runtime: tokio::runtime::Handle) -> Self {
         Self {

@@ -35,6 +35,8 @@ pub enum Fault {
     Empty,
     /// Status 200 and a page for people.
     Html,
+    /// As [`Html`](Self::Html), after this long.
+    LateHtml(Duration),
     /// Half of the body that `Content-Length` announces.
     Truncated,
     /// A body without an end.
@@ -128,6 +130,11 @@ impl FaultyAuthorizationServer {
             assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+    }
+
+    /// Sets what goes wrong with requests from now on. Existing connections stay.
+    pub fn change(&self, fault: Fault) {
+        *self.shared.fault.lock().unwrap() = fault;
     }
 
     /// Presents another certificate from now on. Existing connections are closed.
@@ -260,7 +267,10 @@ async fn fail(shared: &Shared, stream: &mut TlsStream<TcpStream>, fault: &Fault)
             .await
         }
         Fault::Empty => write(shared, stream, "200 OK", json, &[], "").await,
-        Fault::Html => {
+        Fault::Html | Fault::LateHtml(_) => {
+            if let Fault::LateHtml(time) = fault {
+                tokio::time::sleep(*time).await;
+            }
             let page = "<!doctype html><title>Sign in</title>";
             write(shared, stream, "200 OK", "text/html", &[], page).await
         }

@@ -10,7 +10,7 @@ use countersign_attestors::{Clock, OidcAttestor, SystemClock};
 use super::finding::{Finding, FindingCode};
 use crate::config::{Bind, Config, OidcIssuer};
 use crate::fetch::{FetchClient, FetchSettings};
-use crate::providers::{Common, Deadline, MintFailure, provider};
+use crate::providers::{Deadline, MintFailure, SharedParts, provider};
 use crate::refusal::RefusalCode;
 
 /// Asks every server that a configuration names.
@@ -21,9 +21,9 @@ pub(super) async fn check(config: &Config) -> Vec<Finding> {
     };
     let mut findings = Vec::new();
     let runtime = tokio::runtime::Handle::current();
-    let mut common = Common::new(Arc::clone(&servers.own_listeners), runtime);
+    let mut shared = SharedParts::new(Arc::clone(&servers.own_listeners), runtime);
     for credential in &config.credentials {
-        let provider = provider(credential, Arc::clone(&servers.clock), &mut common);
+        let provider = provider(credential, Arc::clone(&servers.clock), &mut shared);
         let failures = provider.probe(Deadline::after(provider.timeout())).await;
         findings.extend(
             failures
