@@ -41,14 +41,17 @@ pub fn run(arguments: &RunArguments) -> ExitCode {
     };
     let checked = config::check(&arguments.config);
     let watcher = Watcher::new(&arguments.config, &checked);
+    // Before its warnings are logged.
+    if let Some(config) = &checked.config
+        && let Err(error) = telemetry::logs::init(&config.log)
+    {
+        let failure = Failure::configuration(error.to_string());
+        return failure.report(arguments.output, &mut std::io::stderr());
+    }
     let config = match checked.into_config() {
         Ok(config) => config,
         Err(diagnostics) => return refuse_in(arguments.output, diagnostics),
     };
-    if let Err(error) = telemetry::logs::init(&config.log) {
-        let failure = Failure::configuration(error.to_string());
-        return failure.report(arguments.output, &mut std::io::stderr());
-    }
     if let Err(error) = descriptors::allow_many() {
         tracing::warn!(%error, "the agent has as few descriptors as it was started with");
     }
@@ -66,7 +69,9 @@ pub fn run(arguments: &RunArguments) -> ExitCode {
 const STACK_BYTES: usize = 8 << 20;
 
 /// The runtime of everything that is not the data path. A second thread on one processor would only be woken in
-/// vain with each task that the first is given.
+/// vain with each task that the first is given. What reads files or roots for the running agent does so on other
+/// threads; what waits on this one are decisions of the workload API, for the few system calls with which an
+/// observer looks whether the caller is the one that was attested.
 pub fn control_runtime() -> std::io::Result<tokio::runtime::Runtime> {
     let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
     tokio::runtime::Builder::new_multi_thread()

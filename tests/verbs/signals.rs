@@ -1,5 +1,6 @@
 //! `countersign run` and the signals that it obeys.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -20,6 +21,33 @@ fn events(audit: &Path, name: &str) -> usize {
     // The last line may not be whole yet.
     let member = format!("\"event\":\"{name}\"");
     text.lines().filter(|line| line.contains(&member)).count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_logs_the_warnings_of_its_configuration() {
+    let world = World::servers().await;
+    let user = User::new();
+    world.write(
+        "countersign.yaml",
+        &world.fill(&format!("{COMMON}{DESTINATIONS}")),
+    );
+    world.write_policies(POLICIES);
+    std::fs::set_permissions(world.path("client.key"), PermissionsExt::from_mode(0o640)).unwrap();
+    let configuration = world.path("countersign.yaml").display().to_string();
+    let agent = user
+        .countersign(&["run", "--config", &configuration])
+        .spawn()
+        .unwrap();
+    eventually(SOON, || async {
+        UnixStream::connect(world.path("proxy.sock")).await.ok()
+    })
+    .await;
+    send(agent.id().unwrap(), Signal::SIGTERM);
+    let output = tokio::time::timeout(SOON, agent.wait_with_output()).await;
+    let output = output.expect("the agent ends").unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(log.contains("secret_file_open_to_others"), "{log}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
