@@ -19,7 +19,7 @@ use crate::policy::{PolicyEngine, PolicySnapshot, Revocations};
 use crate::routing::Routes;
 use crate::snapshot::{Issuers, Roots, Snapshot, prepare, read_roots, verified_tls};
 use crate::telemetry::metrics::Metrics;
-use crate::tls::interception::{InterceptionAuthority, write_atomically};
+use crate::tls::interception::{InterceptionAuthority, write_durably};
 use crate::tls::trust::bundle;
 use crate::upstream::DestinationTls;
 
@@ -209,15 +209,15 @@ impl SnapshotBuilder {
     }
 }
 
-/// Writes the public certificates that clients load.
+/// Writes the public certificates that clients load, where they are not there yet.
 fn publish(interception: &Interception, authority: &InterceptionAuthority) -> Result<(), String> {
     let root = authority.root_certificate_pem();
     if let Some(path) = &interception.ca_certificate_file {
-        write_atomically(path, root.as_bytes(), 0o644).map_err(|error| error.to_string())?;
+        write_durably(path, root.as_bytes(), 0o644).map_err(|error| error.to_string())?;
     }
     if let Some(path) = &interception.trust_bundle_file {
         let bundle = bundle(root).map_err(|error| error.to_string())?;
-        write_atomically(path, bundle.as_bytes(), 0o644).map_err(|error| error.to_string())?;
+        write_durably(path, bundle.as_bytes(), 0o644).map_err(|error| error.to_string())?;
     }
     Ok(())
 }

@@ -7,7 +7,7 @@
 use std::fs;
 use std::io::Write;
 use std::net::IpAddr;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -425,23 +425,15 @@ fn refuse_wider_than_owner(path: &Path, mode: u32, wanted: &str) -> Result<(), A
     }
 }
 
-/// Writes a file whole or not at all: a temporary name, then `rename`. Where the power fails it may be empty
-/// afterwards: for what every start writes anew.
-pub fn write_atomically(path: &Path, content: &[u8], mode: u32) -> Result<(), AuthorityError> {
-    replace(path, content, mode, |_| Ok(()))
-}
-
-/// As [`write_atomically`], and on the disk before it has its name (`fsync`).
+/// Writes a file whole or not at all, and on the disk before it has its name: a temporary name, `fsync`, then
+/// `rename`. One of our own that holds the same already, with the same mode, is left alone.
+///
+/// # Errors
+/// The file cannot be written.
 pub fn write_durably(path: &Path, content: &[u8], mode: u32) -> Result<(), AuthorityError> {
-    replace(path, content, mode, fs::File::sync_all)
-}
-
-fn replace(
-    path: &Path,
-    content: &[u8],
-    mode: u32,
-    sync: impl FnOnce(&fs::File) -> std::io::Result<()>,
-) -> Result<(), AuthorityError> {
+    if holds_already(path, content, mode) {
+        return Ok(());
+    }
     let temporary = path.with_extension(format!("{}.new", std::process::id()));
     let written = fs::OpenOptions::new()
         .write(true)
@@ -452,13 +444,24 @@ fn replace(
         .and_then(|mut file| {
             file.set_permissions(fs::Permissions::from_mode(mode))?;
             file.write_all(content)?;
-            sync(&file)
+            file.sync_all()
         })
         .and_then(|()| fs::rename(&temporary, path));
     written.map_err(|error| {
         let _ = fs::remove_file(&temporary);
         file_error(path, error)
     })
+}
+
+fn holds_already(path: &Path, content: &[u8], mode: u32) -> bool {
+    // A link is replaced, and what another user owns that user can change.
+    let is_same_kind = fs::symlink_metadata(path).is_ok_and(|known| {
+        known.is_file()
+            && known.permissions().mode() & 0o7777 == mode
+            && known.uid() == nix::unistd::geteuid().as_raw()
+            && usize::try_from(known.len()) == Ok(content.len())
+    });
+    is_same_kind && fs::read(path).is_ok_and(|known| Zeroizing::new(known).as_slice() == content)
 }
 
 fn read_secret(path: &Path) -> Result<Zeroizing<String>, AuthorityError> {
@@ -510,6 +513,32 @@ mod tests {
             client.process_new_packets()?;
         }
         Ok(())
+    }
+
+    #[test]
+    fn a_file_that_holds_the_same_is_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("root.pem");
+        let written = |content: &str| {
+            write_durably(&path, content.as_bytes(), 0o644).unwrap();
+            let metadata = fs::symlink_metadata(&path).unwrap();
+            assert!(metadata.is_file());
+            assert_eq!(metadata.mode() & 0o7777, 0o644);
+            assert_eq!(fs::read_to_string(&path).unwrap(), content);
+            // Held open, so that no other file has its number.
+            (fs::File::open(&path).unwrap(), metadata.ino())
+        };
+        let first = written("one");
+        assert_eq!(written("one").1, first.1);
+        let changed = written("two");
+        assert_ne!(changed.1, first.1);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
+        let narrowed = written("two");
+        assert_ne!(narrowed.1, changed.1);
+        let elsewhere = directory.path().join("elsewhere.pem");
+        fs::rename(&path, &elsewhere).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &path).unwrap();
+        assert_ne!(written("two").1, narrowed.1);
     }
 
     #[test]
