@@ -107,7 +107,7 @@ fn remove_null(schema: &mut serde_json::Value) {
     }
 }
 
-/// The keys that each mapping must have, out of the schema: of the root only what every file needs.
+/// The keys that each mapping but the root must have, out of the schema.
 static REQUIRED: LazyLock<RequiredKeys> = LazyLock::new(|| {
     let schema = schema();
     let definitions = schema.get("$defs").and_then(serde_json::Value::as_object);

@@ -2,7 +2,7 @@
 //!
 //! serde ends at the first error, so a part that does not fit is reported, hidden, and the whole is
 //! read again without it, until what is left fits. A program of a thousand lines with ten slips is
-//! read eleven times, which nobody notices.
+//! read twelve times, which nobody notices.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
