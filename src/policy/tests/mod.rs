@@ -1,5 +1,6 @@
 //! Tests of the policy engine, and what they share.
 
+mod cache;
 mod compiled;
 mod decisions;
 mod malformed;
