@@ -121,11 +121,18 @@ impl DecisionCache {
         self.decisions.is_empty()
     }
 
+    /// What is known of the question: no permission that has ended. A weekday and an hour of the local time,
+    /// which are in the key, come round again.
     fn remembered(&self, key: &KeyView<'_>, question: &Question<'_>) -> Option<&Remembered> {
-        self.decisions.get(key).or_else(|| {
+        let known = self.decisions.get(key).or_else(|| {
             let key = key.with_the_path_itself(question, &self.hashes)?;
             self.decisions.get(&key)
-        })
+        })?;
+        let holds = match known {
+            Ok(permitted) => permitted.holds_at(question.wall),
+            Err(_) => true,
+        };
+        holds.then_some(known)
     }
 
     fn principal(

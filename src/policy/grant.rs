@@ -65,6 +65,11 @@ impl Permitted {
             snapshot: Arc::clone(snapshot),
         })
     }
+
+    /// Whether its policies permit it still, and read the same time, at the wall-clock time `now`.
+    pub(super) fn holds_at(&self, now: SystemTime) -> bool {
+        self.permission.valid_until.is_none_or(|until| now < until)
+    }
 }
 
 impl Grant {
@@ -137,7 +142,7 @@ impl Grant {
         &self.permission().environment
     }
 
-    fn permission(&self) -> &Permission {
+    pub(super) fn permission(&self) -> &Permission {
         &self.lease.permitted.permission
     }
 }
@@ -155,8 +160,7 @@ impl Lease {
         if !Arc::ptr_eq(&self.permitted.snapshot, current) {
             return Err(LeaseEnded::SnapshotReplaced);
         }
-        let valid_until = self.permitted.permission.valid_until;
-        if valid_until.is_some_and(|valid_until| now >= valid_until) {
+        if !self.permitted.holds_at(now) {
             return Err(LeaseEnded::PolicyExpired);
         }
         self.workload

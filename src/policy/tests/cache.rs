@@ -237,3 +237,42 @@ fn the_cache_is_bounded() {
     assert!(cache.len() <= crate::policy::CAPACITY);
     assert!(cache.len() > crate::policy::CAPACITY / 2);
 }
+
+#[test]
+fn a_permission_is_remembered_until_it_ends() {
+    let fixture = Fixture::new();
+    let engine = fixture
+        .engine(
+            r#"@id("hours") permit (principal, action, resource)
+               when { principal has unix && context.local.weekday == "sunday" && context.local.hour == 2 };"#,
+        )
+        // That of Berlin.
+        .in_time_zone(jiff::tz::TimeZone::posix("CET-1CEST,M3.5.0,M10.5.0/3").unwrap());
+    let snapshot = PolicySnapshot::new(Arc::new(engine), Arc::default());
+    let request = request(GET);
+    let workload = attested(orders());
+    let mut cache = DecisionCache::new();
+    // The same hour a week later, and once more in the night in which summer time ends.
+    for (at, is_remembered) in [
+        ("2026-10-18T00:10:00Z", false),
+        ("2026-10-18T00:50:00Z", true),
+        ("2026-10-25T00:30:00Z", false),
+        ("2026-10-25T01:30:00Z", false),
+        ("2026-10-25T01:59:59Z", true),
+    ] {
+        let question = Question {
+            wall: at.parse::<jiff::Timestamp>().unwrap().into(),
+            ..fixture.inject("orders-api", &[], &request)
+        };
+        let hits = cache.hits();
+        let cached = cache.decide(&snapshot, &workload, &question);
+        assert_eq!(cache.hits() > hits, is_remembered, "{at}");
+        assert_same(&snapshot.decide(&workload, &question), &cached);
+        let grant = cached.unwrap();
+        assert_eq!(
+            grant.lease().check(&snapshot, question.wall),
+            Ok(()),
+            "{at}"
+        );
+    }
+}

@@ -261,11 +261,7 @@ pub(super) fn assert_same(
     };
     assert_eq!(address(made), address(remembered));
     assert_eq!(made.action(), remembered.action());
-    assert_eq!(made.scopes(), remembered.scopes());
-    assert_eq!(made.audience(), remembered.audience());
-    assert_eq!(made.max_lifetime(), remembered.max_lifetime());
-    assert_eq!(made.deciding_policies(), remembered.deciding_policies());
-    assert_eq!(made.attributes_read(), remembered.attributes_read());
+    assert_eq!(made.permission(), remembered.permission());
 }
 
 /// The satisfied permits, or the policies that denied.
