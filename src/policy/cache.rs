@@ -185,7 +185,6 @@ struct Plain {
     action: Action,
     has_request: bool,
     ambiguous: bool,
-    safe: Option<bool>,
     second: Option<u64>,
     local: Option<(i8, i8)>,
     expired: usize,
@@ -290,17 +289,15 @@ impl<'a> KeyView<'a> {
                 has_request: request.is_some(),
                 ambiguous: reads.path.is_read()
                     && request.is_some_and(|request| request.path.is_ambiguous()),
-                safe: request
-                    .filter(|_| reads.safe)
-                    .map(|request| request.is_safe()),
                 second: reads.time.then(seconds),
                 local: reads.local.then(|| engine.local_time(question.wall)),
                 expired: slice.expired(question.wall),
             },
             resource: question.resource,
             destination: question.destination,
+            // Where a request is not safe, a denial says of which method it is.
             method: request
-                .filter(|_| reads.method)
+                .filter(|_| reads.method || reads.safe)
                 .map(|request| &request.method),
             path: request.map_or(PathKey::Nothing, |request| {
                 PathKey::new(slice, request.path.as_str())

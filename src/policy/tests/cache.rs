@@ -276,3 +276,19 @@ fn a_permission_is_remembered_until_it_ends() {
         );
     }
 }
+
+#[test]
+fn a_remembered_denial_is_of_the_method_that_was_asked_for() {
+    let fixture = Fixture::new();
+    let snapshot = fixture.snapshot(READS_ORDERS);
+    let workload = attested(orders());
+    let mut cache = DecisionCache::new();
+    for method in ["DELETE", "PUT", "PUT"] {
+        let request = request(&format!("{method} https://orders.example.com/v1/orders"));
+        let question = fixture.inject("orders-api", &[], &request);
+        let denial = cache.decide(&snapshot, &workload, &question).unwrap_err();
+        let nearest = denial.nearest.as_ref().unwrap().to_string();
+        assert!(nearest.contains(method), "{nearest}");
+    }
+    assert_eq!((cache.hits(), cache.misses()), (1, 2));
+}
