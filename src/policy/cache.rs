@@ -22,6 +22,9 @@ use crate::config::Destination;
 /// The most decisions that one worker remembers.
 pub const CAPACITY: usize = 65_536;
 
+/// The most bytes of a path and a method by which a decision is remembered: their length is the caller's choice.
+const LONGEST: usize = 1_024;
+
 /// The most workloads whose entity one worker remembers.
 const PRINCIPALS: usize = 4_096;
 
@@ -96,7 +99,9 @@ impl DecisionCache {
                     .with_the_path_itself(question, &self.hashes)
                     .unwrap_or(key),
             };
-            self.decisions.insert(key.to_key(), decided);
+            if key.length() <= LONGEST {
+                self.decisions.insert(key.to_key(), decided);
+            }
         }
         answer
     }
@@ -360,6 +365,15 @@ impl<'a> KeyView<'a> {
             local.hash(&mut state);
         }
         state.finish()
+    }
+
+    /// How many bytes of the caller's choice it holds.
+    fn length(&self) -> usize {
+        let path = match self.path {
+            PathKey::Whole(path) => path.len(),
+            PathKey::Nothing | PathKey::Outcomes(_) => 0,
+        };
+        path + self.method.map_or(0, |method| method.as_str().len())
     }
 
     fn to_key(self) -> Key {

@@ -292,3 +292,44 @@ fn a_remembered_denial_is_of_the_method_that_was_asked_for() {
     }
     assert_eq!((cache.hits(), cache.misses()), (1, 2));
 }
+
+#[test]
+fn what_a_caller_makes_long_is_not_remembered() {
+    let fixture = Fixture::new();
+    let snapshot = fixture.snapshot(
+        r#"@id("path") permit (principal, action, resource == Credential::"orders-api")
+           when { principal has unix && context has request && context.request.path like "/v1/*" };
+           @id("whole") permit (principal, action, resource == Credential::"orders-admin")
+           when { principal has unix && context has request && context.request.path == context.request.method };"#,
+    );
+    let workload = attested(orders());
+    let mut cache = DecisionCache::new();
+    let mut is_remembered = |credential, method: &str, path: &str| {
+        let request = request(&format!("{method} https://orders.example.com{path}"));
+        let question = fixture.inject(credential, &[], &request);
+        let hits = cache.hits();
+        for _ in 0..2 {
+            let cached = cache.decide(&snapshot, &workload, &question);
+            assert_same(&snapshot.decide(&workload, &question), &cached);
+        }
+        cache.hits() > hits
+    };
+    let [short, long] = [1_000, 1_024].map(|length| "a".repeat(length));
+    for (credential, method, path, expected) in [
+        ("orders-api", "GET", format!("/other/{short}"), true),
+        ("orders-api", "GET", format!("/other/{long}"), false),
+        // Remembered by what it matches.
+        ("orders-api", "GET", format!("/v1/{long}"), true),
+        ("orders-admin", "GET", format!("/{short}"), true),
+        ("orders-admin", "GET", format!("/{long}"), false),
+        ("orders-admin", &long, "/".to_owned(), false),
+    ] {
+        assert_eq!(
+            is_remembered(credential, method, &path),
+            expected,
+            "{credential} {} {}",
+            method.len(),
+            path.len()
+        );
+    }
+}
