@@ -4,7 +4,6 @@
 use serde_json::Value as Json;
 
 use super::compiled::{Attribute, CompiledPolicy, Condition, Entity, Literal, Presence, Term};
-use super::conditions::split;
 use super::pattern::Pattern;
 use super::principal::WORKLOAD;
 use super::reads::{self, chain, names_of};
@@ -56,12 +55,12 @@ impl Compiler<'_> {
 
     /// What stands between an operator, `&&` or `||`, in an expression.
     fn operands(&self, operator: &str, json: &Json) -> Option<Vec<Condition>> {
-        let mut operands = Vec::new();
-        split(json, operator, &mut operands);
-        operands
-            .into_iter()
-            .map(|json| self.condition(json))
-            .collect()
+        let Some(operands) = json.get(operator) else {
+            return Some(vec![self.condition(json)?]);
+        };
+        let mut conditions = self.operands(operator, operands.get("left")?)?;
+        conditions.extend(self.operands(operator, operands.get("right")?)?);
+        Some(conditions)
     }
 
     fn condition(&self, json: &Json) -> Option<Condition> {

@@ -81,7 +81,7 @@ pub(super) fn of(policy: &LoadedPolicy) -> &[Conjunct] {
 }
 
 /// What stands between an operator, `&&` or `||`, in an expression, in the order of the text.
-pub(super) fn split<'a>(expression: &'a Value, operator: &str, parts: &mut Vec<&'a Value>) {
+fn split<'a>(expression: &'a Value, operator: &str, parts: &mut Vec<&'a Value>) {
     match expression.get(operator) {
         Some(operands) => {
             for side in ["left", "right"] {

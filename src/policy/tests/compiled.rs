@@ -9,6 +9,7 @@ use countersign_attestors::AttributeType;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
+use serde_json::json;
 
 use super::*;
 use crate::policy::Denial;
@@ -597,6 +598,28 @@ fn a_decision_is_the_one_that_cedar_makes() {
             seen.get(&what).is_some_and(|times| *times >= 20),
             "{what:?}: {seen:?}"
         );
+    }
+}
+
+#[test]
+fn what_lacks_an_operand_is_left_to_cedar() {
+    let operand = json!({"Value": true});
+    for operator in ["&&", "||"] {
+        for (operands, is_whole) in [
+            (json!({"left": operand, "right": operand}), true),
+            (json!({"left": operand}), false),
+            (json!({"right": operand}), false),
+            (json!({}), false),
+            (json!({"left": operand, "right": {operator: {}}}), false),
+        ] {
+            let policy = json!({
+                "effect": "permit",
+                "principal": {"op": "All"},
+                "conditions": [{"kind": "when", "body": {operator: operands}}],
+            });
+            let compiled = CompiledPolicy::of(&policy, &[]);
+            assert_eq!(compiled.is_some(), is_whole, "{policy}");
+        }
     }
 }
 
