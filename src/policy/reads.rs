@@ -299,8 +299,10 @@ fn collect(expression: &Value, usage: &Usage, found: &mut Vec<Chain>) {
             "hasTag" | "getTag" | "in" | "is" => {
                 let usage = match operator.as_str() {
                     "in" => Usage::In,
-                    "is" if operands.get("in").is_none() => continue,
-                    "is" => Usage::In,
+                    "is" if operands.get("in").is_some() => Usage::In,
+                    // The type of a variable is known without reading it.
+                    "is" if operands.pointer("/left/Var").is_some() => continue,
+                    "is" => Usage::Value,
                     _ => Usage::Tags,
                 };
                 for (name, operand) in operands.as_object().into_iter().flatten() {

@@ -624,6 +624,19 @@ fn what_lacks_an_operand_is_left_to_cedar() {
 }
 
 #[test]
+fn what_is_asked_for_its_type_is_read() {
+    let reads = |condition: &str| {
+        let policy = format!("permit (principal, action, resource) when {{ {condition} }};");
+        let policy: cedar_policy::Policy = policy.parse().unwrap();
+        Reads::of_policy(&policy.to_json().unwrap())
+    };
+    assert_eq!(reads("principal is Workload"), Reads::default());
+    assert!(reads("context.destination is Destination").destination);
+    let chosen = reads("(if context.request.safe then principal else resource) is Workload");
+    assert!(chosen.safe && chosen.parents, "{chosen:?}");
+}
+
+#[test]
 fn policies_that_people_write_are_compiled() {
     /// Those that read `context.time`.
     const LEFT_TO_CEDAR: [&str; 1] = ["office-hours"];
