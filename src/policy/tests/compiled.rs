@@ -318,7 +318,11 @@ impl Choices {
                             .map(|_| self.of(&LITERAL_TEXTS).to_owned())
                             .collect(),
                     ),
-                    "trusted" => AttributeValue::Boolean(self.below(2) == 0),
+                    "trusted" => match self.below(32) {
+                        30 => text("job"),
+                        31 => AttributeValue::Long(1),
+                        number => AttributeValue::Boolean(number % 2 == 0),
+                    },
                     "repository_id" => text(self.of(&["77", "78"])),
                     _ => text_of(self),
                 };
