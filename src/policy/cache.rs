@@ -1,4 +1,4 @@
-//! Decisions remembered: one cache per data worker, hung on the snapshot.
+//! Decisions remembered: one cache per data worker, of one snapshot at a time.
 
 use std::hash::{BuildHasher, Hash, Hasher};
 use std::sync::Arc;

@@ -39,14 +39,14 @@ pub(super) struct World<'a> {
     question: &'a Question<'a>,
     resource: &'a LoadedResource,
     /// By place in [`PolicyEngine::attributes`].
-    established: SmallVec<[Established<'a>; 16]>,
+    looked_up: SmallVec<[LookedUp<'a>; 16]>,
     /// Weekday and hour on the node's clock, once they are asked for.
     local: OnceCell<(i8, i8)>,
 }
 
-/// What is established of an attribute and its group, once that is asked for: most policies ask for the same.
+/// An attribute and its group, looked up when first asked for: most policies ask for the same.
 #[derive(Clone, Default)]
-struct Established<'a> {
+struct LookedUp<'a> {
     group: OnceCell<bool>,
     value: OnceCell<Option<&'a AttributeValue>>,
 }
@@ -66,14 +66,14 @@ impl<'a> World<'a> {
             principal,
             question,
             resource,
-            established: smallvec![Established::default(); engine.attributes.len()],
+            looked_up: smallvec![LookedUp::default(); engine.attributes.len()],
             local: OnceCell::new(),
         }
     }
 
     /// The value of the attribute at a place.
     fn attribute(&self, place: usize) -> Option<&'a AttributeValue> {
-        *self.established.get(place)?.value.get_or_init(|| {
+        *self.looked_up.get(place)?.value.get_or_init(|| {
             let (group, name) = self.engine.attributes.get(place)?;
             self.facts.attribute(group, name)
         })
@@ -81,10 +81,10 @@ impl<'a> World<'a> {
 
     /// Whether the group of the attribute at a place is there.
     fn has_group(&self, place: usize) -> bool {
-        let Some(established) = self.established.get(place) else {
+        let Some(looked_up) = self.looked_up.get(place) else {
             return false;
         };
-        *established.group.get_or_init(|| {
+        *looked_up.group.get_or_init(|| {
             let attribute = self.engine.attributes.get(place);
             attribute.is_some_and(|(group, _)| self.facts.groups.contains_key(group))
         })

@@ -40,7 +40,7 @@ pub struct PolicyEngine {
     principals: PrincipalModel,
     issuer_groups: BTreeSet<String>,
     attributes_read: BTreeSet<(String, String)>,
-    /// `(group, attribute)` that policies read, in order: [`LoadedPolicy::attributes`] are places in it.
+    /// `(group, attribute)` that policies read, in order: policies and their trees hold places in it.
     pub(super) attributes: Vec<(String, String)>,
     time_zone: TimeZone,
     authorizer: Authorizer,

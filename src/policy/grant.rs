@@ -11,8 +11,8 @@ use super::snapshot::PolicySnapshot;
 use crate::config::{CredentialConfig, Destination};
 
 /// A positive decision. Within this module only [`PolicySnapshot::decide`] and
-/// [`DecisionCache`](super::DecisionCache) make one, and outside of it nobody can; each stands for one walk
-/// through the policies, cannot be copied, and is consumed where a token is obtained by it:
+/// [`DecisionCache`](super::DecisionCache) make one, and outside of it nobody can; each answers one
+/// question, cannot be copied, and is consumed where a token is obtained by it:
 ///
 /// ```
 /// fn read(grant: &countersign::policy::Grant) -> &[std::sync::Arc<str>] {
