@@ -293,7 +293,11 @@ fn collect(expression: &Value, usage: &Usage, found: &mut Vec<Chain>) {
                             usage: usage.clone(),
                         });
                     }
-                    _ => collect(operands, &Usage::Value, found),
+                    _ => {
+                        if let Some(left) = operands.get("left") {
+                            collect(left, &Usage::Value, found);
+                        }
+                    }
                 }
             }
             "hasTag" | "getTag" | "in" | "is" => {

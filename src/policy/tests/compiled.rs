@@ -628,7 +628,7 @@ fn what_lacks_an_operand_is_left_to_cedar() {
 }
 
 #[test]
-fn what_is_asked_for_its_type_is_read() {
+fn what_is_asked_for_its_type_or_for_what_it_has_is_read() {
     let reads = |condition: &str| {
         let policy = format!("permit (principal, action, resource) when {{ {condition} }};");
         let policy: cedar_policy::Policy = policy.parse().unwrap();
@@ -638,6 +638,14 @@ fn what_is_asked_for_its_type_is_read() {
     assert!(reads("context.destination is Destination").destination);
     let chosen = reads("(if context.request.safe then principal else resource) is Workload");
     assert!(chosen.safe && chosen.parents, "{chosen:?}");
+    let chosen = reads("(if context.request.safe then principal.ci else principal.cd) has sub");
+    assert!(chosen.safe, "{chosen:?}");
+    assert!(
+        ["cd", "ci"]
+            .iter()
+            .all(|group| chosen.groups.contains(*group)),
+        "{chosen:?}"
+    );
 }
 
 #[test]
