@@ -73,6 +73,12 @@ impl IssuerMetadata {
         if let Some(fresh) = self.fresh(distrusted, clock) {
             return Ok(fresh);
         }
+        // What was fetched last is good enough while somebody asks again.
+        if self.fetching.try_lock().is_err()
+            && let Some(last) = self.trusted(distrusted)
+        {
+            return Ok(last);
+        }
         match self.fetch(distrusted, deadline, clock).await {
             Ok(fetched) => Ok(fetched),
             // Metadata that names another issuer takes the place of none.
@@ -281,6 +287,48 @@ mod tests {
                 "https://a.test:8443/realms/r1/.well-known/openid-configuration",
             ]
         );
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_for_another_who_asks_while_there_is_something_to_use() {
+        let clock = crate::clock::SystemClock::new();
+        let issuer = ExactUrl::parse("https://127.0.0.1:1").unwrap();
+        let runtime = tokio::runtime::Handle::current();
+        let client = FetchClient::new(Default::default(), Arc::default(), runtime);
+        let metadata = IssuerMetadata::new(issuer, client);
+        *metadata.last() = Some(Arc::new(Fetched {
+            metadata: Metadata {
+                token_endpoint: Url::parse("https://127.0.0.1:1/token").unwrap(),
+                revocation_endpoint: None,
+                signing_algorithms: None,
+            },
+            number: 1,
+            at: Duration::ZERO,
+        }));
+        let old = OneHourLater(clock);
+        let _asks = metadata.fetching.lock().await;
+        let began = std::time::Instant::now();
+        let deadline = || Deadline::after(Duration::from_millis(500));
+        assert_eq!(
+            metadata.current(0, deadline(), &old).await.unwrap().number,
+            1
+        );
+        assert!(began.elapsed() < Duration::from_millis(500));
+        // What is distrusted is nothing to use.
+        metadata.current(1, deadline(), &old).await.unwrap_err();
+    }
+
+    #[derive(Debug)]
+    struct OneHourLater(crate::clock::SystemClock);
+
+    impl Clock for OneHourLater {
+        fn wall(&self) -> SystemTime {
+            self.0.wall()
+        }
+
+        fn monotonic(&self) -> Duration {
+            self.0.monotonic() + METADATA_LIFETIME
+        }
     }
 
     #[test]
