@@ -149,7 +149,8 @@ impl Caller {
         Arc::clone(&self.known)
     }
 
-    /// Whether the process at the other end still is what was attested. A system call at most.
+    /// Whether the process at the other end still is what was attested: a system call for each process that holds
+    /// the connection, at most once in a millisecond.
     pub fn is_still_attested(&self) -> bool {
         !self.ended.get()
             && match self.attestation.borrow().as_ref() {

@@ -58,7 +58,7 @@ impl PeerEvidence {
         self.peer.as_ref().map_or(&[], Peer::words)
     }
 
-    /// Checks that the caller lives and has not executed another program. A system call or two; a
+    /// Checks that the caller lives and has executed nothing since. A system call or two; a
     /// check less than a millisecond old is not repeated.
     pub fn check_liveness(&self) -> Result<(), AttestationEnded> {
         self.peer.as_ref().map_or(Ok(()), Peer::check_liveness)

@@ -70,8 +70,7 @@ const STACK_BYTES: usize = 8 << 20;
 
 /// The runtime of everything that is not the data path. A second thread on one processor would only be woken in
 /// vain with each task that the first is given. What reads files or roots for the running agent does so on other
-/// threads; what waits on this one are decisions of the workload API, for the few system calls with which an
-/// observer looks whether the caller is the one that was attested.
+/// threads; a decision of the workload API may wait here for an observer's word on its caller.
 pub fn control_runtime() -> std::io::Result<tokio::runtime::Runtime> {
     let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
     tokio::runtime::Builder::new_multi_thread()

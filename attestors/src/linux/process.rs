@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -73,14 +73,15 @@ struct Held {
     cgroup: Mutex<CgroupFile>,
     /// The executable when the process was found; `None` where this agent may not see it.
     executable: Option<FileIdentity>,
-    /// `/proc/PID/pagemap`, opened before the executable was looked at; `None` where it could not be.
+    /// `/proc/PID/pagemap`, opened before the executable was looked at; `None` where that is not
+    /// allowed, or the kernel has none.
     memory: Option<File>,
     last_check: AtomicU64,
     /// When the executable was last seen to be the same.
     last_look: AtomicU64,
     is_looked_at: AtomicBool,
-    /// Whether it was found to live no longer, or to run something else.
-    has_ended: AtomicBool,
+    /// Why it is served no longer, once that was found.
+    ended: OnceLock<AttestationEnded>,
     /// Which descriptor the last socket was by which it was found: the next is often the same.
     last_descriptor: AtomicU32,
 }
@@ -170,7 +171,7 @@ impl Process {
             last_check: AtomicU64::new(0),
             last_look: AtomicU64::new(nanoseconds(looked)),
             is_looked_at: AtomicBool::new(false),
-            has_ended: AtomicBool::new(false),
+            ended: OnceLock::new(),
             last_descriptor: AtomicU32::new(0),
         });
         remember(&held);
@@ -348,7 +349,7 @@ impl Process {
 impl Held {
     /// Whether it may be held for a connection that it is found by now.
     fn is_as_it_was(&self) -> bool {
-        !self.has_ended.load(Ordering::Relaxed) && !self.has_lost_its_memory()
+        self.ended.get().is_none() && !self.has_lost_its_memory()
     }
 
     /// True after an exec or the exit, unless another process keeps the memory that it had.
@@ -369,8 +370,8 @@ impl Held {
         if now.saturating_sub(looked) >= LOOK_AGAIN_AFTER
             && !self.is_looked_at.swap(true, Ordering::Relaxed)
         {
-            let held = Arc::clone(self);
-            observers::look_without_waiting(move || held.look(now));
+            let looked_at = LookedAt(Arc::clone(self));
+            observers::look_without_waiting(move || looked_at.0.look(now));
         }
         Ok(())
     }
@@ -379,25 +380,22 @@ impl Held {
     fn look(&self, now: Duration) {
         match self.check_executable() {
             Ok(()) => self.last_look.store(nanoseconds(now), Ordering::Relaxed),
-            Err(_) => self.has_ended.store(true, Ordering::Relaxed),
+            Err(ended) => drop(self.ended.set(ended)),
         }
-        self.is_looked_at.store(false, Ordering::Relaxed);
     }
 
     /// Why it has ended. A process that exits loses its memory some time before its pidfd says so.
     fn why_it_ended(&self) -> AttestationEnded {
-        let exited = exited(&self.pidfd).unwrap_or(true);
-        if exited || self.has_ended.swap(true, Ordering::Relaxed) {
-            return match exited {
-                true => AttestationEnded::Exited,
-                false => AttestationEnded::Executed,
-            };
+        if exited(&self.pidfd).unwrap_or(true) {
+            return AttestationEnded::Exited;
         }
-        let directory = Arc::clone(&self.directory);
-        match observers::look_within(TOLD_WITHIN, move || is_exiting(&directory)) {
-            Some(true) => AttestationEnded::Exited,
-            Some(false) | None => AttestationEnded::Executed,
-        }
+        *self.ended.get_or_init(|| {
+            let directory = Arc::clone(&self.directory);
+            match observers::look_within(TOLD_WITHIN, move || is_exiting(&directory)) {
+                Some(true) => AttestationEnded::Exited,
+                Some(false) | None => AttestationEnded::Executed,
+            }
+        })
     }
 
     /// Checks that the process lives and runs the executable that it ran when it was found. Waits for an exec
@@ -414,6 +412,15 @@ impl Held {
             (_, Err(error)) if gone(&error) => Err(AttestationEnded::Exited),
             _ => Err(AttestationEnded::Executed),
         }
+    }
+}
+
+/// A process while an observer looks at it.
+struct LookedAt(Arc<Held>);
+
+impl Drop for LookedAt {
+    fn drop(&mut self) {
+        self.0.is_looked_at.store(false, Ordering::Relaxed);
     }
 }
 
@@ -791,7 +798,7 @@ mod tests {
     fn what_was_taken_for_another_program_once_is_held_anew() {
         let mut child = sleeping();
         let first = Process::of_pid(child.id()).unwrap().unwrap();
-        first.held.has_ended.store(true, Ordering::Relaxed);
+        first.held.ended.set(AttestationEnded::Executed).unwrap();
         let again = Process::of_pid(child.id()).unwrap().unwrap();
         again.check_liveness().unwrap();
         assert_eq!(first.check_liveness(), Err(AttestationEnded::Executed));
@@ -812,7 +819,7 @@ mod tests {
             last_check: AtomicU64::new(0),
             last_look: AtomicU64::new(nanoseconds(since_start())),
             is_looked_at: AtomicBool::new(false),
-            has_ended: AtomicBool::new(false),
+            ended: OnceLock::new(),
             last_descriptor: AtomicU32::new(0),
         };
         Process::new(Arc::new(held), process.credentials)
