@@ -615,19 +615,16 @@ fn who_has_the_number_of_one_that_was_found_before_is_told_from_it() {
             assert_eq!((process.pid(), process.uid()), (caller.child.id(), uid));
             evidence.check_liveness().unwrap();
         };
-        // Root's, and after its end the attacker's with the same number.
-        let first = node.call_as_we_are("hold", &address, &mut helper_by(program()));
-        let pid = first.child.id();
-        find(&first, 0);
-        drop(first);
-        let successor = || {
-            fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).unwrap();
-            let caller = node.call("hold", &address, &mut helper_by(program()));
-            (caller.child.id() == pid).then_some(caller)
-        };
+        // Root's, and after its end the attacker's with the same number, where nobody else has got that.
         let mut found = None;
-        wait_until("the number is given out again", || {
-            found = successor();
+        wait_until("a number is given out again", || {
+            let first = node.call_as_we_are("hold", &address, &mut helper_by(program()));
+            let pid = first.child.id();
+            find(&first, 0);
+            drop(first);
+            fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).unwrap();
+            let successor = node.call("hold", &address, &mut helper_by(program()));
+            found = (successor.child.id() == pid).then_some(successor);
             found.is_some()
         });
         find(&found.unwrap(), NOBODY);
