@@ -52,6 +52,7 @@ pub mod request;
 pub mod request_id;
 pub mod routing;
 pub mod service_manager;
+pub mod short_writes;
 pub mod snapshot;
 pub mod socket_file;
 pub mod streams;

@@ -38,6 +38,7 @@ use crate::inject::UpstreamRequest;
 use crate::local::LocalExecutor;
 use crate::refusal::{Refusal, RefusalCode};
 use crate::request::Target;
+use crate::short_writes::ShortWrites;
 use crate::streams::RequestBody;
 use crate::tls::ALPN_HTTP2;
 
@@ -341,7 +342,7 @@ impl Upstreams {
         http2_by_prior_knowledge: bool,
     ) -> Result<Connected, Refusal> {
         let connect = async {
-            let stream = self.dial(way).await?;
+            let stream = ShortWrites(self.dial(way).await?);
             match (way.scheme, way.tls) {
                 (Scheme::Http, _) => handshake(stream, http2_by_prior_knowledge, way).await,
                 (Scheme::Https, Some(tls)) => {

@@ -34,6 +34,7 @@ use crate::hardening;
 use crate::listener::patience::{Place, Places};
 use crate::proxy::Worker;
 use crate::service_manager::ListeningSocket;
+use crate::short_writes::ShortWrites;
 use crate::socket_file::SocketFile;
 use crate::streams::CutReason;
 use crate::telemetry::metrics::OpenConnection;
@@ -323,6 +324,7 @@ fn begin(worker: &Rc<Worker>, connection: Accepted) {
     match socket {
         Socket::Tcp(stream) => {
             if let Ok(stream) = TcpStream::from_std(stream) {
+                let stream = ShortWrites(stream);
                 spawn_local(serve::serve_connection(worker, entry, caller, stream));
             }
         }
