@@ -1,5 +1,7 @@
 //! One live process: a pidfd, its open `/proc` directory, and what was read through it.
 
+mod liveness;
+
 use std::collections::{HashMap, VecDeque};
 use std::ffi::CStr;
 use std::fs::File;
@@ -14,28 +16,15 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat, readlinkat};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
 use rustix::fs::{RawDir, readlinkat_raw};
 use rustix::path::DecInt;
 
+use self::liveness::{CHECK_AGAIN_AFTER, exited};
 use super::executable;
 use super::kernel::{self, Credentials, FileIdentity};
 use crate::cgroup::Cgroups;
-use crate::observers;
 use crate::workload::AttestationEnded;
-
-/// A liveness check this young is not repeated.
-const CHECK_AGAIN_AFTER: Duration = Duration::from_millis(1);
-
-/// How long the executable of a process that keeps its memory is not looked at again.
-const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(500);
-
-/// How long to wait for an observer's word on whether a process exits. It reads what waits for no exec.
-const TOLD_WITHIN: Duration = Duration::from_millis(5);
-
-/// Of the flags in `/proc/PID/stat`: it is exiting (`PF_EXITING` in include/linux/sched.h).
-const IS_EXITING: u64 = 4;
 
 /// No file of procfs that is read here comes near this; a longer one is not believed.
 const LARGEST_PROC_FILE: u64 = 4 * 1024 * 1024;
@@ -291,29 +280,6 @@ impl Process {
         }
     }
 
-    /// Checks that the process lives and has executed nothing since it was found. A check less than a
-    /// millisecond old is not repeated. Waits for nothing that the process does, where its memory is known.
-    pub fn check_liveness(&self) -> Result<(), AttestationEnded> {
-        let held = &self.held;
-        let now = since_start();
-        let last = Duration::from_nanos(held.last_check.load(Ordering::Relaxed));
-        if last >= self.found && now.saturating_sub(last) < CHECK_AGAIN_AFTER {
-            return Ok(());
-        }
-        if held.memory.is_some() {
-            held.check_memory(now)?;
-        } else if observers::looks_itself() {
-            held.check_executable()?;
-        } else {
-            let held = Arc::clone(held);
-            // Without an answer nothing is known of the process.
-            observers::look(move || held.check_executable())
-                .unwrap_or(Err(AttestationEnded::Exited))?;
-        }
-        held.last_check.store(nanoseconds(now), Ordering::Relaxed);
-        Ok(())
-    }
-
     /// True when the two processes are alike in everything that an attestor may state, except the pid.
     pub(super) fn attests_like(&self, other: &Self) -> io::Result<bool> {
         Ok(self.credentials == other.credentials
@@ -344,93 +310,6 @@ impl Process {
     fn namespace(&self, link: &CStr) -> io::Result<u64> {
         Ok(kernel::identify(self.held.directory.as_fd(), link)?.inode)
     }
-}
-
-impl Held {
-    /// Whether it may be held for a connection that it is found by now.
-    fn is_as_it_was(&self) -> bool {
-        self.ended.get().is_none() && !self.has_lost_its_memory()
-    }
-
-    /// True after an exec or the exit, unless another process keeps the memory that it had.
-    fn has_lost_its_memory(&self) -> bool {
-        self.memory
-            .as_ref()
-            .is_some_and(|memory| !is_in_use(memory))
-    }
-
-    /// Checks that the process has the memory that it had, which it loses by an exec and by its exit. Another
-    /// process may keep it: now and then an observer looks at the executable, and nobody waits for that, since
-    /// an exec makes who looks wait for its end, and may be made to take for ever.
-    fn check_memory(self: &Arc<Self>, now: Duration) -> Result<(), AttestationEnded> {
-        if !self.is_as_it_was() {
-            return Err(self.why_it_ended());
-        }
-        let looked = Duration::from_nanos(self.last_look.load(Ordering::Relaxed));
-        if now.saturating_sub(looked) >= LOOK_AGAIN_AFTER
-            && !self.is_looked_at.swap(true, Ordering::Relaxed)
-        {
-            let looked_at = LookedAt(Arc::clone(self));
-            observers::look_without_waiting(move || looked_at.0.look(now));
-        }
-        Ok(())
-    }
-
-    /// Looks at the executable, at the time `now`.
-    fn look(&self, now: Duration) {
-        match self.check_executable() {
-            Ok(()) => self.last_look.store(nanoseconds(now), Ordering::Relaxed),
-            Err(ended) => drop(self.ended.set(ended)),
-        }
-    }
-
-    /// Why it has ended. A process that exits loses its memory some time before its pidfd says so.
-    fn why_it_ended(&self) -> AttestationEnded {
-        if exited(&self.pidfd).unwrap_or(true) {
-            return AttestationEnded::Exited;
-        }
-        *self.ended.get_or_init(|| {
-            let directory = Arc::clone(&self.directory);
-            match observers::look_within(TOLD_WITHIN, move || is_exiting(&directory)) {
-                Some(true) => AttestationEnded::Exited,
-                Some(false) | None => AttestationEnded::Executed,
-            }
-        })
-    }
-
-    /// Checks that the process lives and runs the executable that it ran when it was found. Waits for an exec
-    /// that is under way.
-    fn check_executable(&self) -> Result<(), AttestationEnded> {
-        match (
-            &self.executable,
-            kernel::identify(self.directory.as_fd(), c"exe"),
-        ) {
-            // Only a process that lives has an executable.
-            (Some(before), Ok(now)) if before.same_file(&now) => Ok(()),
-            _ if exited(&self.pidfd).unwrap_or(true) => Err(AttestationEnded::Exited),
-            (None, Err(error)) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
-            (_, Err(error)) if gone(&error) => Err(AttestationEnded::Exited),
-            _ => Err(AttestationEnded::Executed),
-        }
-    }
-}
-
-/// A process while an observer looks at it.
-struct LookedAt(Arc<Held>);
-
-impl Drop for LookedAt {
-    fn drop(&mut self) {
-        self.0.is_looked_at.store(false, Ordering::Relaxed);
-    }
-}
-
-/// Whether any process still has the memory of this `/proc/PID/pagemap`. Without one the kernel says that the
-/// file ends here, else that entries have eight bytes (Documentation/admin-guide/mm/pagemap.rst); for neither
-/// does it wait for a lock of the process.
-fn is_in_use(pagemap: &File) -> bool {
-    pagemap
-        .read_at(&mut [0], 0)
-        .is_err_and(|error| error.raw_os_error() == Some(Errno::EINVAL as i32))
 }
 
 fn nanoseconds(duration: Duration) -> u64 {
@@ -558,32 +437,9 @@ pub(super) fn gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ESRCH | libc::ENOENT))
 }
 
-fn exited(pidfd: &OwnedFd) -> io::Result<bool> {
-    let mut descriptors = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-    match poll(&mut descriptors, PollTimeout::ZERO) {
-        Ok(ready) => Ok(ready > 0),
-        Err(errno) => Err(errno.into()),
-    }
-}
-
 fn open_file(directory: &OwnedFd, name: &CStr) -> io::Result<File> {
     let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
     Ok(File::from(openat(directory, name, flags, Mode::empty())?))
-}
-
-/// Whether the process is exiting, or gone (proc_pid_stat(5), field 9).
-fn is_exiting(directory: &OwnedFd) -> bool {
-    let Ok(stat) = open_file(directory, c"stat").and_then(read_whole) else {
-        return true;
-    };
-    flags_of(&stat).is_some_and(|flags| flags & IS_EXITING != 0)
-}
-
-/// The process may call itself anything, closing brackets included.
-fn flags_of(stat: &[u8]) -> Option<u64> {
-    let after_name = stat.rsplit(|byte| *byte == b')').next()?;
-    let flags = after_name.split(|byte| *byte == b' ').nth(7)?;
-    std::str::from_utf8(flags).ok()?.parse().ok()
 }
 
 fn read_status(directory: &OwnedFd) -> io::Result<Status> {
@@ -683,7 +539,7 @@ mod tests {
     }
 
     /// A process that lives until it is told to end.
-    fn sleeping() -> std::process::Child {
+    pub(super) fn sleeping() -> std::process::Child {
         let mut command = std::process::Command::new("/bin/sleep");
         command.arg("20").spawn().unwrap()
     }
@@ -752,116 +608,6 @@ mod tests {
         assert!(Arc::ptr_eq(&first.held, &by_directory.held));
         let text = first.cgroups().unwrap().text.to_vec();
         assert_eq!(text, std::fs::read(format!("/proc/{pid}/cgroup")).unwrap());
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
-
-    /// A shell that executes `program` once its input ends.
-    fn shell_that_executes(program: &str) -> std::process::Child {
-        let mut command = std::process::Command::new("/bin/sh");
-        let command = command.args(["-c", &format!("read line; exec {program}")]);
-        command.stdin(std::process::Stdio::piped()).spawn().unwrap()
-    }
-
-    /// Has the shell do so, and waits until it has.
-    fn execute(shell: &mut std::process::Child, process: &Process) {
-        drop(shell.stdin.take());
-        let began = Instant::now();
-        while !process.held.has_lost_its_memory() {
-            assert!(began.elapsed() < Duration::from_secs(20));
-            std::thread::yield_now();
-        }
-    }
-
-    #[test]
-    fn who_exits_is_told_from_who_executes() {
-        let stat = |name: &str, flags: u64| {
-            format!("7 ({name}) S 1 7 7 0 -1 {flags} 100 0 0 0 0 0 0\n").into_bytes()
-        };
-        for name in ["orders", "a) S 1 1 1 0 -1 4 1", "", ")"] {
-            assert_eq!(flags_of(&stat(name, 0x40_0100)), Some(0x40_0100), "{name}");
-        }
-        let mut child = sleeping();
-        let directory = open_directory(child.id()).unwrap().unwrap();
-        assert!(!is_exiting(&directory));
-        child.kill().unwrap();
-        // A zombie, and then nothing.
-        while !exited(&kernel::pidfd_open(child.id()).unwrap()).unwrap() {
-            std::thread::yield_now();
-        }
-        assert!(is_exiting(&directory));
-        child.wait().unwrap();
-        assert!(is_exiting(&directory));
-    }
-
-    #[test]
-    fn what_was_taken_for_another_program_once_is_held_anew() {
-        let mut child = sleeping();
-        let first = Process::of_pid(child.id()).unwrap().unwrap();
-        first.held.ended.set(AttestationEnded::Executed).unwrap();
-        let again = Process::of_pid(child.id()).unwrap().unwrap();
-        again.check_liveness().unwrap();
-        assert_eq!(first.check_liveness(), Err(AttestationEnded::Executed));
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
-
-    /// As `process` is held, but for these.
-    fn held_as(process: &Process, executable: &Process, memory: &str) -> Process {
-        let held = &process.held;
-        let held = Held {
-            pid: held.pid,
-            pidfd: kernel::pidfd_open(held.pid).unwrap(),
-            directory: Arc::clone(&held.directory),
-            cgroup: Mutex::default(),
-            executable: executable.held.executable.clone(),
-            memory: Some(File::open(memory).unwrap()),
-            last_check: AtomicU64::new(0),
-            last_look: AtomicU64::new(nanoseconds(since_start())),
-            is_looked_at: AtomicBool::new(false),
-            ended: OnceLock::new(),
-            last_descriptor: AtomicU32::new(0),
-        };
-        Process::new(Arc::new(held), process.credentials)
-    }
-
-    #[test]
-    fn every_exec_ends_it_that_of_the_same_file_too() {
-        for program in ["/bin/sleep 20", "/bin/sh -c 'kill -STOP $$'"] {
-            let mut shell = shell_that_executes(program);
-            let first = Process::of_pid(shell.id()).unwrap().unwrap();
-            first.check_liveness().unwrap();
-            execute(&mut shell, &first);
-            std::thread::sleep(2 * CHECK_AGAIN_AFTER);
-            assert_eq!(first.check_liveness(), Err(AttestationEnded::Executed));
-            // What runs now is found anew.
-            let again = Process::of_pid(shell.id()).unwrap().unwrap();
-            assert!(!Arc::ptr_eq(&first.held, &again.held));
-            again.check_liveness().unwrap();
-            shell.kill().unwrap();
-            shell.wait().unwrap();
-            std::thread::sleep(2 * CHECK_AGAIN_AFTER);
-            for ended in [first, again] {
-                assert_eq!(ended.check_liveness(), Err(AttestationEnded::Exited));
-            }
-        }
-    }
-
-    #[test]
-    fn an_exec_is_seen_though_another_process_keeps_the_memory() {
-        let mut child = sleeping();
-        let (ours, child_found) = (
-            Process::of_pid(std::process::id()).unwrap().unwrap(),
-            Process::of_pid(child.id()).unwrap().unwrap(),
-        );
-        // Whose memory goes on, and who runs another program than before.
-        let executed = held_as(&child_found, &ours, "/proc/self/pagemap");
-        executed.check_liveness().unwrap();
-        std::thread::sleep(LOOK_AGAIN_AFTER);
-        // This check has it looked at, and the next knows.
-        executed.check_liveness().unwrap();
-        std::thread::sleep(2 * CHECK_AGAIN_AFTER);
-        assert_eq!(executed.check_liveness(), Err(AttestationEnded::Executed));
         child.kill().unwrap();
         child.wait().unwrap();
     }
