@@ -9,6 +9,7 @@ use quick_cache::sync::Cache;
 use crate::attestor::{Attestation, Attestor, AttributeDeclaration, Evidence, EvidenceKind};
 use crate::clock::Clock;
 use crate::evidence::{PeerEvidence, PresentedToken};
+use crate::observers::{self, Turn};
 use crate::oidc;
 use crate::workload::{
     AttestationEnded, AttestedWorkload, Established, FailedAttestor, FailureKind, WorkloadFacts,
@@ -272,12 +273,18 @@ async fn on_an_observer(catalog: Arc<Catalog>, peer: Arc<PeerEvidence>) -> Findi
     let runtime = tokio::runtime::Handle::current();
     let task = {
         let catalog = Arc::clone(&catalog);
-        move || runtime.block_on(catalog.attest_peer(&peer))
+        async move {
+            let _turn = match peer.process() {
+                Some(process) => Some(Turn::at(process.pid()).await?),
+                None => None,
+            };
+            Ok(runtime.block_on(catalog.attest_peer(&peer)))
+        }
     };
-    match crate::observers::look_and_wait(task).await {
+    match observers::look_and_wait(task).await.flatten() {
         Ok(findings) => findings,
-        // The runtime is shutting down, or an attestor broke an invariant: nothing is established,
-        // and what was not looked at must not let a `forbid` be skipped.
+        // The runtime is shutting down, too many wait for a look, or an attestor broke an invariant:
+        // nothing is established, and what was not looked at must not let a `forbid` be skipped.
         Err(error) => {
             let mut findings = Findings::default();
             for attestor in catalog.of_kind(EvidenceKind::Kernel) {
@@ -305,7 +312,7 @@ mod tests {
             Arc::new(SystemdAttestor::new()),
         ];
         let catalog = Arc::new(Catalog::new(attestors, Arc::new(SystemClock::new())));
-        let peer = || PeerEvidence::of_unix_stream(server.as_fd()).unwrap();
+        let peer = || observers::look_here(PeerEvidence::of_unix_stream(server.as_fd())).unwrap();
         let connection = ConnectionAttestation::new(Arc::clone(&catalog), peer()).await;
 
         let first = connection.attest(None).await.unwrap();

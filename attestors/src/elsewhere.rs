@@ -21,11 +21,13 @@ pub(crate) enum Peer {}
 
 impl Peer {
     #[cfg(unix)]
-    pub(crate) fn of_unix_stream(_stream: BorrowedFd<'_>) -> Result<Option<Self>, EvidenceError> {
+    pub(crate) async fn of_unix_stream(
+        _stream: BorrowedFd<'_>,
+    ) -> Result<Option<Self>, EvidenceError> {
         Ok(None)
     }
 
-    pub(crate) fn of_loopback_tcp(
+    pub(crate) async fn of_loopback_tcp(
         _local: SocketAddr,
         _peer: SocketAddr,
     ) -> Result<Option<Self>, EvidenceError> {

@@ -25,26 +25,31 @@ impl PeerEvidence {
     }
 
     /// Evidence of the peer of a connected Unix stream socket, by SO_PEERPIDFD (unix(7)), or by
-    /// SO_PEERCRED and sock_diag(7) where the kernel lacks it. Blocks on procfs. Systems other than
-    /// Linux have none.
+    /// SO_PEERCRED and sock_diag(7) where the kernel lacks it. Blocks on procfs: to be looked for on an
+    /// [observer](crate::observers). Systems other than Linux have none.
     #[cfg(unix)]
-    pub fn of_unix_stream(stream: BorrowedFd<'_>) -> Result<Self, EvidenceError> {
-        let peer = Peer::of_unix_stream(stream)?;
+    pub async fn of_unix_stream(stream: BorrowedFd<'_>) -> Result<Self, EvidenceError> {
+        let peer = Peer::of_unix_stream(stream).await?;
         Ok(Self { peer })
     }
 
     /// As [`PeerEvidence::of_unix_stream`] on a kernel without SO_PEERPIDFD.
     #[cfg(all(target_os = "linux", any(test, feature = "test-support")))]
-    pub fn of_unix_stream_by_credentials(stream: BorrowedFd<'_>) -> Result<Self, EvidenceError> {
-        let peer = Some(Peer::of_unix_stream_by_credentials(stream)?);
+    pub async fn of_unix_stream_by_credentials(
+        stream: BorrowedFd<'_>,
+    ) -> Result<Self, EvidenceError> {
+        let peer = Some(Peer::of_unix_stream_by_credentials(stream).await?);
         Ok(Self { peer })
     }
 
     /// Evidence of the process that connected from `peer` to our `local` over loopback TCP, by
-    /// sock_diag(7) in the network namespace of the calling thread. Blocks on procfs. Systems other
-    /// than Linux have none.
-    pub fn of_loopback_tcp(local: SocketAddr, peer: SocketAddr) -> Result<Self, EvidenceError> {
-        let peer = Peer::of_loopback_tcp(local, peer)?;
+    /// sock_diag(7) in the network namespace of the calling thread. Blocks on procfs, as
+    /// [`PeerEvidence::of_unix_stream`] does. Systems other than Linux have none.
+    pub async fn of_loopback_tcp(
+        local: SocketAddr,
+        peer: SocketAddr,
+    ) -> Result<Self, EvidenceError> {
+        let peer = Peer::of_loopback_tcp(local, peer).await?;
         Ok(Self { peer })
     }
 

@@ -6,22 +6,37 @@
 //! therefore calls [`start`] first: what looks at processes then runs on threads that are kept aside,
 //! and every other thread can be confined. Without [`start`] nothing is kept aside: each thread looks
 //! for itself, and what blocks runs in tokio's blocking pool.
+//!
+//! A process can have whoever looks at it wait for as long as it likes. So one look at a process is under
+//! way at a time: who looks has its [`Turn`], and who waits for that keeps no observer.
+
+mod turn;
 
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
+use std::task::{Context, Wake, Waker};
+use std::thread::Thread;
 use std::time::Duration;
 
+pub(crate) use turn::Turn;
+#[cfg(target_os = "linux")]
+pub(crate) use turn::{MOST_WAITING, too_many_wait};
+
 /// As many as tokio has in its blocking pool: a process can make the thread that looks at it wait.
-const MOST_OBSERVERS: usize = 512;
+pub(crate) const MOST_OBSERVERS: usize = 512;
 
 /// How long an observer waits for more to do.
 const IDLE: Duration = Duration::from_secs(10);
 
 type Job = Box<dyn FnOnce() + Send>;
+
+type Look = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 static POOL: OnceLock<Arc<Pool>> = OnceLock::new();
 
@@ -29,7 +44,7 @@ thread_local! {
     static LOOKS_ITSELF: Cell<bool> = const { Cell::new(false) };
 }
 
-struct Pool {
+pub(crate) struct Pool {
     state: Mutex<State>,
     arrived: Condvar,
     /// To the one thread that makes threads: a thread has the confinement of the one that made it.
@@ -66,15 +81,34 @@ pub(crate) fn looks_itself() -> bool {
     LOOKS_ITSELF.get() || POOL.get().is_none()
 }
 
-/// Runs a task of a few system calls on an observer, and waits for it. `None` where it panicked.
+/// Looks at a process on an observer, and waits for that. `None` where it panicked, or too many wait.
 #[cfg(target_os = "linux")]
-pub(crate) fn look<T: Send + 'static>(task: impl FnOnce() -> T + Send + 'static) -> Option<T> {
-    look_within(Duration::MAX, task)
+pub(crate) fn look_at<T: Send + 'static>(
+    pid: u32,
+    look: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
+    let Some(pool) = POOL.get() else {
+        return Some(look());
+    };
+    let (done, outcome) = mpsc::sync_channel(1);
+    pool.look_at(pid, move || drop(done.send(look())));
+    outcome.recv().ok()
 }
 
-/// As [`look`], and waits no longer than `limit`; `None` where no answer came.
+/// Has an observer look at a process, and does not wait for it.
 #[cfg(target_os = "linux")]
-pub(crate) fn look_within<T: Send + 'static>(
+pub(crate) fn look_without_waiting(pid: u32, look: impl FnOnce() + Send + 'static) {
+    match (POOL.get(), tokio::runtime::Handle::try_current()) {
+        (Some(pool), _) => pool.look_at(pid, look),
+        (None, Ok(runtime)) => drop(runtime.spawn_blocking(look)),
+        (None, Err(_)) => look(),
+    }
+}
+
+/// Runs a task of a few system calls, none of which waits for a process, on an observer. Waits no longer than
+/// `limit` for that; `None` where no answer came.
+#[cfg(target_os = "linux")]
+pub(crate) fn ask_within<T: Send + 'static>(
     limit: Duration,
     task: impl FnOnce() -> T + Send + 'static,
 ) -> Option<T> {
@@ -82,38 +116,44 @@ pub(crate) fn look_within<T: Send + 'static>(
         return Some(task());
     };
     let (done, outcome) = mpsc::sync_channel(1);
-    pool.run(Box::new(move || {
-        let _ = done.send(task());
-    }));
+    pool.run(Box::new(move || drop(done.send(task()))));
     outcome.recv_timeout(limit).ok()
 }
 
-/// Has a task run that looks at other processes and may block, and does not wait for it.
-#[cfg(target_os = "linux")]
-pub(crate) fn look_without_waiting(task: impl FnOnce() + Send + 'static) {
-    match (POOL.get(), tokio::runtime::Handle::try_current()) {
-        (Some(pool), _) => pool.run(Box::new(task)),
-        (None, Ok(runtime)) => drop(runtime.spawn_blocking(task)),
-        (None, Err(_)) => task(),
-    }
-}
-
-/// Runs a task that looks at other processes and may block. Needs a tokio runtime.
+/// Runs a look at other processes, which may block, on an observer. Needs a tokio runtime.
 ///
 /// # Errors
-/// The task panicked, or the runtime is shutting down.
+/// It panicked, or the runtime is shutting down.
 pub fn look_and_wait<T: Send + 'static>(
-    task: impl FnOnce() -> T + Send + 'static,
+    look: impl Future<Output = T> + Send + 'static,
 ) -> impl Future<Output = io::Result<T>> + Send {
     let (done, outcome) = tokio::sync::oneshot::channel();
-    let task = Box::new(move || {
-        let _ = done.send(task());
-    });
+    let look = async move {
+        let _ = done.send(look.await);
+    };
     match POOL.get() {
-        Some(pool) => pool.run(task),
-        None => drop(tokio::task::spawn_blocking(task)),
+        Some(pool) => pool.look(look),
+        None => drop(tokio::task::spawn_blocking(|| look_here(look))),
     }
     async { outcome.await.map_err(io::Error::other) }
+}
+
+/// Runs a look on the calling thread, which waits for whatever the look waits for.
+pub fn look_here<T>(look: impl Future<Output = T>) -> T {
+    struct Waiting(Thread);
+    impl Wake for Waiting {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = Waker::from(Arc::new(Waiting(std::thread::current())));
+    let mut look = pin!(look);
+    loop {
+        match look.as_mut().poll(&mut Context::from_waker(&waker)) {
+            std::task::Poll::Ready(outcome) => return outcome,
+            std::task::Poll::Pending => std::thread::park(),
+        }
+    }
 }
 
 /// Starts a thread that may look at other processes itself.
@@ -132,7 +172,7 @@ pub fn spawn(name: String, task: impl FnOnce() + Send + 'static) -> io::Result<(
 }
 
 impl Pool {
-    fn start(prepare: impl FnOnce() + Send + 'static) -> io::Result<Arc<Self>> {
+    pub(crate) fn start(prepare: impl FnOnce() + Send + 'static) -> io::Result<Arc<Self>> {
         let (maker, wanted) = mpsc::channel();
         let pool = Arc::new(Self {
             state: Mutex::default(),
@@ -152,6 +192,25 @@ impl Pool {
             })?;
         is_ready.recv().map_err(io::Error::other)?;
         Ok(pool)
+    }
+
+    pub(crate) fn look(self: &Arc<Self>, look: impl Future<Output = ()> + Send + 'static) {
+        Arc::new(Looking {
+            look: Mutex::new(Box::pin(look)),
+            wakes: AtomicUsize::new(0),
+            pool: Arc::clone(self),
+        })
+        .wake();
+    }
+
+    /// Looks at a process in turn; not at all where too many wait for that.
+    #[cfg(target_os = "linux")]
+    fn look_at(self: &Arc<Self>, pid: u32, look: impl FnOnce() + Send + 'static) {
+        self.look(async move {
+            if let Ok(_turn) = Turn::at(pid).await {
+                look();
+            }
+        });
     }
 
     fn run(&self, job: Job) {
@@ -222,6 +281,44 @@ impl Pool {
     }
 }
 
+/// A look in the pool. It has an observer while it does something, and none while it waits.
+struct Looking {
+    look: Mutex<Look>,
+    /// How often it was woken since it began to do what it does now.
+    wakes: AtomicUsize,
+    pool: Arc<Pool>,
+}
+
+impl Wake for Looking {
+    fn wake(self: Arc<Self>) {
+        if self.wakes.fetch_add(1, Ordering::AcqRel) == 0 {
+            let pool = Arc::clone(&self.pool);
+            pool.run(Box::new(move || self.go_on()));
+        }
+    }
+}
+
+impl Looking {
+    /// Goes on until the look has ended or waits. Is run by one observer at a time.
+    fn go_on(self: Arc<Self>) {
+        let waker = Waker::from(Arc::clone(&self));
+        let mut look = self.look.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let wakes = self.wakes.load(Ordering::Acquire);
+            let outcome = look.as_mut().poll(&mut Context::from_waker(&waker));
+            let waits = || {
+                self.wakes
+                    .compare_exchange(wakes, 0, Ordering::AcqRel, Ordering::Acquire)
+                    .is_ok()
+            };
+            // Of a look that has ended, `wakes` stays above zero: it is run no more.
+            if outcome.is_ready() || waits() {
+                return;
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -254,6 +351,63 @@ mod tests {
         }
         drop(release);
         assert!(stuck.into_iter().all(|outcome| outcome.recv().unwrap()));
+    }
+
+    /// No process has these numbers.
+    #[cfg(target_os = "linux")]
+    const STUCK: u32 = u32::MAX;
+    #[cfg(target_os = "linux")]
+    const ANOTHER: u32 = u32::MAX - 1;
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_process_that_makes_who_looks_wait_has_one_observer() {
+        let pool = Pool::start(|| ()).unwrap();
+        let (release, held) = mpsc::channel::<()>();
+        let held = Arc::new(Mutex::new(held));
+        let look_at = |pid, look: Box<dyn FnOnce() -> bool + Send>| {
+            let (done, outcome) = mpsc::channel();
+            pool.look_at(pid, move || done.send(look()).unwrap());
+            outcome
+        };
+        let stuck: Vec<_> = (0..2 * MOST_OBSERVERS)
+            .map(|_| {
+                let held = Arc::clone(&held);
+                look_at(
+                    STUCK,
+                    Box::new(move || held.lock().unwrap().recv().is_err()),
+                )
+            })
+            .collect();
+        let another = look_at(ANOTHER, Box::new(|| true));
+        assert!(another.recv_timeout(Duration::from_secs(20)).unwrap());
+        assert!(stuck.iter().all(|outcome| outcome.try_recv().is_err()));
+        drop(release);
+        assert!(stuck.into_iter().all(|outcome| outcome.recv().unwrap()));
+    }
+
+    #[test]
+    fn a_look_that_is_woken_while_it_does_something_goes_on_after_that() {
+        let pool = Pool::start(|| ()).unwrap();
+        let (done, outcome) = mpsc::channel();
+        let (mut left, is_run) = (1000, Mutex::new(()));
+        let (wakers, woken) = mpsc::channel::<Waker>();
+        std::thread::spawn(move || woken.into_iter().for_each(Waker::wake));
+        pool.look(async move {
+            std::future::poll_fn(|context| {
+                let _alone = is_run.try_lock().unwrap();
+                wakers.send(context.waker().clone()).unwrap();
+                wakers.send(context.waker().clone()).unwrap();
+                left -= 1;
+                match left {
+                    0 => std::task::Poll::Ready(()),
+                    _ => std::task::Poll::Pending,
+                }
+            })
+            .await;
+            done.send(()).unwrap();
+        });
+        outcome.recv_timeout(Duration::from_secs(20)).unwrap();
     }
 
     #[test]

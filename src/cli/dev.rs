@@ -391,12 +391,12 @@ fn quoted(path: &Path) -> String {
 
 /// This process, as the agent sees a caller on loopback.
 async fn own_facts(app: &App) -> Option<WorkloadFacts> {
-    let evidence = observers::look_and_wait(|| {
+    let evidence = observers::look_and_wait(async {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).ok()?;
         let local = listener.local_addr().ok()?;
         let client = std::net::TcpStream::connect(local).ok()?;
         let (_server, peer) = listener.accept().ok()?;
-        let evidence = PeerEvidence::of_loopback_tcp(local, peer).ok();
+        let evidence = PeerEvidence::of_loopback_tcp(local, peer).await.ok();
         drop(client);
         evidence
     })

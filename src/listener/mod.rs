@@ -434,11 +434,11 @@ async fn evidence_of(
     socket: Socket,
     addresses: Option<(SocketAddr, SocketAddr)>,
 ) -> (Option<Socket>, Result<PeerEvidence, EvidenceError>) {
-    let asked = observers::look_and_wait(move || {
+    let asked = observers::look_and_wait(async move {
         let evidence = match (&socket, addresses) {
-            (Socket::Unix(stream), _) => PeerEvidence::of_unix_stream(stream.as_fd()),
+            (Socket::Unix(stream), _) => PeerEvidence::of_unix_stream(stream.as_fd()).await,
             (Socket::Tcp(_), Some((local, peer))) if peer.ip().to_canonical().is_loopback() => {
-                PeerEvidence::of_loopback_tcp(local, peer)
+                PeerEvidence::of_loopback_tcp(local, peer).await
             }
             (Socket::Tcp(_), _) => Ok(PeerEvidence::none()),
         };

@@ -27,6 +27,7 @@ use nix::unistd::Uid;
 
 use super::kernel;
 use crate::counts;
+use crate::observers::look_here;
 use crate::{
     AttestationEnded, AttestedWorkload, Attestor, AttributeSelection, Catalog,
     ConnectionAttestation, EvidenceError, PeerEvidence, SystemClock, SystemdAttestor, UnixAttestor,
@@ -149,12 +150,19 @@ impl Connection {
 
     fn evidence(&self) -> Result<PeerEvidence, EvidenceError> {
         match self {
-            Self::Tcp(stream) => PeerEvidence::of_loopback_tcp(
+            Self::Tcp(stream) => look_here(PeerEvidence::of_loopback_tcp(
                 stream.local_addr().unwrap(),
                 stream.peer_addr().unwrap(),
-            ),
-            Self::Unix(stream) => PeerEvidence::of_unix_stream(stream.as_fd()),
+            )),
+            Self::Unix(stream) => look_here(PeerEvidence::of_unix_stream(stream.as_fd())),
         }
+    }
+
+    /// As on a kernel without SO_PEERPIDFD.
+    fn weaker_evidence(&self) -> Result<PeerEvidence, EvidenceError> {
+        look_here(PeerEvidence::of_unix_stream_by_credentials(
+            self.descriptor(),
+        ))
     }
 }
 
@@ -204,7 +212,7 @@ fn attacker_uid() -> u32 {
 }
 
 /// True when the test is to pass over. Under continuous integration, lacking root is a failure.
-fn needs_root() -> bool {
+pub(super) fn needs_root() -> bool {
     passes_over("needs root", is_root())
 }
 
@@ -420,7 +428,7 @@ fn a_unix_peer_that_exited_is_gone_by_both_ways() {
         caller.connection.evidence(),
         Err(EvidenceError::CallerGone)
     ));
-    let weaker = PeerEvidence::of_unix_stream_by_credentials(caller.connection.descriptor());
+    let weaker = caller.connection.weaker_evidence();
     assert!(matches!(weaker, Err(EvidenceError::CallerGone)));
     node.serves_the_honest();
 }
@@ -573,8 +581,7 @@ fn another_process_with_the_same_number_is_another_process() {
     let address = node.unix_address();
     let mut caller = node.call("share-with-another", &address, &mut helper_by(program()));
     let pid = caller.child.id();
-    let weaker =
-        PeerEvidence::of_unix_stream_by_credentials(caller.connection.descriptor()).unwrap();
+    let weaker = caller.connection.weaker_evidence().unwrap();
     let evidence = caller.connection.evidence().unwrap();
     assert_eq!(evidence.process().unwrap().pid(), pid);
 
@@ -594,7 +601,7 @@ fn another_process_with_the_same_number_is_another_process() {
         caller.connection.evidence(),
         Err(EvidenceError::CallerGone)
     ));
-    let by_number = PeerEvidence::of_unix_stream_by_credentials(caller.connection.descriptor());
+    let by_number = caller.connection.weaker_evidence();
     assert!(matches!(by_number, Err(EvidenceError::CallerGone)));
 
     drop(successor);
@@ -714,7 +721,7 @@ fn a_socket_that_another_user_made_is_refused() {
         caller.connection.evidence(),
         Err(EvidenceError::AmbiguousCaller)
     ));
-    let weaker = PeerEvidence::of_unix_stream_by_credentials(caller.connection.descriptor());
+    let weaker = caller.connection.weaker_evidence();
     assert!(matches!(weaker, Err(EvidenceError::AmbiguousCaller)));
     node.serves_the_honest();
 }

@@ -2,18 +2,21 @@
 //!
 //! Which process holds a socket is written nowhere: the descriptors of every process that may be it are
 //! read. Callers who come at once share that. One of them reads for all who waited when it began, each
-//! place (a cgroup, or the whole machine) for itself, so that many descriptors in one hold up no other.
+//! place (a cgroup, or the whole machine) for itself, so that many descriptors in one hold up no other, nor a
+//! process whose exec does not end. Who waits keeps no observer.
 
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::cgroup_directory;
 use super::process::{self, Process};
 use super::socket_diagnostics::TcpSocket;
 use crate::evidence::EvidenceError;
+use crate::observers::{self, MOST_WAITING, Turn};
 
 /// The cgroup whose processes are looked at; `None` for all that there are.
 type Place = Option<u64>;
@@ -28,7 +31,8 @@ struct Holder {
 
 impl Holder {
     /// The process, if it holds the socket still: what is read of it now would not be the caller's else.
-    fn process(self, socket: &TcpSocket) -> io::Result<Option<Process>> {
+    async fn process(self, socket: &TcpSocket) -> io::Result<Option<Process>> {
+        let _turn = Turn::at(self.pid).await?;
         let Some(process) = Process::of_directory(self.pid, self.directory)? else {
             return Ok(None);
         };
@@ -50,11 +54,11 @@ static SEARCHES: LazyLock<Mutex<HashMap<Place, Vec<Wanted>>>> = LazyLock::new(Mu
 /// A socket that somebody waits to hear of.
 struct Wanted {
     inode: u32,
-    waiting: Sender<Turn>,
+    waiting: UnboundedSender<Told>,
 }
 
 /// What who waits is told.
-enum Turn {
+enum Told {
     Found(io::Result<Vec<Holder>>),
     /// To read next, for all who wait now.
     Read,
@@ -62,24 +66,26 @@ enum Turn {
 
 /// Every process that holds the socket, where all attest alike: first looked for where the socket was
 /// made, then everywhere.
-pub(super) fn of_socket(socket: &TcpSocket) -> Result<Vec<Process>, EvidenceError> {
+pub(super) async fn of_socket(socket: &TcpSocket) -> Result<Vec<Process>, EvidenceError> {
     let mut holders = Vec::new();
     if socket.cgroup_id.is_some() {
         // What could not be read there is met again.
-        holders = find(socket.cgroup_id, socket.inode).unwrap_or_default();
+        holders = find(socket.cgroup_id, socket.inode)
+            .await
+            .unwrap_or_default();
     }
     if holders.is_empty() {
-        holders = find(None, socket.inode)?;
+        holders = find(None, socket.inode).await?;
     }
     let mut processes = Vec::with_capacity(holders.len());
     for holder in holders {
-        processes.extend(holder.process(socket)?);
+        processes.extend(holder.process(socket).await?);
     }
-    one_workload(processes, socket)
+    one_workload(processes, socket).await
 }
 
 /// Refuses processes that are not all the same workload as the socket's maker.
-fn one_workload(
+async fn one_workload(
     processes: Vec<Process>,
     socket: &TcpSocket,
 ) -> Result<Vec<Process>, EvidenceError> {
@@ -88,6 +94,7 @@ fn one_workload(
         return Err(EvidenceError::AmbiguousCaller);
     }
     for other in others {
+        let _turn = Turn::at(other.pid()).await?;
         match first.attests_like(other) {
             Ok(true) => {}
             // One that is ending has lost its arguments before it loses its descriptors.
@@ -105,32 +112,33 @@ fn one_workload(
 /// The processes of a place that hold a socket.
 ///
 /// # Errors
-/// Where none is found, and the descriptors of one could not be read.
-fn find(place: Place, inode: u32) -> io::Result<Vec<Holder>> {
-    let (reads, turn) = wait(place, inode);
-    if !reads && let Ok(Turn::Found(found)) = turn.recv() {
+/// Where none is found, and the descriptors of one could not be read; and where too many wait.
+async fn find(place: Place, inode: u32) -> io::Result<Vec<Holder>> {
+    let (reads, mut told) = wait(place, inode)?;
+    if !reads && let Some(Told::Found(found)) = told.recv().await {
         return found;
     }
     let reading = Reading(place);
     let batch = searches().get_mut(&place).map(std::mem::take);
-    read(place, batch.unwrap_or_default());
+    read(place, batch.unwrap_or_default()).await;
     drop(reading);
-    match turn.recv() {
-        Ok(Turn::Found(found)) => found,
-        Ok(Turn::Read) | Err(_) => Err(io::Error::other("the search was given up")),
+    match told.recv().await {
+        Some(Told::Found(found)) => found,
+        Some(Told::Read) | None => Err(io::Error::other("the search was given up")),
     }
 }
 
 /// Joins those who wait at a place. Also says whether nobody reads there yet.
-fn wait(place: Place, inode: u32) -> (bool, Receiver<Turn>) {
-    let (waiting, turn) = channel();
+fn wait(place: Place, inode: u32) -> io::Result<(bool, UnboundedReceiver<Told>)> {
+    let (waiting, told) = unbounded_channel();
     let mut searches = searches();
     let reads = !searches.contains_key(&place);
-    searches
-        .entry(place)
-        .or_default()
-        .push(Wanted { inode, waiting });
-    (reads, turn)
+    let wanted = searches.entry(place).or_default();
+    if wanted.len() >= MOST_WAITING {
+        return Err(observers::too_many_wait());
+    }
+    wanted.push(Wanted { inode, waiting });
+    Ok((reads, told))
 }
 
 /// The right to read at a place. Dropped, it is handed to one who waits there.
@@ -140,7 +148,7 @@ impl Drop for Reading {
     fn drop(&mut self) {
         let mut searches = searches();
         let next = searches.get(&self.0).and_then(|waiting| waiting.first());
-        let handed_on = next.is_some_and(|next| next.waiting.send(Turn::Read).is_ok());
+        let handed_on = next.is_some_and(|next| next.waiting.send(Told::Read).is_ok());
         if !handed_on {
             searches.remove(&self.0);
         }
@@ -152,12 +160,12 @@ fn searches() -> MutexGuard<'static, HashMap<Place, Vec<Wanted>>> {
 }
 
 /// Reads the descriptors of every process of a place, and tells each who waits what it waits for.
-fn read(place: Place, batch: Vec<Wanted>) {
+async fn read(place: Place, batch: Vec<Wanted>) {
     let mut holders: HashMap<u32, Vec<Holder>> = batch
         .iter()
         .map(|wanted| (wanted.inode, Vec::new()))
         .collect();
-    let unread = read_all(place, &mut holders).err();
+    let unread = read_all(place, &mut holders).await.err();
     for Wanted { inode, waiting } in batch {
         let found = holders.remove(&inode).unwrap_or_default();
         let outcome = match &unread {
@@ -168,16 +176,16 @@ fn read(place: Place, batch: Vec<Wanted>) {
             _ => Ok(found),
         };
         // Who waits does not give up.
-        let _ = waiting.send(Turn::Found(outcome));
+        let _ = waiting.send(Told::Found(outcome));
     }
 }
 
 /// Adds to each socket the processes of a place that hold it. Of what could not be read the worst error
 /// is returned, after everything else was.
-fn read_all(place: Place, holders: &mut HashMap<u32, Vec<Holder>>) -> io::Result<()> {
+async fn read_all(place: Place, holders: &mut HashMap<u32, Vec<Holder>>) -> io::Result<()> {
     let mut outcome = Ok(());
     for pid in pids_in(place)? {
-        match read_one(pid, holders) {
+        match read_one(pid, holders).await {
             Ok(()) => {}
             Err(error) if process::gone(&error) => {}
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -189,7 +197,8 @@ fn read_all(place: Place, holders: &mut HashMap<u32, Vec<Holder>>) -> io::Result
     outcome
 }
 
-fn read_one(pid: u32, holders: &mut HashMap<u32, Vec<Holder>>) -> io::Result<()> {
+async fn read_one(pid: u32, holders: &mut HashMap<u32, Vec<Holder>>) -> io::Result<()> {
+    let _turn = Turn::at(pid).await?;
     if let Some((directory, first)) = process::known_directory(pid) {
         match read_descriptors(pid, &directory, Some(first), holders) {
             // Another process may have the number of one that was found before.

@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod attackers;
 mod cgroup_directory;
+#[cfg(test)]
+mod endless_exec;
 mod executable;
 mod holders;
 mod kernel;
@@ -26,6 +28,7 @@ pub(crate) use process::parse_status;
 pub(crate) use socket_diagnostics::{TcpSocket, find_tcp, read_answer};
 
 use crate::evidence::EvidenceError;
+use crate::observers::Turn;
 use crate::workload::AttestationEnded;
 
 /// The process or processes at the other end of a connection, and how they were found.
@@ -39,16 +42,21 @@ pub(crate) struct Peer {
 
 impl Peer {
     /// The peer of a connected Unix stream socket.
-    pub(crate) fn of_unix_stream(stream: BorrowedFd<'_>) -> Result<Option<Self>, EvidenceError> {
+    pub(crate) async fn of_unix_stream(
+        stream: BorrowedFd<'_>,
+    ) -> Result<Option<Self>, EvidenceError> {
         let peer = match getsockopt(&stream, sockopt::PeerPidfd) {
             Ok(pidfd) => {
                 let connected = Connected::of(stream)?;
+                let _turn = Turn::at(connected.pid).await?;
                 let process =
                     Process::of_pidfd(connected.pid, pidfd)?.ok_or(EvidenceError::CallerGone)?;
                 connected.by(process, vec!["pidfd"])
             }
             // Kernels before 6.5 do not know the option.
-            Err(Errno::ENOPROTOOPT | Errno::EINVAL) => Self::of_unix_stream_by_credentials(stream),
+            Err(Errno::ENOPROTOOPT | Errno::EINVAL) => {
+                Self::of_unix_stream_by_credentials(stream).await
+            }
             // The kernel has no process for this peer, or it was reaped before it could be asked.
             Err(Errno::ENODATA | Errno::ESRCH) => Err(EvidenceError::CallerGone),
             Err(errno) => Err(io::Error::from(errno).into()),
@@ -59,10 +67,11 @@ impl Peer {
     /// The other path, for kernels that cannot give a pidfd of the peer: the number that connected,
     /// and the proof that the process which has this number now holds the peer's socket. Weaker: a
     /// process that was given the socket and the number of the one that connected would pass.
-    pub(crate) fn of_unix_stream_by_credentials(
+    pub(crate) async fn of_unix_stream_by_credentials(
         stream: BorrowedFd<'_>,
     ) -> Result<Self, EvidenceError> {
         let connected = Connected::of(stream)?;
+        let _turn = Turn::at(connected.pid).await?;
         let process = Process::of_pid(connected.pid)?.ok_or(EvidenceError::CallerGone)?;
 
         let ours = kernel::identify_open(stream.as_fd())?.inode;
@@ -83,7 +92,7 @@ impl Peer {
     }
 
     /// The process at `peer`, connected over loopback to our `local`.
-    pub(crate) fn of_loopback_tcp(
+    pub(crate) async fn of_loopback_tcp(
         local: SocketAddr,
         peer: SocketAddr,
     ) -> Result<Option<Self>, EvidenceError> {
@@ -95,7 +104,7 @@ impl Peer {
             .into());
         }
         let socket = socket_diagnostics::find_tcp(peer, local)?.ok_or(EvidenceError::CallerGone)?;
-        let processes = holders::of_socket(&socket);
+        let processes = holders::of_socket(&socket).await;
         // Asked again: between the two answers the socket was this one, so that what was read of
         // `/proc` in between belongs to it. Before an error counts, too: of a caller that has just
         // gone there may be something left that cannot be read.

@@ -15,7 +15,12 @@ use std::sync::Barrier;
 use std::time::Duration;
 
 use super::executable;
-use crate::evidence::PeerEvidence;
+use crate::evidence::{EvidenceError, PeerEvidence};
+use crate::observers::look_here;
+
+fn of_loopback_tcp(local: SocketAddr, peer: SocketAddr) -> Result<PeerEvidence, EvidenceError> {
+    look_here(PeerEvidence::of_loopback_tcp(local, peer))
+}
 
 /// A client and the server's view of it: (client, accepted, local, peer).
 fn connection(
@@ -41,7 +46,7 @@ fn a_caller_over_loopback_is_found_by_every_spelling_of_its_address() {
         ("0.0.0.0", Some("::ffff:127.0.0.1")),
     ] {
         let (_client, _accepted, local, peer) = connection(address, target);
-        let evidence = PeerEvidence::of_loopback_tcp(local, peer).unwrap();
+        let evidence = of_loopback_tcp(local, peer).unwrap();
         assert_eq!(
             evidence.process().unwrap().pid(),
             std::process::id(),
@@ -55,17 +60,18 @@ fn a_caller_over_loopback_is_found_by_every_spelling_of_its_address() {
 #[test]
 fn both_ways_of_a_unix_socket_find_the_same_process() {
     let (client, server) = UnixStream::pair().unwrap();
-    let evidence = PeerEvidence::of_unix_stream(server.as_fd()).unwrap();
+    let evidence = look_here(PeerEvidence::of_unix_stream(server.as_fd())).unwrap();
     assert_eq!(evidence.process().unwrap().pid(), std::process::id());
     assert_eq!(evidence.words(), ["pidfd"]);
 
-    let weaker = PeerEvidence::of_unix_stream_by_credentials(server.as_fd()).unwrap();
-    assert_eq!(weaker.process().unwrap().pid(), std::process::id());
-    assert_eq!(weaker.words(), ["pidfd", "weaker:peercred"]);
+    let weaker = || look_here(PeerEvidence::of_unix_stream_by_credentials(server.as_fd()));
+    let found = weaker().unwrap();
+    assert_eq!(found.process().unwrap().pid(), std::process::id());
+    assert_eq!(found.words(), ["pidfd", "weaker:peercred"]);
 
     // Nobody holds the other end any more: there is nothing to prove the number by.
     drop(client);
-    let gone = PeerEvidence::of_unix_stream_by_credentials(server.as_fd()).unwrap_err();
+    let gone = weaker().unwrap_err();
     assert_eq!(gone.code(), "caller_gone");
 }
 
@@ -73,7 +79,7 @@ fn both_ways_of_a_unix_socket_find_the_same_process() {
 fn a_closed_connection_has_no_caller() {
     let (client, _accepted, local, peer) = connection("127.0.0.1", None);
     drop(client);
-    let gone = PeerEvidence::of_loopback_tcp(local, peer).unwrap_err();
+    let gone = of_loopback_tcp(local, peer).unwrap_err();
     assert_eq!(gone.code(), "caller_gone");
 }
 
@@ -91,7 +97,7 @@ fn callers_who_come_at_once_each_learn_of_their_own_socket() {
                 let client = (number % 4 != 0).then_some(client);
                 together.wait();
                 for _ in 0..10 {
-                    match (&client, PeerEvidence::of_loopback_tcp(local, peer)) {
+                    match (&client, of_loopback_tcp(local, peer)) {
                         (Some(_), Ok(evidence)) => {
                             assert_eq!(evidence.process().unwrap().pid(), std::process::id());
                         }

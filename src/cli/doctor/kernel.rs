@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use countersign_attestors::observers::look_here;
 use countersign_attestors::{EvidenceError, PeerEvidence, has_cgroup2};
 
 use super::finding::{Finding, FindingCode};
@@ -111,14 +112,14 @@ fn judge(by: &str, evidence: Result<PeerEvidence, EvidenceError>) -> Option<Find
 
 fn of_unix() -> Result<PeerEvidence, EvidenceError> {
     let (ours, _theirs) = UnixStream::pair()?;
-    PeerEvidence::of_unix_stream(ours.as_fd())
+    look_here(PeerEvidence::of_unix_stream(ours.as_fd()))
 }
 
 fn of_loopback() -> Result<PeerEvidence, EvidenceError> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let caller = TcpStream::connect(listener.local_addr()?)?;
     let (ours, peer) = listener.accept()?;
-    let evidence = PeerEvidence::of_loopback_tcp(ours.local_addr()?, peer)?;
+    let evidence = look_here(PeerEvidence::of_loopback_tcp(ours.local_addr()?, peer))?;
     // A caller that is gone is not found.
     drop(caller);
     Ok(evidence)

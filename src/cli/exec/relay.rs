@@ -9,6 +9,7 @@ use std::time::SystemTime;
 
 use bytes::Bytes;
 use countersign_attestors::PeerEvidence;
+use countersign_attestors::observers::look_here;
 use http::header::{
     AUTHORIZATION, CONTENT_TYPE, PROXY_AUTHORIZATION, RETRY_AFTER, WWW_AUTHENTICATE,
 };
@@ -98,7 +99,7 @@ impl Relay {
 /// Whether the process that connected descends from this one. Anybody on the node can reach a
 /// loopback port; the token is the command's alone.
 fn is_descendant(local: SocketAddr, peer: SocketAddr) -> bool {
-    let Ok(evidence) = PeerEvidence::of_loopback_tcp(local, peer) else {
+    let Ok(evidence) = look_here(PeerEvidence::of_loopback_tcp(local, peer)) else {
         return false;
     };
     let Some(process) = evidence.process() else {

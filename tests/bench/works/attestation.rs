@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
+use countersign_attestors::observers::look_here;
 use countersign_attestors::{
     Attestation, Attestor, AttributeSelection, Evidence, PeerEvidence, SystemdAttestor,
     UnixAttestor, readers,
@@ -59,7 +60,7 @@ impl Called {
 
     pub fn evidence(&self) -> Fallible<PeerEvidence> {
         let (local, peer) = (self.stream.local_addr()?, self.stream.peer_addr()?);
-        Ok(PeerEvidence::of_loopback_tcp(local, peer)?)
+        Ok(look_here(PeerEvidence::of_loopback_tcp(local, peer))?)
     }
 }
 
@@ -68,7 +69,8 @@ pub fn run(bench: &mut Bench) -> Fallible<()> {
     let (local, peer) = (called.stream.local_addr()?, called.stream.peer_addr()?);
     let (_client, server) = UnixStream::pair()?;
     pin(PROXY_CORE)?;
-    let on_unix_socket = microseconds(|| attest(&PeerEvidence::of_unix_stream(server.as_fd())?))?;
+    let on_unix_socket =
+        microseconds(|| attest(&look_here(PeerEvidence::of_unix_stream(server.as_fd()))?))?;
     let to_container = microseconds(|| {
         let socket = readers::tcp_socket(peer, local)?.ok_or("no such socket")?;
         socket.cgroup_id.ok_or("no cgroup id")?;

@@ -24,9 +24,6 @@ const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(500);
 /// How long to wait for an observer's word on whether a process exits. It reads what waits for no exec.
 const TOLD_WITHIN: Duration = Duration::from_millis(5);
 
-/// Of the flags in `/proc/PID/stat`: it is exiting (`PF_EXITING` in include/linux/sched.h).
-const IS_EXITING: u64 = 4;
-
 impl Process {
     /// Checks that the process lives and has executed nothing since it was found. A check less than a
     /// millisecond old is not repeated. Waits for nothing that the process does, where its memory is known.
@@ -44,7 +41,7 @@ impl Process {
         } else {
             let held = Arc::clone(held);
             // Without an answer nothing is known of the process.
-            observers::look(move || held.check_executable())
+            observers::look_at(held.pid, move || held.check_executable())
                 .unwrap_or(Err(AttestationEnded::Exited))?;
         }
         held.last_check.store(nanoseconds(now), Ordering::Relaxed);
@@ -77,7 +74,7 @@ impl Held {
             && !self.is_looked_at.swap(true, Ordering::Relaxed)
         {
             let looked_at = LookedAt(Arc::clone(self));
-            observers::look_without_waiting(move || looked_at.0.look(now));
+            observers::look_without_waiting(self.pid, move || looked_at.0.look(now));
         }
         Ok(())
     }
@@ -97,7 +94,7 @@ impl Held {
         }
         *self.ended.get_or_init(|| {
             let directory = Arc::clone(&self.directory);
-            match observers::look_within(TOLD_WITHIN, move || is_exiting(&directory)) {
+            match observers::ask_within(TOLD_WITHIN, move || is_exiting(&directory)) {
                 Some(true) => AttestationEnded::Exited,
                 Some(false) | None => AttestationEnded::Executed,
             }
@@ -147,19 +144,19 @@ pub(super) fn exited(pidfd: &OwnedFd) -> io::Result<bool> {
     }
 }
 
-/// Whether the process is exiting, or gone (proc_pid_stat(5), field 9).
+/// Whether the process is exiting, or gone: it has no memory then (proc_pid_status(5)), as it has in and after
+/// an exec. What `/proc/PID/stat` says of that waits for an exec that is under way.
 fn is_exiting(directory: &OwnedFd) -> bool {
-    let Ok(stat) = open_file(directory, c"stat").and_then(read_whole) else {
-        return true;
-    };
-    flags_of(&stat).is_some_and(|flags| flags & IS_EXITING != 0)
+    open_file(directory, c"status")
+        .and_then(read_whole)
+        .map_or(true, |status| !has_memory(&status))
 }
 
-/// The process may call itself anything, closing brackets included.
-fn flags_of(stat: &[u8]) -> Option<u64> {
-    let after_name = stat.rsplit(|byte| *byte == b')').next()?;
-    let flags = after_name.split(|byte| *byte == b' ').nth(7)?;
-    std::str::from_utf8(flags).ok()?.parse().ok()
+/// The process may call itself anything, but for line feeds, which the kernel escapes.
+fn has_memory(status: &[u8]) -> bool {
+    status
+        .split(|byte| *byte == b'\n')
+        .any(|line| line.starts_with(b"VmSize:"))
 }
 
 #[cfg(test)]
@@ -191,11 +188,11 @@ mod tests {
 
     #[test]
     fn who_exits_is_told_from_who_executes() {
-        let stat = |name: &str, flags: u64| {
-            format!("7 ({name}) S 1 7 7 0 -1 {flags} 100 0 0 0 0 0 0\n").into_bytes()
-        };
-        for name in ["orders", "a) S 1 1 1 0 -1 4 1", "", ")"] {
-            assert_eq!(flags_of(&stat(name, 0x40_0100)), Some(0x40_0100), "{name}");
+        let status = |name: &str| format!("Name:\t{name}\nUmask:\t0022\nState:\tZ (zombie)\n");
+        for name in ["orders", "VmSize:", "x\\nVmSize:\t1 kB", ""] {
+            assert!(!has_memory(status(name).as_bytes()), "{name}");
+            let lives = status(name) + "VmPeak:\t  2 kB\nVmSize:\t  1 kB\n";
+            assert!(has_memory(lives.as_bytes()), "{name}");
         }
         let mut child = sleeping();
         let directory = open_directory(child.id()).unwrap().unwrap();
