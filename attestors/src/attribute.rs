@@ -96,3 +96,12 @@ impl AttributeSelection {
         })
     }
 }
+
+/// Bytes as attributes and records show them: in lower-case hexadecimal, two digits each.
+pub fn hexadecimal(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}

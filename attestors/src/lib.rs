@@ -36,7 +36,7 @@ mod platform;
 mod platform;
 
 pub use attestor::{Attestation, Attestor, AttributeDeclaration, Evidence, EvidenceKind};
-pub use attribute::{AttributeSelection, AttributeType, AttributeValue, Attributes};
+pub use attribute::{AttributeSelection, AttributeType, AttributeValue, Attributes, hexadecimal};
 pub use catalog::{Catalog, ConnectionAttestation};
 pub use clock::{Clock, SystemClock};
 pub use evidence::{EvidenceError, PeerEvidence, PresentedToken};

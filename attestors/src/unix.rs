@@ -6,7 +6,9 @@ use std::io;
 use async_trait::async_trait;
 
 use crate::attestor::{Attestation, Attestor, AttributeDeclaration, Evidence, EvidenceKind};
-use crate::attribute::{AttributeSelection, AttributeType, AttributeValue, Attributes};
+use crate::attribute::{
+    AttributeSelection, AttributeType, AttributeValue, Attributes, hexadecimal,
+};
 use crate::names;
 use crate::platform::Process;
 use crate::workload::FailureKind;
@@ -234,8 +236,4 @@ fn group_names(process: &Process) -> io::Result<BTreeSet<String>> {
         .chain(process.groups()?)
         .map(|gid| Ok(names::group(gid)?.unwrap_or_else(|| gid.to_string())))
         .collect()
-}
-
-fn hexadecimal(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

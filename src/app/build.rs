@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use countersign_attestors::{
-    Attestor, AttributeSelection, Catalog, OidcAttestor, SystemdAttestor, UnixAttestor,
+    Attestor, AttributeSelection, Catalog, OidcAttestor, SystemdAttestor, UnixAttestor, hexadecimal,
 };
 
 use crate::address::AddressGuard;
@@ -289,12 +289,7 @@ fn configuration_sha256(config: &Config) -> String {
             context.update(digest.as_ref());
         }
     }
-    context
-        .finish()
-        .as_ref()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    hexadecimal(context.finish().as_ref())
 }
 
 /// Whether a file of roots holds what it held.

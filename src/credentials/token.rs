@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
+use countersign_attestors::hexadecimal;
 use http::HeaderValue;
 use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
@@ -12,7 +13,7 @@ use super::backoff::random_fraction;
 use super::single_flight::Perishable;
 use crate::config::InjectionFormat;
 use crate::policy::Grant;
-use crate::providers::{MintedToken, hexadecimal};
+use crate::providers::MintedToken;
 
 const BEARER: &[u8] = b"Bearer ";
 

@@ -8,7 +8,7 @@ use cedar_policy::{
     ActionConstraint, Authorizer, Context, Entities, Entity, EntityUid, Policy, PolicyId,
     PolicySet, Request, ResourceConstraint, RestrictedExpression,
 };
-use countersign_attestors::{AttributeDeclaration, FailureKind, WorkloadFacts};
+use countersign_attestors::{AttributeDeclaration, FailureKind, WorkloadFacts, hexadecimal};
 use foldhash::fast::RandomState;
 use jiff::tz::TimeZone;
 use smallvec::{SmallVec, smallvec};
@@ -995,10 +995,7 @@ fn version_of(files: &[PolicyFile]) -> Arc<str> {
             context.update(part);
         }
     }
-    let digest = context.finish();
-    let mut version = String::new();
-    for byte in digest.as_ref().iter().take(8) {
-        version.push_str(&format!("{byte:02x}"));
-    }
+    let mut version = hexadecimal(context.finish().as_ref());
+    version.truncate(16);
     Arc::from(version)
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
-use countersign_attestors::{AttributeValue, Clock, PresentedToken, WorkloadFacts};
+use countersign_attestors::{AttributeValue, Clock, PresentedToken, WorkloadFacts, hexadecimal};
 use secrecy::SecretString;
 
 use crate::config::{CredentialConfig, Template, TemplatePart, TokenSource};
@@ -237,15 +237,6 @@ pub(crate) fn attributes_of(template: &Template) -> impl Iterator<Item = (String
     template.parts.iter().filter_map(|part| match part {
         TemplatePart::Literal(_) => None,
         TemplatePart::Attribute { group, name } => Some((group.clone(), name.clone())),
-    })
-}
-
-/// Lower-case hexadecimal.
-pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
     })
 }
 

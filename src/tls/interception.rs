@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use countersign_attestors::hexadecimal;
 use quick_cache::sync::Cache;
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, CidrSubnet, DistinguishedName, DnType,
@@ -29,7 +30,6 @@ use zeroize::Zeroizing;
 
 use super::{ALPN_HTTP1, ALPN_HTTP2};
 use crate::config::{CaSource, Interception};
-use crate::providers::hexadecimal;
 
 const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 const INTERMEDIATE_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use countersign_attestors::hexadecimal;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
@@ -259,13 +260,8 @@ async fn no_thread_keeps_what_it_does_not_need_and_callers_are_attested_all_the_
         .unwrap();
     let digest =
         aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &std::fs::read(&curl).unwrap());
-    let digest: String = digest
-        .as_ref()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
     let policies = ATTESTED
-        .replace("{sha256}", &digest)
+        .replace("{sha256}", &hexadecimal(digest.as_ref()))
         .replace("{curl}", curl.to_str().unwrap());
     let agent = Agent::start(None, DESTINATIONS, &policies).await;
     for uid in [None, Some(NOBODY)] {

@@ -4,6 +4,7 @@
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 
+use countersign_attestors::hexadecimal;
 use serde_json::Value;
 
 use crate::support::counts::reached;
@@ -112,11 +113,7 @@ fn request(method: &str, host: &str, body: &str) -> String {
 /// The hexadecimal SHA-256 of a token, as records have it.
 fn sha256(token: &str) -> String {
     let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, token.as_bytes());
-    digest
-        .as_ref()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    hexadecimal(digest.as_ref())
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use countersign::admin::AdminActions;
 use countersign::dev::api::Seen;
+use countersign_attestors::hexadecimal;
 use opentelemetry_proto::tonic::trace::v1::Span;
 use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use opentelemetry_proto::tonic::trace::v1::status::StatusCode;
@@ -31,10 +32,6 @@ async fn traced(collector: &Collector, settings: &str) -> World {
     let configuration = format!("{COMMON}{}{DESTINATIONS}", traces(&endpoint));
     world.start_agent(&configuration, POLICIES).await;
     world
-}
-
-fn hexadecimal(id: &[u8]) -> String {
-    id.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn says(span: &Span, name: &str) -> Option<String> {

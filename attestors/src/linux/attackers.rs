@@ -31,6 +31,7 @@ use crate::observers::look_here;
 use crate::{
     AttestationEnded, AttestedWorkload, Attestor, AttributeSelection, Catalog,
     ConnectionAttestation, EvidenceError, PeerEvidence, SystemClock, SystemdAttestor, UnixAttestor,
+    hexadecimal,
 };
 
 /// What the helper is to do: `ROLE ADDRESS`.
@@ -349,11 +350,7 @@ fn stated(workload: &AttestedWorkload, attribute: &str) -> Option<String> {
 
 fn sha256_of(path: &Path) -> String {
     let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &fs::read(path).unwrap());
-    digest
-        .as_ref()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    hexadecimal(digest.as_ref())
 }
 
 fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {

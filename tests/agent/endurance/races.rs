@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
 use std::os::unix::ffi::OsStrExt;
 
+use countersign_attestors::hexadecimal;
 use jiff::Timestamp;
 use serde_json::Value;
 use tokio::process::Command;
@@ -54,11 +55,7 @@ fn command_line_sha256(arguments: &[OsString], number: usize) -> String {
     let number = format!("{number:010}");
     line[..number.len()].copy_from_slice(number.as_bytes());
     let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &line);
-    digest
-        .as_ref()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    hexadecimal(digest.as_ref())
 }
 
 /// Whether `pid_max` is a matter of one namespace: before Linux 6.14 it is the machine's.

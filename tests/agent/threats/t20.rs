@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::Output;
 
 use aws_lc_rs::digest::{SHA256, digest};
+use countersign_attestors::hexadecimal;
 use tokio::process::Command;
 
 use crate::support::counts::reached;
@@ -28,12 +29,7 @@ fn rewritten(edited: &[u8], after: &[&[u8]]) -> Vec<u8> {
     let mut all = edited.to_vec();
     let mut before = edited.to_vec();
     for line in after {
-        let hash = digest(&SHA256, &before);
-        let hash: String = hash
-            .as_ref()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let hash = hexadecimal(digest(&SHA256, &before).as_ref());
         let line = String::from_utf8(line.to_vec()).unwrap();
         let (start, rest) = line.split_once("\"previous\":\"").unwrap();
         before = format!("{start}\"previous\":\"{hash}{}", &rest[64..]).into_bytes();
