@@ -4,7 +4,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use countersign_attestors::evidence::EvidenceError;
 use countersign_attestors::{
@@ -25,7 +25,7 @@ use crate::proxy::{Worker, audit_refusal};
 use crate::refusal::{Refusal, RefusalCode};
 use crate::request::Target;
 use crate::request_id::SessionId;
-use crate::streams::RequestBody;
+use crate::streams::{RequestBody, Stream};
 
 /// What a connection was accepted on.
 #[derive(Debug, Clone)]
@@ -62,9 +62,16 @@ pub struct Connection {
     pub tunnel: Option<Tunnel>,
     /// Takes interim responses, where the connection is HTTP/1.
     pub interim: Option<Arc<Interim>>,
+    /// What cuts it, when it is idle or may not go on.
+    pub stream: Rc<Stream>,
 }
 
 impl Connection {
+    /// A stream on this connection that may be idle for `idle`.
+    pub fn open(&self, idle: Duration) -> Rc<Stream> {
+        Stream::new(idle, Rc::downgrade(&self.stream))
+    }
+
     /// Has the destination's interim responses passed on. HTTP/1.0 knows none.
     pub fn pass_interim(&self, request: &mut Request<RequestBody>) {
         if let Some(interim) = &self.interim

@@ -461,7 +461,7 @@ audit: {sinks: [{type: stdout}]}
             let destination = &*TWO_HEADERS;
             let ours = HeaderValue::from_static("Bearer ours");
             put(&mut head, destination, &header, &ours);
-            let stream = crate::streams::Stream::new(Duration::from_secs(1));
+            let stream = crate::streams::Stream::new(Duration::from_secs(1), std::rc::Weak::new());
             stream.leads_to(Some(destination));
             let trailers = stream.without_credentials(trailers);
             let held: Vec<_> = [&head, &trailers]

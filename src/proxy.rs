@@ -244,7 +244,7 @@ async fn forward(
 ) -> Result<Response<ResponseBody>, Refusal> {
     let worker = &connection.worker;
     let upgrade = head.extensions.get::<hyper::upgrade::OnUpgrade>().cloned();
-    let stream = Stream::new(UNMATCHED_IDLE);
+    let stream = connection.open(UNMATCHED_IDLE);
     let replayable = body.is_end_stream();
     let body = match replayable {
         true => RequestBody::Empty,
@@ -704,7 +704,7 @@ async fn connect(
             ),
         )
     })??;
-    let stream = Stream::new(idle_of(destination));
+    let stream = connection.open(idle_of(destination));
     stream.hold(exchange.held.take());
     worker.open_streams.watch(
         &stream,

@@ -59,11 +59,13 @@ pub struct Stream {
     held: RefCell<Option<Held>>,
     destination: RefCell<Option<Arc<Destination>>>,
     watched: RefCell<Option<Watch>>,
+    /// The caller's connection that it is open on, if it is on one.
+    outer: Weak<Stream>,
 }
 
 impl Stream {
-    /// A stream that may be idle for `idle`.
-    pub fn new(idle: Duration) -> Rc<Self> {
+    /// A stream that may be idle for `idle`. While it may go on, `outer` is not idle.
+    pub fn new(idle: Duration, outer: Weak<Self>) -> Rc<Self> {
         Rc::new(Self {
             cut: Cell::new(None),
             active: Cell::new(true),
@@ -74,6 +76,7 @@ impl Stream {
             held: RefCell::new(None),
             destination: RefCell::new(None),
             watched: RefCell::new(None),
+            outer,
         })
     }
 
@@ -226,6 +229,8 @@ impl OpenStreams {
             if let Err(reason) = verdict.and_then(|()| permission.check()) {
                 tracing::debug!(%reason, "a stream was cut");
                 stream.cut(reason);
+            } else if let Some(outer) = stream.outer.upgrade() {
+                outer.touch();
             }
         }
     }
@@ -444,5 +449,47 @@ impl Drop for ResponseBody {
 fn give_back(connection: &mut Option<Lent>) {
     if let Some(lent) = connection.take() {
         lent.give_back();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Always;
+
+    impl Permission for Always {
+        fn check(&self) -> Result<(), CutReason> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_connection_is_idle_when_nothing_on_it_may_go_on() {
+        const IDLE: Duration = Duration::from_millis(50);
+        let streams = OpenStreams::default();
+        let open = |idle, outer| {
+            let stream = Stream::new(idle, outer);
+            streams.watch(&stream, Rc::new(Always));
+            stream
+        };
+        let sweep_for = |period: Duration| {
+            let began = Instant::now();
+            while began.elapsed() < period {
+                streams.sweep();
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        let connection = open(IDLE, Weak::new());
+        let tunnel = open(IDLE, Rc::downgrade(&connection));
+        let response = open(4 * IDLE, Rc::downgrade(&tunnel));
+        sweep_for(3 * IDLE);
+        assert_eq!(connection.cut_reason(), None);
+        assert_eq!(tunnel.cut_reason(), None);
+        // Nobody reads it: it is held, and does not hold the others.
+        sweep_for(6 * IDLE);
+        for stream in [response, tunnel, connection] {
+            assert_eq!(stream.cut_reason(), Some(CutReason::Idle));
+        }
     }
 }

@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::pin::Pin;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -40,7 +40,7 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const MAXIMUM_STREAMS: u32 = 250;
 /// How long the first request of a new connection is waited for when the agent ends.
 const FIRST_REQUEST: Duration = Duration::from_secs(5);
-/// How long an HTTP/2 connection may be idle.
+/// How long a connection may be idle, where HTTP/1 has no shorter limit.
 const CONNECTION_IDLE: Duration = Duration::from_secs(3600);
 
 /// How long a connection that was cut may take to end in good order. What is open on it is cut by itself.
@@ -56,6 +56,7 @@ where
         return;
     };
     let connection = Rc::new(Connection {
+        stream: Stream::new(head_timeout(&worker.agent), Weak::new()),
         worker,
         entry,
         caller,
@@ -76,13 +77,17 @@ where
     Io: AsyncRead + AsyncWrite + Unpin,
 {
     let mut phases = agent.phase.subscribe();
-    let head_timeout = agent.snapshot.load().config.limits.head_timeout;
     tokio::select! {
         biased;
-        sniffed = timeout(head_timeout, sniff(io)) => sniffed.ok()?.ok(),
+        sniffed = timeout(head_timeout(agent), sniff(io)) => sniffed.ok()?.ok(),
         // A caller that connected just before has said by now what it wants.
         () = until(Phase::Closing, &mut phases) => None,
     }
+}
+
+/// How long whoever asks nothing keeps a place, also with the preface of HTTP/2.
+fn head_timeout(agent: &Agent) -> Duration {
+    agent.snapshot.load().config.limits.head_timeout
 }
 
 /// Serves the inside of an intercepted tunnel: TLS under a leaf for its host, or plain HTTP.
@@ -99,15 +104,18 @@ pub async fn serve_tunnel(
     let Ok(Ok((protocol, io))) = timeout(SNIFF_TIMEOUT, sniff(TokioIo::new(upgraded))).await else {
         return;
     };
-    let inside = |scheme, target: Target, http1| {
+    let worker = Rc::clone(&outer.worker);
+    // The tunnel keeps nothing of the connection that it has taken over.
+    let inside = move |scheme, target, http1| {
         Rc::new(Connection {
+            stream: outer.open(head_timeout(&outer.worker.agent)),
             worker: Rc::clone(&outer.worker),
             entry: outer.entry.clone(),
             caller: Rc::clone(&outer.caller),
             tunnel: Some(Tunnel {
                 target,
                 scheme,
-                presented: presented.clone(),
+                presented,
                 valid_until: Cell::new(None),
             }),
             interim: interim_for(http1),
@@ -126,7 +134,7 @@ pub async fn serve_tunnel(
             // Boxed: the tunnel keeps nothing of its handshake.
             let accepted = Box::pin(timeout(
                 HANDSHAKE_TIMEOUT,
-                accept_intercepted(&outer.worker, &target, io),
+                accept_intercepted(&worker, &target, io),
             ))
             .await;
             drop(place);
@@ -197,7 +205,7 @@ where
 /// Ends a connection in good order when the agent is, and when its caller's attestation ends: exit,
 /// exec, or expiry of what it presented.
 struct CallerLives {
-    connection: std::rc::Weak<Connection>,
+    connection: Weak<Connection>,
     /// The phase of the agent in which it ends.
     ends_in: Phase,
     began: Instant,
@@ -247,8 +255,7 @@ where
     } = worker.agent.snapshot.load().config.limits;
     let interim = connection.interim.clone().unwrap_or_default();
     let unreadable = Unreadable::of(&connection);
-    // Whoever asks nothing keeps no place for long, an HTTP/2 connection with its preface neither.
-    let stream = Stream::new(head_timeout);
+    let stream = Rc::clone(&connection.stream);
     let is_used = Rc::new(Cell::new(false));
     worker.open_streams.watch(
         &stream,
@@ -264,29 +271,26 @@ where
             is_used: Rc::clone(&is_used),
         }),
     );
-    let service = {
-        let stream = Rc::clone(&stream);
-        service_fn(move |request: Request<Incoming>| {
-            stream.touch();
-            stream.may_idle(CONNECTION_IDLE);
-            is_used.set(true);
-            let connection = Rc::clone(&connection);
-            async move {
-                let owed = connection.interim.as_ref().map(Owed::on);
-                let agent = Arc::clone(&connection.worker.agent);
-                let is_connect = request.method() == Method::CONNECT;
-                // Boxed: idle connections keep none of its state.
-                let mut response = Box::pin(answer(connection, request)).await;
-                if let Some(owed) = &owed {
-                    owed.settle(changes_protocol(is_connect, response.status()));
-                }
-                if !http2 && !is_connect && agent.has_come_to(Phase::LastAnswers) {
-                    say_last(&mut response);
-                }
-                Ok::<_, Infallible>(response.map(|body| OwedBody { body, _owed: owed }))
+    let service = service_fn(move |request: Request<Incoming>| {
+        connection.stream.touch();
+        connection.stream.may_idle(CONNECTION_IDLE);
+        is_used.set(true);
+        let connection = Rc::clone(&connection);
+        async move {
+            let owed = connection.interim.as_ref().map(Owed::on);
+            let agent = Arc::clone(&connection.worker.agent);
+            let is_connect = request.method() == Method::CONNECT;
+            // Boxed: idle connections keep none of its state.
+            let mut response = Box::pin(answer(connection, request)).await;
+            if let Some(owed) = &owed {
+                owed.settle(changes_protocol(is_connect, response.status()));
             }
-        })
-    };
+            if !http2 && !is_connect && agent.has_come_to(Phase::LastAnswers) {
+                say_last(&mut response);
+            }
+            Ok::<_, Infallible>(response.map(|body| OwedBody { body, _owed: owed }))
+        }
+    });
     // Boxed: a connection keeps the state of what it speaks, and not the room for all that it might.
     let ended = if http2 {
         let served = http2::Builder::new(LocalExecutor)
