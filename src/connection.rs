@@ -48,6 +48,8 @@ pub struct Tunnel {
     pub presented: Option<PresentedToken>,
     /// When that token expires, once it was verified: the tunnel ends then.
     pub valid_until: Cell<Option<SystemTime>>,
+    /// Held until a request in it is attested.
+    pub place: RefCell<Option<Place>>,
 }
 
 /// A connection from a workload, or a tunnel inside one.
@@ -70,6 +72,15 @@ impl Connection {
     /// A stream on this connection that may be idle for `idle`.
     pub fn open(&self, idle: Duration) -> Rc<Stream> {
         Stream::new(idle, Rc::downgrade(&self.stream))
+    }
+
+    /// Whether no request of it was attested: then it keeps a place among those of whom nothing is known.
+    pub fn is_unattested(&self) -> bool {
+        let place = match &self.tunnel {
+            Some(tunnel) => &tunnel.place,
+            None => &self.caller.place,
+        };
+        place.borrow().is_some()
     }
 
     /// Has the destination's interim responses passed on. HTTP/1.0 knows none.

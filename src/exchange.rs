@@ -130,6 +130,9 @@ impl Exchange {
         let session = connection
             .caller
             .session(&self.agent, limits, listener, &workload)?;
+        if let Some(tunnel) = &connection.tunnel {
+            tunnel.place.take();
+        }
         self.note(|record| {
             record.session = Some(session.id);
             record.workload = Some(session.summary);

@@ -7,8 +7,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::telemetry::metrics::ListenerMetrics;
 
-/// How many connections and opening tunnels of one listener may wait to be attested: more than any fleet
-/// of honest callers opens at once, and 64 MiB or so.
+/// How many connections and tunnels of one listener may wait for a request whose caller is attested: more than
+/// any fleet of honest callers opens at once, and 64 MiB or so while they say nothing.
 pub const UNATTESTED: usize = 16_384;
 
 /// A listener's places for connections and tunnels whose callers are not attested yet.

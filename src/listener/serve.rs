@@ -1,6 +1,6 @@
 //! Serves HTTP on accepted connections and inside tunnels.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::rc::{Rc, Weak};
@@ -40,7 +40,7 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const MAXIMUM_STREAMS: u32 = 250;
 /// How long the first request of a new connection is waited for when the agent ends.
 const FIRST_REQUEST: Duration = Duration::from_secs(5);
-/// How long a connection may be idle, where HTTP/1 has no shorter limit.
+/// How long a connection whose caller was attested may be idle, where HTTP/1 has no shorter limit.
 const CONNECTION_IDLE: Duration = Duration::from_secs(3600);
 
 /// How long a connection that was cut may take to end in good order. What is open on it is cut by itself.
@@ -97,7 +97,7 @@ pub async fn serve_tunnel(
     target: Target,
     presented: Option<PresentedToken>,
 ) {
-    // Until it is known what is spoken inside: then what it asks is its identity's.
+    // Until a request in it is attested: what it asks is its identity's.
     let Some(place) = outer.entry.places.take() else {
         return;
     };
@@ -117,19 +117,14 @@ pub async fn serve_tunnel(
                 scheme,
                 presented,
                 valid_until: Cell::new(None),
+                place: RefCell::new(Some(place)),
             }),
             interim: interim_for(http1),
         })
     };
     match protocol {
-        Protocol::Http1 => {
-            drop(place);
-            serve(inside(Scheme::Http, target, true), io, false).await;
-        }
-        Protocol::Http2 => {
-            drop(place);
-            serve(inside(Scheme::Http, target, false), io, true).await;
-        }
+        Protocol::Http1 => serve(inside(Scheme::Http, target, true), io, false).await,
+        Protocol::Http2 => serve(inside(Scheme::Http, target, false), io, true).await,
         Protocol::Tls => {
             // Boxed: the tunnel keeps nothing of its handshake.
             let accepted = Box::pin(timeout(
@@ -137,7 +132,6 @@ pub async fn serve_tunnel(
                 accept_intercepted(&worker, &target, io),
             ))
             .await;
-            drop(place);
             match accepted {
                 Ok(Ok((stream, http2))) => {
                     serve(inside(Scheme::Https, target, !http2), stream, http2).await;
@@ -281,7 +275,13 @@ where
             let agent = Arc::clone(&connection.worker.agent);
             let is_connect = request.method() == Method::CONNECT;
             // Boxed: idle connections keep none of its state.
-            let mut response = Box::pin(answer(connection, request)).await;
+            let mut response = Box::pin(answer(Rc::clone(&connection), request)).await;
+            connection
+                .stream
+                .may_idle(match connection.is_unattested() {
+                    true => head_timeout,
+                    false => CONNECTION_IDLE,
+                });
             if let Some(owed) = &owed {
                 owed.settle(changes_protocol(is_connect, response.status()));
             }

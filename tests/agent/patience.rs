@@ -3,8 +3,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use countersign::config::{Bind, SocketAccess};
 use countersign::listener::{BoundListener, Workers, accept};
+use http::{Method, Request};
+use http_body_util::Empty;
+use hyper::client::conn::http2;
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
@@ -58,6 +64,31 @@ impl Proxy {
     }
 }
 
+/// HTTP/2 in clear, and what ends with the connection.
+async fn http2(io: TcpStream) -> (http2::SendRequest<Empty<Bytes>>, JoinHandle<()>) {
+    let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(io))
+        .await
+        .unwrap();
+    let ended = tokio::spawn(async move {
+        let _ = connection.await;
+    });
+    (sender, ended)
+}
+
+/// A request without a body.
+fn asked(method: Method, uri: &str) -> Request<Empty<Bytes>> {
+    let request = Request::builder().method(method).uri(uri);
+    request.body(Empty::new()).unwrap()
+}
+
+/// The inside of a tunnel that is intercepted.
+async fn tunnel(sender: &mut http2::SendRequest<Empty<Bytes>>) -> TokioIo<Upgraded> {
+    let connect = asked(Method::CONNECT, "plain.example.test:80");
+    let opened = sender.send_request(connect).await.unwrap();
+    assert_eq!(opened.status(), 200);
+    TokioIo::new(hyper::upgrade::on(opened).await.unwrap())
+}
+
 /// Waits until nothing more comes; how long that took.
 async fn closed(mut io: TcpStream) -> Duration {
     let began = Instant::now();
@@ -68,9 +99,10 @@ async fn closed(mut io: TcpStream) -> Duration {
     began.elapsed()
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn whoever_says_nothing_is_closed() {
-    const HEAD: Duration = Duration::from_secs(2);
+/// How long the agent of [`impatient`] waits for a head.
+const HEAD: Duration = Duration::from_secs(2);
+
+async fn impatient() -> World {
     let mut world = World::servers().await;
     let limits = format!(
         "limits: {{per_identity: {{head_timeout: {}s}}}}",
@@ -79,7 +111,13 @@ async fn whoever_says_nothing_is_closed() {
     world
         .start_agent(&format!("{COMMON}{limits}\n{DESTINATIONS}"), POLICIES)
         .await;
-    let asked = world.plain_api.seen().len();
+    world
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_says_nothing_is_closed() {
+    let world = impatient().await;
+    let seen = world.plain_api.seen().len();
     let proxy = world.target("proxy");
     let mut waiting = Vec::new();
     for said in [
@@ -121,7 +159,7 @@ async fn whoever_says_nothing_is_closed() {
         assert!(waited > HEAD / 2, "{waited:?}");
         silent += 1;
     }
-    assert_eq!(world.plain_api.seen().len(), asked + 1);
+    assert_eq!(world.plain_api.seen().len(), seen + 1);
     reached("silent", silent);
 }
 
@@ -172,4 +210,63 @@ async fn only_so_many_wait_to_be_attested() {
     .await;
     world.good().await;
     reached("refused_places", 3);
+}
+
+/// Whoever asks only what is refused before the caller is attested has no more time than who asks nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_not_attested_keeps_no_connection() {
+    let world = impatient().await;
+    let proxy = TcpStream::connect(world.target("proxy")).await.unwrap();
+    let (mut sender, ended) = http2(proxy).await;
+    let trace = asked(Method::TRACE, "http://plain.example.test/v1/orders");
+    let refused = sender.send_request(trace).await.unwrap();
+    assert_eq!(refused.status(), 405);
+    let closed = tokio::time::timeout(SOON, ended).await;
+    closed.expect("the connection is closed").unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_stays_for_the_tunnels_in_it() {
+    const INSIDE: &str = "GET /v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
+    /// Longer than a connection that is cut has to end.
+    const LONG: Duration = Duration::from_secs(10);
+    let world = impatient().await;
+    let proxy = TcpStream::connect(world.target("proxy")).await.unwrap();
+    let (mut sender, ended) = http2(proxy).await;
+    let mut inside = tunnel(&mut sender).await;
+    let began = Instant::now();
+    while began.elapsed() < LONG {
+        exchange(&mut inside, INSIDE).await.expect(200);
+        tokio::time::sleep(HEAD / 4).await;
+    }
+    assert!(!ended.is_finished());
+    drop(inside);
+    let closed = tokio::time::timeout(SOON, ended).await;
+    closed.expect("the connection is closed").unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tunnel_has_a_place_until_somebody_in_it_is_attested() {
+    let world = World::start().await;
+    world.good().await;
+    let proxy = Proxy::start(&world, 3).await;
+    let (mut sender, _) = http2(proxy.connect().await).await;
+    let mut tunnels = [tunnel(&mut sender).await, tunnel(&mut sender).await];
+    for inside in &mut tunnels {
+        inside
+            .write_all(b"GET /v1/orders HTTP/1.1\r\nX: ")
+            .await
+            .unwrap();
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    closed(proxy.connect().await).await;
+    // The connection's place, and that of one tunnel.
+    let rest = "x\r\nHost: plain.example.test\r\n\r\n";
+    exchange(&mut tunnels[0], rest).await.expect(200);
+    let mut attested = [proxy.connect().await, proxy.connect().await];
+    closed(proxy.connect().await).await;
+    for io in &mut attested {
+        exchange(io, PLAIN).await.expect(200);
+    }
+    exchange(&mut tunnels[1], rest).await.expect(200);
 }
