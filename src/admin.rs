@@ -23,6 +23,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::audit::Audit;
@@ -44,6 +46,13 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long accepting pauses when descriptors have run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// How many connections to `admin.metrics_bind` are served at one time; more wait. Whoever opens them without
+/// end takes no descriptors from requests, and probes are answered when callers have most of them.
+const METRICS_CONNECTIONS: usize = 64;
+
+/// How long one of them stays, also where the other end does not read.
+const METRICS_LONGEST: Duration = Duration::from_secs(300);
 
 /// What to revoke, and for how long: the body of `POST /v1/revocations`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -279,7 +288,9 @@ impl AdminServer {
             loop {
                 match socket.listener.accept().await {
                     Ok((stream, _)) => {
-                        serve(stream, Arc::clone(&actions), Reach::Everything, &stop)
+                        let end = stop.clone().cancelled_owned();
+                        let reach = Reach::Everything;
+                        tokio::spawn(serve(stream, Arc::clone(&actions), reach, end));
                     }
                     Err(error) => pause(&error).await,
                 }
@@ -287,14 +298,26 @@ impl AdminServer {
         };
         let tcp = async {
             let Some(metrics) = &self.tcp else { return };
+            let places = Arc::new(Semaphore::new(METRICS_CONNECTIONS));
             loop {
+                let accept = async {
+                    let place = Arc::clone(&places).acquire_owned().await;
+                    let (stream, _) = metrics.listener.accept().await?;
+                    io::Result::Ok((place, stream))
+                };
                 let accepted = tokio::select! {
                     () = ending.cancelled(), if metrics.outlives_us => return,
-                    accepted = metrics.listener.accept() => accepted,
+                    accepted = accept => accepted,
                 };
                 match accepted {
-                    Ok((stream, _)) => {
-                        serve(stream, Arc::clone(&actions), Reach::HealthAndMetrics, &stop);
+                    Ok((place, stream)) => {
+                        let end = timeout(METRICS_LONGEST, stop.clone().cancelled_owned());
+                        let reach = Reach::HealthAndMetrics;
+                        let served = serve(stream, Arc::clone(&actions), reach, end);
+                        tokio::spawn(async move {
+                            served.await;
+                            drop(place);
+                        });
                     }
                     Err(error) => pause(&error).await,
                 }
@@ -394,35 +417,33 @@ enum Reach {
     HealthAndMetrics,
 }
 
-fn serve(
-    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+/// Serves a connection until it ends; after `end` for [`HEAD_TIMEOUT`] at most.
+async fn serve(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
     actions: Arc<dyn AdminActions>,
     reach: Reach,
-    stop: &CancellationToken,
+    end: impl Future,
 ) {
-    let stop = stop.clone();
-    tokio::spawn(async move {
-        let service = service_fn(move |request: Request<Incoming>| {
-            let actions = Arc::clone(&actions);
-            async move {
-                let response = answer(request, &*actions, reach).await;
-                Ok::<_, Infallible>(response.map(Full::new))
-            }
-        });
-        let connection = http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(HEAD_TIMEOUT)
-            .serve_connection(TokioIo::new(stream), service);
-        let mut connection = std::pin::pin!(connection);
-        tokio::select! {
-            // A client that went away needs no answer.
-            _ = connection.as_mut() => {}
-            () = stop.cancelled() => {
-                connection.as_mut().graceful_shutdown();
-                let _ = tokio::time::timeout(HEAD_TIMEOUT, connection).await;
-            }
+    let service = service_fn(move |request: Request<Incoming>| {
+        let actions = Arc::clone(&actions);
+        async move {
+            let response = answer(request, &*actions, reach).await;
+            Ok::<_, Infallible>(response.map(Full::new))
         }
     });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = std::pin::pin!(connection);
+    tokio::select! {
+        // A client that went away needs no answer.
+        _ = connection.as_mut() => {}
+        _ = end => {
+            connection.as_mut().graceful_shutdown();
+            let _ = timeout(HEAD_TIMEOUT, connection).await;
+        }
+    }
 }
 
 async fn answer(

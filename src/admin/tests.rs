@@ -276,6 +276,27 @@ async fn tcp_serves_health_and_metrics_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn only_so_many_scrapes_are_served_at_one_time() {
+    let running = Running::start().await;
+    let AgentAddress::Tcp(address) = &running.tcp else {
+        panic!("it is TCP");
+    };
+    let mut idle = Vec::new();
+    for _ in 0..METRICS_CONNECTIONS {
+        idle.push(tokio::net::TcpStream::connect(address).await.unwrap());
+    }
+    let scrape = ask(&running.tcp, Method::GET, "/livez", HeaderMap::new(), None);
+    let mut scrape = std::pin::pin!(scrape);
+    let waits = timeout(Duration::from_secs(1), scrape.as_mut()).await;
+    assert!(waits.is_err());
+    // The socket has no such limit.
+    assert_eq!(running.ask(Method::GET, "/livez", None).await.status, 200);
+    idle.pop();
+    let answer = timeout(HEAD_TIMEOUT / 2, scrape).await.unwrap().unwrap();
+    assert_eq!(answer.status, 200);
+}
+
+#[tokio::test]
 async fn the_socket_is_the_owners_alone_and_is_not_taken_from_a_listener() {
     let running = Running::start().await;
     let mode = std::fs::metadata(running.socket())
