@@ -360,7 +360,7 @@ impl Upstreams {
                         .map_err(|error| tls_refusal(way, &error))?;
                     let http2 = stream.get_ref().1.alpn_protocol() == Some(ALPN_HTTP2);
                     if !http1_only {
-                        self.remember_protocol(way.target, http2);
+                        self.remember_protocol(way, http2);
                     }
                     handshake(stream, http2, way).await
                 }
@@ -383,11 +383,12 @@ impl Upstreams {
             })
     }
 
-    fn remember_protocol(&self, target: &Target, http2: bool) {
+    /// Of unmatched traffic nothing is remembered: callers choose where it goes.
+    fn remember_protocol(&self, way: &Way<'_>, http2: bool) {
         let mut http1_only = self.http1_only.borrow_mut();
-        match http2 {
-            true => http1_only.remove(target),
-            false => http1_only.insert(target.clone()),
+        match http2 || way.destination.is_none() {
+            true => http1_only.remove(way.target),
+            false => http1_only.insert(way.target.clone()),
         };
     }
 
@@ -745,5 +746,22 @@ mod tests {
         assert_eq!(unused.so_far(false, at(31)), IDLE);
         assert_eq!(unused.so_far(true, at(32)), Duration::ZERO);
         assert_eq!(unused.so_far(false, at(90)), Duration::ZERO);
+    }
+
+    #[tokio::test]
+    async fn nothing_is_remembered_of_where_unmatched_traffic_goes() {
+        let upstreams = Upstreams::new(tokio::runtime::Handle::current());
+        let target = Target::parse("any.example.test:443", None).unwrap();
+        let way = Way {
+            destination: None,
+            scheme: Scheme::Https,
+            target: &target,
+            tls: None,
+            guard: &AddressGuard::new(&[], Arc::new([])),
+            connect_timeout: READY,
+            connect_to: None,
+        };
+        upstreams.remember_protocol(&way, false);
+        assert!(upstreams.http1_only.borrow().is_empty());
     }
 }
