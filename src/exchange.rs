@@ -33,6 +33,8 @@ pub struct Exchange {
     agent: Arc<Agent>,
     request_id: RequestId,
     began_at: Duration,
+    /// Since when a destination is waited for, while it is.
+    waits_since: Option<Duration>,
     /// Gone once it is written.
     record: Option<Box<RequestRecord>>,
     /// The identity's place among its requests in flight.
@@ -72,6 +74,7 @@ impl Exchange {
         Self {
             request_id,
             began_at: agent.clock.monotonic(),
+            waits_since: None,
             record: Some(Box::new(record)),
             held: None,
             lease: None,
@@ -99,11 +102,17 @@ impl Exchange {
         }
     }
 
-    /// Notes that the request was sent, or a connection was opened for it, at the monotonic time
-    /// `sent_at`, and that the wait for it is over.
-    pub fn sent(&mut self, sent_at: Duration) {
-        let waited = self.agent.clock.monotonic().saturating_sub(sent_at);
-        self.note(|record| record.latency.upstream += waited);
+    /// Notes that the destination is waited for: the request is sent, or a connection opened for it.
+    pub fn waits(&mut self) {
+        self.waits_since = Some(self.agent.clock.monotonic());
+    }
+
+    /// Notes that the wait is over, if there is one.
+    pub fn waited(&mut self) {
+        if let Some(since) = self.waits_since.take() {
+            let waited = self.agent.clock.monotonic().saturating_sub(since);
+            self.note(|record| record.latency.upstream += waited);
+        }
     }
 
     /// Counts an attempt to send the request.
@@ -308,6 +317,7 @@ impl Exchange {
 
     /// Writes the record. `Err` when it cannot be queued; then the response must not be released.
     pub fn finish(&mut self, status: StatusCode, outcome: Outcome) -> Result<RequestId, RequestId> {
+        self.waited();
         let Some(mut record) = self.record.take() else {
             return Ok(self.request_id);
         };

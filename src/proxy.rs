@@ -586,15 +586,15 @@ async fn send(
     let response_timeout = destination.map_or(UNMATCHED_RESPONSE_TIMEOUT, |destination| {
         destination.timeouts.response_headers
     });
-    let sent_at = worker.agent.clock.monotonic();
     exchange.attempt();
+    exchange.waits();
     stream.await_answer(way.connect_timeout + response_timeout);
     let answered = worker
         .upstreams
         .send(upstream, workload.isolation_key(), &way)
         .await;
     stream.answered();
-    exchange.sent(sent_at);
+    exchange.waited();
     answered
 }
 
@@ -692,9 +692,9 @@ async fn connect(
     exchange.destination(snapshot, destination);
     let grant = permit_tunnel(worker, snapshot, &workload, &asked.target, Some(exchange))?;
     let way = way_to(snapshot, destination, &asked);
-    let sent_at = worker.agent.clock.monotonic();
+    exchange.waits();
     let dialled = tokio::time::timeout(way.connect_timeout, worker.upstreams.dial(&way)).await;
-    exchange.sent(sent_at);
+    exchange.waited();
     let upstream = dialled.map_err(|_| {
         Refusal::new(
             RefusalCode::UpstreamTimeout,
