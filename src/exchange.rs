@@ -16,7 +16,7 @@ use crate::config::{CredentialConfig, Destination};
 use crate::connection::Connection;
 use crate::credentials::{self, Credential, NotObtained};
 use crate::inject::{NotInjected, UpstreamRequest, inject, pass, report};
-use crate::limits::Held;
+use crate::limits::{Held, Holding};
 use crate::policy::{Denial, Grant, Lease, Question, Resource};
 use crate::problem::{self, Surface};
 use crate::proxy::{Verdict, Worker};
@@ -131,6 +131,35 @@ impl Exchange {
             .caller
             .attest(&snapshot.catalog, presented)
             .await?;
+        let holding = self.attested(connection, snapshot, &workload)?;
+        let limits = &snapshot.config.limits;
+        self.held = Some(holding.request(limits, self.began_at).await?);
+        Ok(workload)
+    }
+
+    /// As [`Self::attest`], after a reload that changed the attestors: the request keeps its place among
+    /// those in flight.
+    pub async fn attest_again(
+        &mut self,
+        connection: &Connection,
+        snapshot: &Snapshot,
+        presented: Option<&PresentedToken>,
+    ) -> Result<Arc<AttestedWorkload>, Refusal> {
+        let workload = connection
+            .caller
+            .attest(&snapshot.catalog, presented)
+            .await?;
+        self.attested(connection, snapshot, &workload)?;
+        Ok(workload)
+    }
+
+    /// Notes the session of an attested caller; returns what its identity holds of the agent.
+    fn attested(
+        &mut self,
+        connection: &Connection,
+        snapshot: &Snapshot,
+        workload: &AttestedWorkload,
+    ) -> Result<Arc<Holding>, Refusal> {
         if let Some(tunnel) = &connection.tunnel {
             tunnel.valid_until.set(workload.valid_until());
         }
@@ -138,7 +167,7 @@ impl Exchange {
         let listener = &connection.entry.listener;
         let session = connection
             .caller
-            .session(&self.agent, limits, listener, &workload)?;
+            .session(&self.agent, limits, listener, workload)?;
         if let Some(tunnel) = &connection.tunnel {
             tunnel.place.take();
         }
@@ -146,8 +175,7 @@ impl Exchange {
             record.session = Some(session.id);
             record.workload = Some(session.summary);
         });
-        self.held = Some(session.holding.request(limits, self.began_at).await?);
-        Ok(workload)
+        Ok(session.holding)
     }
 
     /// Notes the destination that the request matched.

@@ -206,7 +206,11 @@ async fn walk(
         head.headers.remove(AUTHORIZATION);
     }
     exchange.propagate(&mut head.headers);
-    let response = forward(connection, exchange, snapshot, workload, asked, head, body).await?;
+    let sent = (head, body);
+    let forwarded = forward(
+        connection, exchange, snapshot, workload, presented, asked, sent,
+    );
+    let response = forwarded.await?;
     Ok(Answer::Response(response))
 }
 
@@ -232,15 +236,16 @@ fn gateway_destination<'a>(
 }
 
 /// Decides, obtains, injects and sends; decides again when policies were replaced meanwhile, and
-/// once after the destination rejected the token.
+/// once after the destination rejected the token. Where attestors were replaced as well, what they
+/// establish is decided by.
 async fn forward(
     connection: &Rc<Connection>,
     exchange: &mut Exchange,
     mut snapshot: Arc<Snapshot>,
-    workload: Arc<AttestedWorkload>,
+    mut workload: Arc<AttestedWorkload>,
+    presented: Option<PresentedToken>,
     asked: Arc<EgressRequest>,
-    mut head: http::request::Parts,
-    body: Incoming,
+    (mut head, body): (http::request::Parts, Incoming),
 ) -> Result<Response<ResponseBody>, Refusal> {
     let worker = &connection.worker;
     let upgrade = head.extensions.get::<hyper::upgrade::OnUpgrade>().cloned();
@@ -256,12 +261,16 @@ async fn forward(
     connection.pass_interim(&mut request);
     let permission = Rc::new(OpenRequest {
         worker: Rc::downgrade(worker),
-        workload: Arc::clone(&workload),
         asked: Arc::clone(&asked),
         under: RefCell::new(None),
     });
 
     for _ in 0..DECISIONS_PER_REQUEST {
+        if !workload.is_attested_by(&snapshot.catalog) {
+            workload = exchange
+                .attest_again(connection, &snapshot, presented.as_ref())
+                .await?;
+        }
         stay_in_gateway(connection, &snapshot, &asked)?;
         let decided = worker.decide(&snapshot, &workload, &asked, exchange);
         let Permitted {
@@ -291,7 +300,8 @@ async fn forward(
             Err(NotInjected::Refused(refusal)) => return Err(refusal),
         };
         let is_upgrade = upstream.is_upgrade();
-        permission.hold(worker, &stream, exchange.lease.take(), credential.as_ref());
+        let under = Under::new(exchange.lease.take(), &workload, credential.as_ref());
+        permission.hold(worker, &stream, under);
         stream.hold(exchange.held.take());
         let sent = send(
             worker,
@@ -527,6 +537,10 @@ impl Worker {
                     .and_then(|credential| revocations.token_is_revoked(credential.token_sha256()))
                 {
                     return token_revoked(revocation);
+                }
+                if !workload.is_attested_by(&snapshot.catalog) {
+                    let detail = "the attestors were replaced before the destination answered";
+                    return Refusal::new(RefusalCode::AttestationEnded, detail);
                 }
                 match self.decide(&snapshot, workload, asked, exchange) {
                     Err(refusal) => refusal,
@@ -779,7 +793,6 @@ fn permit_tunnel(
 /// snapshot.
 struct OpenRequest {
     worker: Weak<Worker>,
-    workload: Arc<AttestedWorkload>,
     asked: Arc<EgressRequest>,
     under: RefCell<Option<Under>>,
 }
@@ -789,7 +802,27 @@ enum Under {
     /// A grant's lease, and what was injected; nothing where `connect` was granted.
     Lease(Lease, Option<Injected>),
     /// Nothing but the destination's word that denials are only reported.
-    ReportOnly,
+    ReportOnly(Arc<AttestedWorkload>),
+}
+
+impl Under {
+    /// What was decided about `workload`: a lease, or that a denial is only reported.
+    fn new(
+        lease: Option<Lease>,
+        workload: &Arc<AttestedWorkload>,
+        credential: Option<&Credential>,
+    ) -> Self {
+        let injected = |credential: &Credential| {
+            Some(Injected {
+                credential: Arc::clone(credential.grant().credential()?),
+                token_sha256: credential.token_sha256_shared(),
+            })
+        };
+        match lease {
+            Some(lease) => Self::Lease(lease, credential.and_then(injected)),
+            None => Self::ReportOnly(Arc::clone(workload)),
+        }
+    }
 }
 
 /// A credential, and the SHA-256 of its token.
@@ -800,25 +833,7 @@ struct Injected {
 
 impl OpenRequest {
     /// Holds `stream` under what was decided last.
-    fn hold(
-        self: &Rc<Self>,
-        worker: &Worker,
-        stream: &Rc<Stream>,
-        lease: Option<Lease>,
-        credential: Option<&Credential>,
-    ) {
-        let under = match lease {
-            Some(lease) => Under::Lease(
-                lease,
-                credential.and_then(|credential| {
-                    Some(Injected {
-                        credential: Arc::clone(credential.grant().credential()?),
-                        token_sha256: credential.token_sha256_shared(),
-                    })
-                }),
-            ),
-            None => Under::ReportOnly,
-        };
+    fn hold(self: &Rc<Self>, worker: &Worker, stream: &Rc<Stream>, under: Under) {
         if self.under.borrow_mut().replace(under).is_none() {
             worker
                 .open_streams
@@ -862,12 +877,12 @@ impl Permission for OpenRequest {
                 )?;
                 worker.ask(&snapshot, workload, &question).ok()
             }),
-            Some(Under::ReportOnly) => {
+            Some(Under::ReportOnly(workload)) => {
                 let reports = matches!(
                     route(&snapshot.routes, &self.asked),
                     Route::Destination(destination) if destination.mode == Mode::ReportOnly
                 );
-                match reports && self.workload.check_liveness(wall).is_ok() {
+                match reports && workload.check_liveness(wall).is_ok() {
                     true => Ok(()),
                     false => Err(CutReason::PermissionEnded),
                 }
@@ -894,7 +909,8 @@ impl Permission for Tunnelled {
     }
 }
 
-/// Checks a lease; decides again where policies were replaced since.
+/// Checks a lease; decides again where policies were replaced since. Where attestors were replaced as
+/// well, what they would establish is not known, and a `forbid` may read it: the lease ends.
 fn renew(
     lease: &mut Lease,
     snapshot: &Arc<Snapshot>,
@@ -906,6 +922,9 @@ fn renew(
         Err(LeaseEnded::Attestation(_)) => Err(CutReason::PermissionEnded),
         Err(LeaseEnded::SnapshotReplaced | LeaseEnded::PolicyExpired) => {
             let workload = Arc::clone(lease.workload());
+            if !workload.is_attested_by(&snapshot.catalog) {
+                return Err(CutReason::PermissionEnded);
+            }
             let grant = decide(&workload).ok_or(CutReason::PermissionEnded)?;
             *lease = grant.lease().clone();
             // A decision says nothing of whether the workload still is who it was.

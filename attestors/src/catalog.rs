@@ -208,6 +208,7 @@ impl ConnectionAttestation {
             findings.valid_until,
             None,
             Arc::clone(&peer),
+            Arc::downgrade(&catalog),
         );
         Self {
             catalog,
@@ -265,7 +266,13 @@ impl ConnectionAttestation {
         let verified = (!findings.facts.groups.is_empty()).then(|| token.clone());
         let established = self.catalog.establish(facts, verified.as_ref());
         let valid_until = earlier(self.kernel.valid_until(), findings.valid_until);
-        AttestedWorkload::new(established, valid_until, verified, Arc::clone(&self.peer))
+        AttestedWorkload::new(
+            established,
+            valid_until,
+            verified,
+            Arc::clone(&self.peer),
+            Arc::downgrade(&self.catalog),
+        )
     }
 }
 

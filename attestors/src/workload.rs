@@ -1,13 +1,14 @@
 //! The result of attestation.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::SystemTime;
 
 use serde::Serialize;
 
 use crate::attribute::{AttributeValue, Attributes};
+use crate::catalog::Catalog;
 use crate::evidence::{PeerEvidence, PresentedToken};
 
 /// Everything established about a workload; what policies and records read.
@@ -170,6 +171,7 @@ pub struct IsolationKey(pub Arc<str>);
 ///     valid_until: None,
 ///     presented: None,
 ///     peer: std::sync::Arc::new(countersign_attestors::PeerEvidence::none()),
+///     catalog: std::sync::Weak::new(),
 /// };
 /// ```
 #[derive(Debug)]
@@ -180,6 +182,7 @@ pub struct AttestedWorkload {
     valid_until: Option<SystemTime>,
     presented: Option<PresentedToken>,
     peer: Arc<PeerEvidence>,
+    catalog: Weak<Catalog>,
 }
 
 /// A set of facts and what follows from it; shared by all workloads of which it was established.
@@ -207,6 +210,7 @@ impl AttestedWorkload {
         valid_until: Option<SystemTime>,
         presented: Option<PresentedToken>,
         peer: Arc<PeerEvidence>,
+        catalog: Weak<Catalog>,
     ) -> Self {
         let Established {
             facts,
@@ -220,6 +224,7 @@ impl AttestedWorkload {
             valid_until,
             presented,
             peer,
+            catalog,
         }
     }
 
@@ -227,7 +232,8 @@ impl AttestedWorkload {
     #[cfg(any(test, feature = "test-support"))]
     pub fn described(facts: WorkloadFacts) -> Self {
         let established = Established::new(Arc::new(facts));
-        Self::new(established, None, None, Arc::new(PeerEvidence::none()))
+        let peer = Arc::new(PeerEvidence::none());
+        Self::new(established, None, None, peer, Weak::new())
     }
 
     /// As [`AttestedWorkload::described`], with a token that counts as verified until `valid_until`.
@@ -239,7 +245,13 @@ impl AttestedWorkload {
     ) -> Self {
         let established = Established::new(Arc::new(facts));
         let peer = Arc::new(PeerEvidence::none());
-        Self::new(established, Some(valid_until), Some(presented), peer)
+        Self::new(
+            established,
+            Some(valid_until),
+            Some(presented),
+            peer,
+            Weak::new(),
+        )
     }
 
     /// What was established; outlives the workload where it is shared.
@@ -250,6 +262,11 @@ impl AttestedWorkload {
     /// The name of this set of facts.
     pub fn generation(&self) -> Generation {
         self.generation
+    }
+
+    /// Whether `catalog` attested it. Another may collect what this workload's facts lack.
+    pub fn is_attested_by(&self, catalog: &Arc<Catalog>) -> bool {
+        std::ptr::eq(self.catalog.as_ptr(), Arc::as_ptr(catalog))
     }
 
     /// What upstream connections are keyed by.

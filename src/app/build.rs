@@ -23,19 +23,8 @@ use crate::tls::interception::{InterceptionAuthority, write_durably};
 use crate::tls::trust::bundle;
 use crate::upstream::DestinationTls;
 
-/// Attributes that records name a workload by, whatever policies read.
-const RECORDED_ATTRIBUTES: &[(&str, &str)] = &[
-    ("unix", "uid"),
-    ("unix", "gid"),
-    ("unix", "user"),
-    ("unix", "pid"),
-    ("unix", "executable"),
-    ("unix", "cgroup"),
-    ("systemd", "system_unit"),
-    ("systemd", "user_unit"),
-    ("container", "id"),
-    ("container", "runtime"),
-];
+/// Attributes of processes that records name a workload by, whatever policies read.
+const RECORDED_ATTRIBUTES: &[&str] = &["uid", "gid", "user", "pid", "executable", "cgroup"];
 
 /// What a snapshot is made from.
 pub(super) struct SnapshotBuilder {
@@ -105,19 +94,15 @@ impl SnapshotBuilder {
 
     /// The catalog in force is kept where it would be the same: its connections and key sets stay good.
     fn catalog_for(&self, engine: &PolicyEngine, issuers: &Issuers) -> Arc<Catalog> {
+        let needed = attributes_needed(engine);
         if let Some(previous) = &self.previous
             && previous.config.attestors == self.config.attestors
             && have_same_attestors(&previous.issuers, issuers)
-            && previous.policy.engine().attributes_read() == engine.attributes_read()
+            && attributes_needed(previous.policy.engine()) == needed
         {
             return Arc::clone(&previous.catalog);
         }
-        let recorded = RECORDED_ATTRIBUTES
-            .iter()
-            .map(|(group, name)| ((*group).to_owned(), (*name).to_owned()));
-        let read = engine.attributes_read().iter().cloned();
-        let selection = AttributeSelection::of(read.chain(recorded));
-        Arc::new(self.catalog(selection, issuers))
+        Arc::new(self.catalog(needed, issuers))
     }
 
     fn catalog(&self, needed: AttributeSelection, issuers: &Issuers) -> Catalog {
@@ -207,6 +192,17 @@ impl SnapshotBuilder {
         publish(interception, &authority).map_err(problem)?;
         Ok(Some(authority))
     }
+}
+
+/// What the attestor of processes has to collect; what others state they state always.
+fn attributes_needed(engine: &PolicyEngine) -> AttributeSelection {
+    let read = engine
+        .attributes_read()
+        .iter()
+        .filter(|(group, _)| group == "unix")
+        .map(|(_, name)| name.as_str());
+    let names = RECORDED_ATTRIBUTES.iter().copied().chain(read);
+    AttributeSelection::of(names.map(|name| ("unix".to_owned(), name.to_owned())))
 }
 
 /// Writes the public certificates that clients load, where they are not there yet.

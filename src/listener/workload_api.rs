@@ -348,7 +348,8 @@ impl Caller {
         }
     }
 
-    /// Attests, decides, mints; decides and mints again where policies were replaced meanwhile.
+    /// Attests, decides, mints; decides and mints again where policies were replaced meanwhile, and attests
+    /// again where attestors were.
     async fn issue(
         &self,
         headers: &HeaderMap,
@@ -359,14 +360,16 @@ impl Caller {
         let asked = read_ask(body).await?;
         record.credential = Arc::from(crate::request::printable(&asked.credential));
         let mut snapshot = agent.snapshot.load_full();
-        let workload = self.attest(&snapshot, headers).await?;
+        let mut workload = self.attest(&snapshot, headers).await?;
         let now = agent.clock.monotonic();
         let holding = agent.limits.of(workload.isolation_key(), now);
         let _held = holding.request(&snapshot.config.limits, now).await?;
-        let session = self.begin_session(&workload)?;
-        record.session = Some(session);
-        record.workload = Some(workload_summary(workload.facts()));
+        self.begin_session(&workload, record)?;
         for _ in 0..DECISIONS_PER_REQUEST {
+            if !workload.is_attested_by(&snapshot.catalog) {
+                workload = self.attest(&snapshot, headers).await?;
+                self.begin_session(&workload, record)?;
+            }
             let (credential, scopes) = resolve(&snapshot.config, &asked)?;
             let wall = agent.clock.wall();
             let question = Question {
@@ -418,7 +421,11 @@ impl Caller {
     }
 
     /// Records what the token's record will refer to.
-    fn begin_session(&self, workload: &AttestedWorkload) -> Result<SessionId, Refusal> {
+    fn begin_session(
+        &self,
+        workload: &AttestedWorkload,
+        record: &mut TokenIssueRecord,
+    ) -> Result<(), Refusal> {
         let time = self.agent.clock.wall();
         let session = SessionId::new(time);
         self.agent.attestors.note(workload.facts(), time);
@@ -433,7 +440,9 @@ impl Caller {
                 valid_until: workload.valid_until(),
             }))
             .map_err(|_| audit_refusal())?;
-        Ok(session)
+        record.session = Some(session);
+        record.workload = Some(workload_summary(workload.facts()));
+        Ok(())
     }
 }
 

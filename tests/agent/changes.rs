@@ -29,6 +29,16 @@ permit (principal, action == Action::"connect", resource == Destination::"blind"
 when { principal has unix };
 "#;
 
+/// Read no attribute but the user's id.
+const BY_USER: &str = r#"
+@id("uses-orders")
+permit (principal, action == Action::"inject", resource == Credential::"orders-api")
+when { principal has unix && principal.unix.uid == {uid} };
+@id("tunnels")
+permit (principal, action == Action::"connect", resource == Destination::"blind")
+when { principal has unix && principal.unix.uid == {uid} };
+"#;
+
 const PLAIN: &str =
     "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
 
@@ -41,13 +51,17 @@ struct Setting {
 
 impl Setting {
     async fn start() -> Self {
+        Self::under(&format!("{POLICIES}{TUNNELS}")).await
+    }
+
+    async fn under(policies: &str) -> Self {
         let mut world = World::servers().await;
         let silent = Origin::start(None, |_| Vec::new()).await;
         world.origins.push(("silent".to_owned(), silent.address));
         world
             .start_agent(
                 &format!("{COMMON}{DESTINATIONS}{MORE_DESTINATIONS}"),
-                &format!("{POLICIES}{TUNNELS}"),
+                policies,
             )
             .await;
         let proxy = Puppet::start(&world.address("proxy").to_string(), None).await;
@@ -274,6 +288,44 @@ async fn what_a_change_does_not_concern_goes_on() {
     exchange(&mut kept, PLAIN).await.expect(200);
     world.good().await;
     reached("ended_by_what_concerns_them", ended);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_open_ends_when_other_attributes_are_collected() {
+    let setting = Setting::under(BY_USER).await;
+    let world = &setting.world;
+    world.good().await;
+    let mut kept = setting.proxy.connect().await;
+    exchange(&mut kept, PLAIN).await.expect(200);
+    let forbid = |what: &str| {
+        world.write_policies(&format!(
+            "{BY_USER}@id(\"not\")\nforbid (principal, action, resource) when {{ {what} }};\n"
+        ));
+    };
+
+    // A token's attributes, and one that records name a workload by, are there already.
+    let open = setting.open_all().await;
+    forbid("principal has ci && principal.ci has repository");
+    world.app().reload().await.unwrap();
+    forbid(
+        "principal has unix && principal.unix has executable && principal.unix.executable == \"/x\"",
+    );
+    world.app().reload().await.unwrap();
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    goes_on(&open);
+
+    // Of what is open nobody knows the digest.
+    forbid("principal has unix && principal.unix has executable_sha256");
+    let changed = (Instant::now(), Stalls::watch());
+    world.app().reload().await.unwrap();
+    let answer = exchange(&mut kept, PLAIN).await.expect(403);
+    assert_eq!(answer.code(), "policy_denied");
+    let ended = Setting::all_end(open, changed).await;
+    world.write_policies(BY_USER);
+    world.app().reload().await.unwrap();
+    exchange(&mut kept, PLAIN).await.expect(200);
+    world.good().await;
+    reached("ended_by_attributes", ended);
 }
 
 #[tokio::test(flavor = "multi_thread")]

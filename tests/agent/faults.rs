@@ -13,6 +13,7 @@ use crate::support::Stalls;
 use crate::support::agent::Agent;
 use crate::support::client::Client;
 use crate::support::counts::reached;
+use crate::support::curl::curl;
 use crate::support::faults::fault_table;
 use crate::support::faulty_authorization_server::{Fault, FaultyAuthorizationServer};
 use crate::support::puppet::Puppet;
@@ -393,6 +394,65 @@ async fn a_slow_authorization_server_delays_nobody_else() {
     faulty.set(Fault::None).await;
     world.good().await;
     reached("waited_beside", timed_out);
+}
+
+/// An agent among servers that issues and injects as `policies` say, and the URL of its `/v1/token`.
+async fn start_issuing(policies: &str) -> (World, FaultyAuthorizationServer, String) {
+    let (mut world, faulty) = servers().await;
+    let configuration = format!("{COMMON}{DESTINATIONS}{BILLING}")
+        .replace("timeout: 2s", "timeout: 20s")
+        .replace(
+            "listeners:\n",
+            "listeners:\n  - {name: api, type: workload_api, bind: \"127.0.0.1:0\"}\n",
+        );
+    world.start_agent(&configuration, policies).await;
+    let api = format!("http://{}/v1/token", world.address("api"));
+    (world, faulty, api)
+}
+
+const ASK: &str = r#"{"credential": "billing-api"}"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waits_for_a_token_is_attested_again_when_other_attributes_are_collected() {
+    const BY_USER: &str = r#"
+@id("by-user")
+permit (principal, action, resource) when { principal has unix && principal.unix.uid == {uid} };
+"#;
+    const FORBID: &str = r#"
+@id("by-digest")
+forbid (principal, action, resource == Credential::"billing-api")
+when { principal has unix && principal.unix has executable_sha256 };
+"#;
+    let (world, faulty, api) = start_issuing(BY_USER).await;
+    world.good().await;
+    let mut refused = 0;
+    for issues in [false, true] {
+        faulty.change(Fault::Late(Duration::from_secs(3)));
+        let asked = async {
+            match issues {
+                true => curl(&["-d", ASK, &api]).await,
+                false => world.curl(&[NOT_CACHED]).await,
+            }
+        };
+        let reloaded = async {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            world.write_policies(&format!("{BY_USER}{FORBID}"));
+            world.app().reload().await.unwrap();
+        };
+        let (answer, ()) = tokio::join!(asked, reloaded);
+        assert_eq!(
+            (answer.status, answer.code().as_str()),
+            (403, "policy_denied"),
+            "{answer:#?}"
+        );
+        assert_eq!(world.plain_api.seen().len(), 0);
+        refused += 1;
+        faulty.change(Fault::None);
+        world.write_policies(BY_USER);
+        world.app().reload().await.unwrap();
+    }
+    world.good().await;
+    reached("attested_again", refused);
 }
 
 /// How long a request took whose token is cached.
