@@ -4,6 +4,7 @@
 //! is seen; `GET /v1/explain/ID` why a request of the caller's was decided as it was; `GET /v1/proxy`
 //! what a client of the proxy needs to know; `GET /readyz` whether requests would be served. It is not the data path: it runs on the control runtime.
 
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -452,7 +453,7 @@ impl Caller {
 struct Ask {
     /// A configured credential.
     credential: String,
-    /// Scopes, each one of the credential's; all of them where absent.
+    /// Scopes, each one of the credential's, none twice; all of them where absent.
     scopes: Option<Vec<String>>,
     /// The audience that the credential is configured for. One of several `resources` cannot be asked
     /// for alone: the token would be good for all of them.
@@ -499,7 +500,16 @@ fn resolve<'a>(
                     "scope `{scope}` is not one of credential `{name}`"
                 )));
             }
-            Arc::from(scopes.as_slice())
+            // In one order and each once: the same token would be asked for under several names.
+            let asked: BTreeSet<&String> = scopes.iter().collect();
+            if asked.len() < scopes.len() {
+                return Err(malformed("a scope is asked for twice".to_owned()));
+            }
+            let configured = settings.scopes.iter();
+            configured
+                .filter(|scope| asked.contains(scope))
+                .cloned()
+                .collect()
         }
     };
     if let Some(audience) = &asked.audience

@@ -46,3 +46,27 @@ when { principal has unix };
         assert_eq!(record["scopes_granted"], json!(["orders.read"]));
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn scopes_are_asked_for_in_the_order_of_the_configuration() {
+    let mut world = World::servers().await;
+    let configuration = format!("{COMMON}{DESTINATIONS}")
+        .replacen("scopes: [orders.read]", "scopes: [a, b, c]", 1)
+        .replace(
+            "listeners:\n",
+            "listeners:\n  - {name: api, type: workload_api, bind: \"127.0.0.1:0\"}\n",
+        );
+    world.start_agent(&configuration, POLICIES).await;
+    let api = format!("http://{}/v1/token", world.address("api"));
+    for (asked, recorded) in [
+        (json!(["c", "a"]), json!(["a", "c"])),
+        (json!(["a", "c"]), json!(["a", "c"])),
+        (json!(["b", "c", "a"]), json!(["a", "b", "c"])),
+    ] {
+        let ask = json!({"credential": "orders-api", "scopes": asked}).to_string();
+        curl(&["-X", "POST", "-d", &ask, &api]).await;
+        let record = world.audit().await.pop().unwrap();
+        assert_eq!(record["kind"], "token_issue", "{record}");
+        assert_eq!(record["scopes_asked"], recorded, "{record}");
+    }
+}
