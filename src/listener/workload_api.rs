@@ -350,7 +350,8 @@ impl Caller {
     }
 
     /// Attests, decides, mints; decides and mints again where policies were replaced meanwhile, and attests
-    /// again where attestors were.
+    /// again where attestors were. Where the decision expired meanwhile, another lets the token out if it
+    /// grants the same.
     async fn issue(
         &self,
         headers: &HeaderMap,
@@ -366,6 +367,7 @@ impl Caller {
         let holding = agent.limits.of(workload.isolation_key(), now);
         let _held = holding.request(&snapshot.config.limits, now).await?;
         self.begin_session(&workload, record)?;
+        let mut minted: Option<IssuedToken> = None;
         for _ in 0..DECISIONS_PER_REQUEST {
             if !workload.is_attested_by(&snapshot.catalog) {
                 workload = self.attest(&snapshot, headers).await?;
@@ -404,14 +406,16 @@ impl Caller {
             record.asked_and_granted.scopes_granted = Arc::clone(grant.scopes());
             record.asked_and_granted.audience_granted = grant.audience().cloned();
             let lease = grant.lease().clone();
-            let issued = agent.credentials.issue(grant).await?;
+            let issued = match minted.take() {
+                Some(issued) if issued.grant.grants_as(&grant) => IssuedToken { grant, ..issued },
+                _ => agent.credentials.issue(grant).await?,
+            };
             let current = agent.snapshot.load_full();
             match lease.check(&current.policy, agent.clock.wall()) {
                 Ok(()) => return Ok(issued),
                 Err(LeaseEnded::Attestation(ended)) => return Err(ended.into()),
-                Err(LeaseEnded::SnapshotReplaced | LeaseEnded::PolicyExpired) => {
-                    snapshot = current;
-                }
+                Err(LeaseEnded::PolicyExpired) => minted = Some(issued),
+                Err(LeaseEnded::SnapshotReplaced) => snapshot = current,
             }
         }
         Err(Refusal::new(

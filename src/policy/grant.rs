@@ -122,6 +122,15 @@ impl Grant {
         self.permission().max_lifetime
     }
 
+    /// Whether `other` grants the same of the same credential: scopes, audience and lifetime.
+    pub fn grants_as(&self, other: &Self) -> bool {
+        let of = |grant: &Self| grant.credential().map(Arc::as_ptr);
+        of(self) == of(other)
+            && self.scopes() == other.scopes()
+            && self.audience() == other.audience()
+            && self.max_lifetime() == other.max_lifetime()
+    }
+
     /// How long this grant holds.
     pub fn lease(&self) -> &Lease {
         &self.lease

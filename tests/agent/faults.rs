@@ -455,6 +455,30 @@ when { principal has unix && principal.unix has executable_sha256 };
     reached("attested_again", refused);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_took_longer_than_its_decision_held_is_handed_out() {
+    const SINCE: &str = r#"
+@id("since")
+permit (principal, action, resource)
+when { principal has unix && context.time > datetime("2020-01-01T00:00:00Z") };
+"#;
+    let (world, faulty, api) = start_issuing(SINCE).await;
+    world.good().await;
+    let minted = world.authorization_server.state().issued().len();
+    faulty.change(Fault::Late(Duration::from_millis(1200)));
+    let mut handed_out = 0;
+    for _ in 0..2 {
+        let answer = curl(&["-d", ASK, &api]).await;
+        assert_eq!(answer.status, 200, "{answer:#?}");
+        handed_out += 1;
+    }
+    let issued = world.authorization_server.state().issued().len();
+    assert_eq!(issued, minted + handed_out);
+    faulty.change(Fault::None);
+    world.good().await;
+    reached("handed_out_late", handed_out);
+}
+
 /// How long a request took whose token is cached.
 async fn time_of_request(client: &mut Client) -> Duration {
     let began = Instant::now();
