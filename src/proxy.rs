@@ -15,7 +15,7 @@ use hyper_util::rt::TokioIo;
 use tokio::task::spawn_local;
 
 use crate::agent::Agent;
-use crate::config::{CredentialConfig, Destination, Mode, Unmatched};
+use crate::config::{CredentialConfig, Destination, Unmatched};
 use crate::connection::{Caller, Connection};
 use crate::credentials::Credential;
 use crate::exchange::Exchange;
@@ -25,8 +25,8 @@ use crate::inject::{
 use crate::listener::linger::read_on;
 use crate::listener::serve::serve_tunnel;
 use crate::policy::{
-    Action, DecisionCache, Denial, Grant, Lease, LeaseEnded, Question, Refused, first_permitted,
-    questions, route, unmatched,
+    Action, DecisionCache, Denial, Grant, Lease, LeaseEnded, PolicySnapshot, Question, Refused,
+    first_permitted, questions, route, unmatched,
 };
 use crate::problem::{self, Surface};
 use crate::refusal::{Refusal, RefusalCode};
@@ -300,7 +300,8 @@ async fn forward(
             Err(NotInjected::Refused(refusal)) => return Err(refusal),
         };
         let is_upgrade = upstream.is_upgrade();
-        let under = Under::new(exchange.lease.take(), &workload, credential.as_ref());
+        let lease = exchange.lease.take();
+        let under = Under::new(lease, &snapshot, &workload, credential.as_ref());
         permission.hold(worker, &stream, under);
         stream.hold(exchange.held.take());
         let sent = send(
@@ -801,14 +802,15 @@ struct OpenRequest {
 enum Under {
     /// A grant's lease, and what was injected; nothing where `connect` was granted.
     Lease(Lease, Option<Injected>),
-    /// Nothing but the destination's word that denials are only reported.
-    ReportOnly(Arc<AttestedWorkload>),
+    /// Nothing but the destination's word that denials are only reported, and the policies that denied.
+    ReportOnly(Arc<AttestedWorkload>, Arc<PolicySnapshot>),
 }
 
 impl Under {
     /// What was decided about `workload`: a lease, or that a denial is only reported.
     fn new(
         lease: Option<Lease>,
+        snapshot: &Snapshot,
         workload: &Arc<AttestedWorkload>,
         credential: Option<&Credential>,
     ) -> Self {
@@ -820,7 +822,7 @@ impl Under {
         };
         match lease {
             Some(lease) => Self::Lease(lease, credential.and_then(injected)),
-            None => Self::ReportOnly(Arc::clone(workload)),
+            None => Self::ReportOnly(Arc::clone(workload), Arc::clone(&snapshot.policy)),
         }
     }
 }
@@ -839,6 +841,31 @@ impl OpenRequest {
                 .open_streams
                 .watch(stream, Rc::clone(self) as Rc<dyn Permission>);
         }
+    }
+}
+
+impl OpenRequest {
+    /// Whether what was let through although it was denied is permitted, or is denied by what its
+    /// destination only reports.
+    fn still_passes(
+        &self,
+        worker: &Worker,
+        snapshot: &Arc<Snapshot>,
+        workload: &Arc<AttestedWorkload>,
+        wall: SystemTime,
+    ) -> bool {
+        let Route::Destination(destination) = route(&snapshot.routes, &self.asked) else {
+            return false;
+        };
+        let questions = questions(destination, Some(&self.asked), wall);
+        let ask = |question: &Question<'_>| worker.ask(snapshot, workload, question);
+        workload.is_attested_by(&snapshot.catalog)
+            && match first_permitted(questions, ask) {
+                Ok(_) => true,
+                Err(refused) => {
+                    refused.is_some_and(|refused| is_reported(&refused.denial, destination))
+                }
+            }
     }
 }
 
@@ -877,15 +904,12 @@ impl Permission for OpenRequest {
                 )?;
                 worker.ask(&snapshot, workload, &question).ok()
             }),
-            Some(Under::ReportOnly(workload)) => {
-                let reports = matches!(
-                    route(&snapshot.routes, &self.asked),
-                    Route::Destination(destination) if destination.mode == Mode::ReportOnly
-                );
-                match reports && workload.check_liveness(wall).is_ok() {
-                    true => Ok(()),
-                    false => Err(CutReason::PermissionEnded),
-                }
+            Some(Under::ReportOnly(workload, policy)) => {
+                let passes = workload.check_liveness(wall).is_ok()
+                    && (Arc::ptr_eq(policy, &snapshot.policy)
+                        || self.still_passes(&worker, &snapshot, workload, wall));
+                *policy = Arc::clone(&snapshot.policy);
+                passes.then_some(()).ok_or(CutReason::PermissionEnded)
             }
         }
     }

@@ -1,14 +1,16 @@
 //! A destination that only reports what policy would deny.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use countersign::policy::{Revocation, Revoked};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+use crate::support::Stalls;
 use crate::support::counts::reached;
 use crate::support::origin::Origin;
 use crate::support::puppet::Puppet;
-use crate::support::raw::{Response, exchange};
+use crate::support::raw::{Response, exchange, read_head};
 use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World};
 
 const WATCHED: &str = r#"
@@ -54,8 +56,11 @@ struct Setting {
 impl Setting {
     async fn start() -> Self {
         let mut world = World::servers().await;
-        let origin = Origin::start(None, |_| {
-            vec!["HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok".to_owned()]
+        let origin = Origin::start(None, |head| {
+            let length = if head.contains(" /unending ") { 9 } else { 2 };
+            vec![format!(
+                "HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\nok"
+            )]
         })
         .await;
         world.origins.push(("origin".to_owned(), origin.address));
@@ -251,4 +256,49 @@ async fn what_is_no_denial_of_policy_is_refused_all_the_same() {
     assert!(arrived.unwrap().starts_with("Bearer ey"));
     setting.world.good().await;
     reached("refused_though_reporting", refused);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_passes_although_denied_ends_when_its_workload_is_revoked() {
+    let setting = Setting::start().await;
+    let world = &setting.world;
+    world.good().await;
+    let mut io = setting.caller.connect().await;
+    let request = format!(
+        "{}\r\n\r\n",
+        head("PUT", "watched.example.test", "/unending")
+    );
+    io.write_all(request.as_bytes()).await.unwrap();
+    assert!(read_head(&mut io).await.starts_with("HTTP/1.1 200"));
+    let mut open = tokio::spawn(async move { io.read_to_end(&mut Vec::new()).await });
+
+    // A denial, and another that is only reported as well.
+    for policies in [POLICIES.to_owned(), format!("{POLICIES}{BILLS}")] {
+        world.write_policies(&policies);
+        world.app().reload().await.unwrap();
+        let ended = tokio::time::timeout(Duration::from_millis(700), &mut open).await;
+        assert!(ended.is_err(), "{ended:?}");
+    }
+    let revocation = Revocation {
+        id: "r1".to_owned(),
+        what: Revoked::Workload(
+            format!("unix.uid={}", nix::unistd::geteuid())
+                .parse()
+                .unwrap(),
+        ),
+        until: None,
+    };
+    let stalls = Stalls::watch();
+    let revoked = Instant::now();
+    world
+        .app()
+        .replace_revocations(|revocations| Some(revocations.with(revocation.clone())));
+    tokio::time::timeout(Duration::from_secs(30), open)
+        .await
+        .expect("what is open ends")
+        .unwrap()
+        .ok();
+    let took = revoked.elapsed();
+    assert!(took < stalls.allow(Duration::from_secs(1)), "{took:?}");
+    reached("reported_then_revoked", 1);
 }
