@@ -201,10 +201,6 @@ async fn walk(
     let workload = exchange
         .attest(connection, &snapshot, presented.as_ref())
         .await?;
-    if connection.entry.gateway.is_some() && workload.presented().is_some() {
-        // It is for the agent, and would serve whoever gets it as an assertion.
-        head.headers.remove(AUTHORIZATION);
-    }
     exchange.propagate(&mut head.headers);
     let sent = (head, body);
     let forwarded = forward(
@@ -270,6 +266,10 @@ async fn forward(
             workload = exchange
                 .attest_again(connection, &snapshot, presented.as_ref())
                 .await?;
+        }
+        if connection.entry.gateway.is_some() && presents_token(&workload, &snapshot) {
+            // It is for the agent, and would serve whoever gets it as an assertion.
+            request.headers_mut().remove(AUTHORIZATION);
         }
         stay_in_gateway(connection, &snapshot, &asked)?;
         let decided = worker.decide(&snapshot, &workload, &asked, exchange);
@@ -355,6 +355,18 @@ async fn forward(
         "policies were replaced faster than the request could be decided",
     )
     .with_retry_after(Duration::from_secs(1)))
+}
+
+/// Whether a workload presented a token of a configured issuer, be it one that could not be verified.
+fn presents_token(workload: &AttestedWorkload, snapshot: &Snapshot) -> bool {
+    let is_issuer = |name: &str| {
+        snapshot
+            .issuers
+            .iter()
+            .any(|(issuer, _)| issuer.name == name)
+    };
+    let failed = &workload.facts().failed_attestors;
+    workload.presented().is_some() || failed.iter().any(|failed| is_issuer(&failed.name))
 }
 
 /// Refuses on a gateway what another destination at the same host covers.

@@ -1,8 +1,10 @@
 //! What a reload binds, keeps and closes; and what must hold where several destinations share a place.
 
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
+use countersign::dev::OidcIssuer;
 use countersign::policy::{Revocation, Revoked};
 use tokio::net::{TcpStream, UnixStream};
 
@@ -101,6 +103,54 @@ async fn a_gateway_keeps_the_token_that_was_presented_to_it() {
         );
     }
     reached("kept_tokens", 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_keeps_a_token_that_it_cannot_verify() {
+    let mut world = World::servers().await;
+    let origin = Origin::start(None, |_| {
+        vec!["HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok".to_owned()]
+    })
+    .await;
+    world.origins.push(("mirror".to_owned(), origin.address));
+    // It speaks no TLS: the issuer's keys cannot be had.
+    world.origins.push(("issuer".to_owned(), origin.address));
+    let common = COMMON.replace(
+        "attestors:\n",
+        "  - {name: mirror, type: gateway, bind: \"127.0.0.1:0\", destination: mirror}\nattestors:\n",
+    );
+    let mirror = "  - {name: mirror, hosts: [mirror.example.test], scheme: http, connect_to: \"{mirror}\"}\n";
+    let policies = r#"
+@id("mirrors")
+permit (principal, action == Action::"connect", resource == Destination::"mirror")
+when { principal has unix };
+"#;
+    world
+        .start_agent(&format!("{common}{DESTINATIONS}{mirror}"), policies)
+        .await;
+    let caller = Puppet::start(&world.target("mirror"), None).await;
+    let mint = |issuer: &OidcIssuer| {
+        let claims = serde_json::json!({"repository": "acme/orders"});
+        let lifetime = Duration::from_secs(300);
+        let token = issuer.mint("job", "countersign", lifetime, &claims);
+        format!("Bearer {}", token.unwrap())
+    };
+    let certificate = world.authority.issue(&["other.example.test"]).unwrap();
+    let any = SocketAddr::from(([127, 0, 0, 1], 0));
+    let other = OidcIssuer::start("https://other.example.test", any, &certificate)
+        .await
+        .unwrap();
+    for (authorization, arrives) in [(mint(&other), true), (mint(&world.issuer), false)] {
+        let request =
+            format!("GET /v1 HTTP/1.1\r\nHost: gateway\r\nAuthorization: {authorization}\r\n\r\n");
+        exchange(&mut caller.connect().await, &request)
+            .await
+            .expect(200);
+        let heads = origin.heads();
+        let head = heads.iter().rfind(|head| head.starts_with("GET /v1 "));
+        assert_eq!(head.unwrap().contains(&authorization), arrives, "{head:?}");
+    }
+    reached("kept_unverified", 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
