@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use base64::Engine;
-use countersign_attestors::PresentedToken;
+use countersign_attestors::{PresentedToken, hexadecimal};
 use http::header::{AUTHORIZATION, HOST, PROXY_AUTHORIZATION, TRANSFER_ENCODING};
 use http::request::Parts;
 use http::uri::Authority;
@@ -19,6 +19,9 @@ use crate::refusal::{Refusal, RefusalCode};
 
 /// How often a path may be encoded over: more would cost time that grows with the square of its length.
 const DECODING_ROUNDS: usize = 4;
+
+/// How much of a path is recorded.
+const RECORDED_PATH_BYTES: usize = 2048;
 
 /// A request as the agent understands it.
 #[derive(Debug, Clone)]
@@ -38,6 +41,16 @@ impl EgressRequest {
     /// Safe methods (RFC 9110 section 9.2.1), less TRACE, which is never forwarded.
     pub fn is_safe(&self) -> bool {
         matches!(self.method, Method::GET | Method::HEAD | Method::OPTIONS)
+    }
+
+    /// The request as it is kept once it was answered: [`RequestPath::shortened`].
+    pub fn shortened(&self) -> Option<Self> {
+        Some(Self {
+            path: self.path.shortened()?,
+            method: self.method.clone(),
+            scheme: self.scheme,
+            target: self.target.clone(),
+        })
     }
 }
 
@@ -195,6 +208,21 @@ pub fn printable(input: &str) -> String {
         .collect()
 }
 
+/// As much of a path as is recorded: its first 2 KiB, less the bytes of a character that does not fit.
+pub fn beginning(path: &str) -> &str {
+    path.get(..path.floor_char_boundary(RECORDED_PATH_BYTES))
+        .unwrap_or(path)
+}
+
+/// What a path is of which only the beginning is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WholePath {
+    /// Its length as sent.
+    pub bytes: usize,
+    /// Its SHA-256 as sent, hexadecimal.
+    pub sha256: String,
+}
+
 /// A path in its two readings: segment by segment as sent, where an encoded slash is part of its
 /// segment, and with everything decoded and dot segments and empty segments removed. A server may read
 /// it either way.
@@ -204,6 +232,8 @@ pub struct RequestPath {
     /// Where it is not as sent.
     by_segment: Option<String>,
     fully_decoded: Option<String>,
+    /// Where only the beginning is kept.
+    whole: Option<Box<WholePath>>,
 }
 
 impl RequestPath {
@@ -214,7 +244,31 @@ impl RequestPath {
             sent: path.to_owned(),
             by_segment,
             fully_decoded,
+            whole: None,
         }
+    }
+
+    /// The [`beginning`] of each reading, for records; `None` where the path is no longer than that.
+    pub fn shortened(&self) -> Option<Self> {
+        if self.sent.len() <= RECORDED_PATH_BYTES {
+            return None;
+        }
+        let shorten = |reading: &String| beginning(reading).to_owned();
+        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, self.sent.as_bytes());
+        Some(Self {
+            sent: shorten(&self.sent),
+            by_segment: self.by_segment.as_ref().map(shorten),
+            fully_decoded: self.fully_decoded.as_ref().map(shorten),
+            whole: Some(Box::new(WholePath {
+                bytes: self.sent.len(),
+                sha256: hexadecimal(digest.as_ref()),
+            })),
+        })
+    }
+
+    /// What the path is where only the beginning is kept.
+    pub fn whole(&self) -> Option<&WholePath> {
+        self.whole.as_deref()
     }
 
     /// The path as the caller sent it.

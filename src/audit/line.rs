@@ -15,6 +15,7 @@ use crate::audit::record::{
     LifecycleRecord, Record, RequestRecord, TokenIssueRecord, TokenReference,
 };
 use crate::refusal::{Cause, RefusalCode};
+use crate::request::RequestPath;
 use crate::request_id::{SessionId, TraceId};
 
 /// Appends the record's members, from the first quotation mark to the closing brace.
@@ -177,7 +178,7 @@ fn append_request(record: &RequestRecord, line: &mut Object<'_>) {
         record.method.as_ref().map(http::Method::as_str),
     );
     if let Some(asked) = &record.asked {
-        line.text(name!("path"), asked.path.as_sent());
+        append_path(line, &asked.path);
     }
     line.plain(name!("protocol"), protocol_name(record.protocol));
     line.text_if_any(name!("credential"), record.credential.as_deref());
@@ -216,6 +217,17 @@ fn append_token_issue(record: &TokenIssueRecord, line: &mut Object<'_>) {
         record.internal.as_deref(),
         &record.latency,
     );
+}
+
+/// Of a long one the beginning, and which path it is.
+fn append_path(line: &mut Object<'_>, path: &RequestPath) {
+    let shortened = path.shortened();
+    let path = shortened.as_ref().unwrap_or(path);
+    line.text(name!("path"), path.as_sent());
+    if let Some(whole) = path.whole() {
+        line.number(name!("path_bytes"), whole.bytes as u64);
+        line.plain(name!("path_sha256"), &whole.sha256);
+    }
 }
 
 fn append_caller(

@@ -304,9 +304,10 @@ fn explain_decision(
             Some(suggestion) => write!(out, "{}", suggestion.to_text())?,
             None => {
                 write!(out, "{}", explanation.to_text())?;
-                let why = match explanation.allowed {
-                    true => "it is allowed already",
-                    false => "it was not denied for want of a permit",
+                let why = match (explanation.allowed, explanation.reason.as_deref()) {
+                    (true, _) => "it is allowed already",
+                    (false, Some("no_permit")) => "its path is too long to be kept whole",
+                    (false, _) => "it was not denied for want of a permit",
                 };
                 writeln!(errors, "there is no policy to suggest: {why}")?;
                 return Ok(ExitCode::FAILURE);

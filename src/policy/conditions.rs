@@ -9,6 +9,7 @@ use super::decision::{Condition, NearestMiss};
 use super::engine::{LoadedPolicy, Prepared, Slice};
 use super::question::Question;
 use super::reads::{Chain, conditions, paths};
+use crate::request::beginning;
 
 /// How many permits are compared for the nearest miss of a request: a bound on what a denied caller may cost.
 const CANDIDATES: usize = 64;
@@ -232,7 +233,7 @@ fn actual(conjunct: &Conjunct, prepared: &Prepared, question: &Question<'_>) -> 
             .map(|value| value.to_string());
         let mut words = match (&value, path.variable.as_str()) {
             (Some(_), _) if path.existence => "was there".to_owned(),
-            (Some(value), _) => format!("was {value}"),
+            (Some(value), _) => format!("was {}", beginning(value)),
             (None, "principal") => "not attested".to_owned(),
             (None, _) => "not there".to_owned(),
         };

@@ -125,8 +125,8 @@ pub fn recorded(decision: &RecordedDecision) -> Explanation {
     let engine = &decision.engine;
     let question = decision.question.as_question();
     let principal = Principal::new(&decision.facts, engine);
-    let made = match &decision.denial {
-        Some(denial) => Decision::Deny(Arc::clone(denial)),
+    let made = match &decision.decision {
+        Some(decision) => decision.clone(),
         None => engine.evaluate_for(&decision.facts, &principal, &question),
     };
     let mut explanation = explain(engine, &decision.facts, &principal, &question, &made);
@@ -142,7 +142,11 @@ fn explain(
     decision: &Decision,
 ) -> Explanation {
     let slice = engine.slice(question);
-    let prepared = slice.and_then(|slice| {
+    let is_whole = question
+        .request
+        .is_none_or(|request| request.path.whole().is_none());
+    // Of a path of which only the beginning is kept conditions would read something else.
+    let prepared = slice.filter(|_| is_whole).and_then(|slice| {
         engine
             .prepare(facts, principal, question, &slice.reads)
             .ok()
@@ -152,7 +156,10 @@ fn explain(
         Some(ExplainedPolicy {
             id: policy.id.to_string(),
             location: policy.location.clone(),
-            conditions: conditions::evaluate(policy, prepared.as_ref()?, question),
+            conditions: match is_whole {
+                true => conditions::evaluate(policy, prepared.as_ref()?, question),
+                false => Vec::new(),
+            },
         })
     };
     let mut explanation = Explanation {
@@ -202,7 +209,7 @@ fn explain(
                 Some(internal) => format!("{}: {internal}", refusal.detail),
                 None => refusal.detail,
             });
-            if denial.kind == DenialKind::NoPermit {
+            if denial.kind == DenialKind::NoPermit && is_whole {
                 explanation.suggestion = Some(suggest::suggestion(facts, question));
             }
             explanation.forbids = denial.policies.iter().filter_map(explained).collect();
@@ -356,7 +363,7 @@ impl Explanation {
         {
             writeln!(text, "  cause      {detail}")?;
         }
-        if self.reason.as_deref() == Some("no_permit")
+        if self.suggestion.is_some()
             && let Some(id) = &self.request_id
         {
             writeln!(

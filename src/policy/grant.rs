@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use countersign_attestors::{AttestationEnded, AttestedWorkload};
 
-use super::decision::Permission;
+use super::decision::{Decision, Permission};
 use super::question::{Action, Question, Resource};
 use super::snapshot::PolicySnapshot;
 use crate::config::{CredentialConfig, Destination};
@@ -149,6 +149,10 @@ impl Grant {
     /// `principal.environment`.
     pub fn environment(&self) -> &str {
         &self.permission().environment
+    }
+
+    pub(super) fn decision(&self) -> Decision {
+        Decision::Allow(Arc::clone(&self.lease.permitted.permission))
     }
 
     pub(super) fn permission(&self) -> &Permission {

@@ -5,11 +5,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use countersign_attestors::{AttestedWorkload, IsolationKey, WorkloadFacts};
 
-use super::decision::Denial;
+use super::decision::{Decision, Denial};
 use super::engine::PolicyEngine;
 use super::grant::Grant;
 use super::question::{OwnedQuestion, Question};
 use super::snapshot::PolicySnapshot;
+use crate::request::EgressRequest;
 use crate::request_id::RequestId;
 
 /// How many decisions are kept.
@@ -29,8 +30,9 @@ pub struct RecordedDecision {
     pub question: OwnedQuestion,
     /// The policies that decided.
     pub engine: Arc<PolicyEngine>,
-    /// Why not; `None` for a yes.
-    pub denial: Option<Arc<Denial>>,
+    /// What was decided; `None` for a yes that the question still gets. One whose path is not kept whole
+    /// need not.
+    pub decision: Option<Decision>,
 }
 
 /// The last [`RING_CAPACITY`] decisions. Shared by all workers.
@@ -54,13 +56,25 @@ impl DecisionRing {
         question: &Question<'_>,
         outcome: Result<&Grant, &Arc<Denial>>,
     ) {
+        let mut question = question.to_owned();
+        let shortened = question
+            .request
+            .as_deref()
+            .and_then(EgressRequest::shortened);
+        let decided = match outcome {
+            Err(denial) => Some(Decision::Deny(Arc::clone(denial))),
+            Ok(grant) => shortened.as_ref().map(|_| grant.decision()),
+        };
+        if let Some(shortened) = shortened {
+            question.request = Some(Arc::new(shortened));
+        }
         let decision = RecordedDecision {
             request_id,
             facts: Arc::clone(workload.facts()),
             isolation_key: workload.isolation_key().clone(),
-            question: question.to_owned(),
+            question,
             engine: Arc::clone(snapshot.engine()),
-            denial: outcome.err().map(Arc::clone),
+            decision: decided,
         };
         let mut decisions = self.lock();
         let oldest = match decisions.len() < RING_CAPACITY {

@@ -1,5 +1,7 @@
 //! What the audit says of a request beyond that it was answered.
 
+use countersign::audit::verify::verify;
+use countersign::policy::explain;
 use serde_json::{Value, json};
 
 use crate::support::curl::curl;
@@ -69,4 +71,51 @@ async fn scopes_are_asked_for_in_the_order_of_the_configuration() {
         assert_eq!(record["kind"], "token_issue", "{record}");
         assert_eq!(record["scopes_asked"], recorded, "{record}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_a_long_path_the_beginning_is_recorded_and_kept() {
+    const ENDS: &str = r#"
+@id("ends")
+permit (principal, action == Action::"inject", resource == Credential::"orders-api")
+when { principal has unix && context has request && context.request.path like "*/end" };
+"#;
+    let mut world = World::servers().await;
+    let configuration = format!("{COMMON}{DESTINATIONS}");
+    let policies = format!("{POLICIES}{ENDS}");
+    world.start_agent(&configuration, &policies).await;
+    world.good().await;
+    // Of two bytes each, of which one would be cut in the middle.
+    let long = format!("/v1/{}", "%C3%A4a".repeat(1000));
+    for (path, decided) in [(format!("{long}/end"), "allow"), (long, "deny")] {
+        let url = format!("http://plain.example.test{path}");
+        let answer = world.curl(&["-X", "DELETE", &url]).await;
+        let record = world.audited_requests().await.pop().unwrap();
+        assert_eq!(record["decision"], decided);
+        assert_eq!(record["path"], path[..2048]);
+        assert_eq!(record["path_bytes"], path.len());
+        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, path.as_bytes());
+        let digest = digest.as_ref().iter().map(|byte| format!("{byte:02x}"));
+        assert_eq!(record["path_sha256"], digest.collect::<String>());
+
+        let id = answer.header("countersign-request-id").unwrap();
+        let decisions = &world.app().agent().recent_decisions;
+        let kept = decisions.find(id.parse().unwrap()).unwrap();
+        let path = &kept.question.request.as_ref().unwrap().path;
+        assert_eq!((path.as_sent().len(), path.as_str().len()), (2048, 2047));
+        // As it was decided, though the end is not there any more.
+        let explained = explain::recorded(&kept);
+        assert_eq!(explained.allowed, decided == "allow", "{explained:#?}");
+        assert_eq!(explained.permits.len(), 1);
+        assert_eq!(explained.suggestion, None);
+        assert!(json!(explained).to_string().len() < 4096);
+    }
+    // A short one is whole.
+    let url = "http://plain.example.test/v1/orders";
+    world.curl(&["-X", "DELETE", url]).await.expect(403);
+    let record = world.audited_requests().await.pop().unwrap();
+    assert_eq!(record["path"], "/v1/orders");
+    assert!(record["path_bytes"].is_null() && record["path_sha256"].is_null());
+    let path = world.path("audit.jsonl");
+    assert!(verify(&path, None).is_ok());
 }

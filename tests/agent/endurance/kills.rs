@@ -21,15 +21,16 @@ use crate::support::{Stalls, come_first};
 const LIMIT: Duration = Duration::from_millis(50);
 
 /// Requests that are sent at once, so that their records are written at once.
-const BURST: usize = 8;
-/// Long paths make large records, and writes that take long enough to be interrupted.
-const PATH_BYTES: usize = 20_000;
+const BURST: usize = 256;
+/// Paths of which all is recorded, and long enough for writes that can be interrupted.
+const PATH_BYTES: usize = 2000;
 
 const CONFIGURATION: &str = r#"
 version: 1
 listeners:
   - {name: proxy, type: forward_proxy, bind: "unix:{directory}/proxy.sock"}
 attestors: {unix: {}}
+limits: {per_identity: {requests_per_second: 1000000}}
 credentials: []
 destinations: []
 policies: {directory: policies}
