@@ -90,6 +90,8 @@ pub struct Credentials {
 
 #[derive(Clone)]
 struct LiveToken {
+    /// By which it was minted.
+    entry: Arc<Entry>,
     slot: Arc<Slot>,
     token: Arc<Token>,
     holder: Arc<TokenHolder>,
@@ -420,15 +422,17 @@ impl Credentials {
             return Err(failure.refusal_while_blocked(ask.credential, false, now));
         }
         let (credentials, flight_slot) = (Arc::clone(self), Arc::clone(&slot));
+        let flight_entry = Arc::clone(&entry);
         let task = self.runtime.spawn(async move {
-            let outcome = credentials.mint(&flight_slot, &entry).await;
+            let outcome = credentials.mint(&flight_slot, &flight_entry).await;
             outcome.map_err(|failure| flight_slot.fail(failure, credentials.clock.monotonic()))
         });
         match task.await {
             Ok(Ok(minted)) => {
                 slot.flight.forget_failures();
                 if let Some(token) = Token::new(&minted, slot.max_lifetime) {
-                    self.keep_revocable(&slot, &Arc::new(token), holder_of(&slot, Some(ask.facts)));
+                    let holder = holder_of(&slot, Some(ask.facts));
+                    self.keep_revocable(&entry, &slot, &Arc::new(token), holder);
                 }
                 Ok(minted)
             }
@@ -576,10 +580,7 @@ impl Credentials {
 
     /// Asks once; says what came of it, and how long to wait where it is worth asking again.
     async fn revoke_one(&self, known: &LiveToken) -> (UpstreamRevocation, Option<Duration>) {
-        let entry = self.entries.load().get(&*known.slot.credential).cloned();
-        let Some(entry) = entry else {
-            return (UpstreamRevocation::NotServed, None);
-        };
+        let entry = self.entry_to_revoke_by(known);
         let deadline = Deadline::after(entry.provider.timeout());
         let subject = &known.slot.request.subject;
         let revoked = entry
@@ -599,6 +600,15 @@ impl Credentials {
                 }
             },
         }
+    }
+
+    /// The one in force where its server and client are those that the token was minted by: its roots may be
+    /// newer. Another server would say of a token that it does not know that it is revoked (RFC 7009 section 2.2).
+    fn entry_to_revoke_by(&self, known: &LiveToken) -> Arc<Entry> {
+        let entries = self.entries.load();
+        let in_force = entries.get(&*known.slot.credential);
+        let alike = in_force.filter(|entry| entry.config == known.entry.config);
+        Arc::clone(alike.unwrap_or(&known.entry))
     }
 
     /// Asks until the server has revoked the token or it has expired.
@@ -642,7 +652,13 @@ impl Credentials {
     }
 
     /// Remembers a token for as long as it lives upstream.
-    fn keep_revocable(&self, slot: &Arc<Slot>, token: &Arc<Token>, holder: TokenHolder) {
+    fn keep_revocable(
+        &self,
+        entry: &Arc<Entry>,
+        slot: &Arc<Slot>,
+        token: &Arc<Token>,
+        holder: TokenHolder,
+    ) {
         let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
         if live.len() >= LIVE_TOKENS {
             // Those that go first would have lived shortest.
@@ -650,6 +666,7 @@ impl Credentials {
             live.truncate(LIVE_TOKENS / 2);
         }
         live.push(LiveToken {
+            entry: Arc::clone(entry),
             slot: Arc::clone(slot),
             token: Arc::clone(token),
             holder: Arc::new(holder),
@@ -827,7 +844,7 @@ impl Credentials {
         let slot = Arc::clone(slot);
         self.runtime.spawn(async move {
             let minted = credentials.mint(&slot, &entry).await;
-            departure.land(credentials.take_in(&slot, minted));
+            departure.land(credentials.take_in(&entry, &slot, minted));
         });
     }
 
@@ -876,6 +893,7 @@ impl Credentials {
     /// Notes what a flight brought in its slot, and when to look at it again.
     fn take_in(
         self: &Arc<Self>,
+        entry: &Arc<Entry>,
         slot: &Arc<Slot>,
         minted: Result<MintedToken, MintFailure>,
     ) -> Outcome<Token, Failure> {
@@ -892,7 +910,7 @@ impl Credentials {
             Ok(token) => {
                 let token = Arc::new(token);
                 slot.flight.succeed(&token);
-                self.keep_revocable(slot, &token, holder_of(slot, None));
+                self.keep_revocable(entry, slot, &token, holder_of(slot, None));
                 self.refresh_later(slot, token.refresh_at());
                 Ok(token)
             }

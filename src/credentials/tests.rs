@@ -1410,6 +1410,34 @@ async fn what_was_handed_out_or_replaced_is_revoked_upstream_too() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_token_is_revoked_where_it_was_minted() {
+    const OTHER: &str = "https://other.countersign.test";
+
+    let bench = Bench::start().await;
+    let (other, server) = authorization_server(&bench.authority, OTHER, LONG).await;
+    let pem = std::fs::read(bench.path("client.pem")).unwrap();
+    other.register(client(
+        "node-agent",
+        &SigningKey::parse(&pem, SigningAlgorithm::Es256).unwrap(),
+    ));
+    let elsewhere = OauthClientCredentials {
+        server: ServerSetting::Issuer(ExactUrl::parse(OTHER).unwrap()),
+        connect_to: Some(server.address()),
+        ..for_audience(bench.settings(), OTHER)
+    };
+    let of_elsewhere = [bench.credential("orders", elsewhere)];
+    for afterwards in [&of_elsewhere[..], &[]] {
+        bench.configure(&[bench.credential("orders", bench.settings())]);
+        let token = bench.token().await.unwrap();
+        bench.configure(afterwards);
+        let by_name = RevokedTokens::Credential("orders".to_owned());
+        let revoked = bench.revoke(&by_name).await;
+        assert_eq!(revoked[0].upstream, UpstreamRevocation::Revoked);
+        assert!(bench.state.is_revoked(&jti_of(&token)));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_server_in_trouble_is_asked_again_to_revoke() {
     let bench = Bench::start().await;
     let token = bench.token().await.unwrap();
