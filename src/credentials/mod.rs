@@ -94,7 +94,8 @@ struct LiveToken {
     entry: Arc<Entry>,
     slot: Arc<Slot>,
     token: Arc<Token>,
-    holder: Arc<TokenHolder>,
+    /// The workload that has it, where it was handed out.
+    handed_to: Option<Arc<WorkloadFacts>>,
 }
 
 /// A configured credential and its provider.
@@ -192,7 +193,7 @@ pub enum RevokedTokens {
     Credential(String),
     /// The one with this SHA-256 in hexadecimal.
     TokenSha256(String),
-    /// Those minted for this workload alone; tokens that workloads share are left.
+    /// Those handed to this workload, and those minted for it alone; what workloads share is left.
     Workload(Selector),
 }
 
@@ -431,8 +432,7 @@ impl Credentials {
             Ok(Ok(minted)) => {
                 slot.flight.forget_failures();
                 if let Some(token) = Token::new(&minted, slot.max_lifetime) {
-                    let holder = holder_of(&slot, Some(ask.facts));
-                    self.keep_revocable(&entry, &slot, &Arc::new(token), holder);
+                    self.keep_revocable(&entry, &slot, &Arc::new(token), Some(ask.facts));
                 }
                 Ok(minted)
             }
@@ -514,7 +514,7 @@ impl Credentials {
         let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
         live.iter()
             .find(|known| known.token.sha256().eq_ignore_ascii_case(sha256))
-            .map(|known| TokenHolder::clone(&known.holder))
+            .map(|known| holder_of(&known.slot, known.handed_to.as_deref()))
     }
 
     /// Evicts tokens at once, and asks their authorization servers to revoke them: what was replaced or
@@ -657,7 +657,7 @@ impl Credentials {
         entry: &Arc<Entry>,
         slot: &Arc<Slot>,
         token: &Arc<Token>,
-        holder: TokenHolder,
+        handed_to: Option<&WorkloadFacts>,
     ) {
         let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
         if live.len() >= LIVE_TOKENS {
@@ -669,7 +669,7 @@ impl Credentials {
             entry: Arc::clone(entry),
             slot: Arc::clone(slot),
             token: Arc::clone(token),
-            holder: Arc::new(holder),
+            handed_to: handed_to.cloned().map(Arc::new),
         });
     }
 
@@ -910,7 +910,7 @@ impl Credentials {
             Ok(token) => {
                 let token = Arc::new(token);
                 slot.flight.succeed(&token);
-                self.keep_revocable(entry, slot, &token, holder_of(slot, None));
+                self.keep_revocable(entry, slot, &token, None);
                 self.refresh_later(slot, token.refresh_at());
                 Ok(token)
             }
@@ -940,9 +940,10 @@ fn is_meant(revoked: &RevokedTokens, known: &LiveToken) -> bool {
     match revoked {
         RevokedTokens::Credential(name) => *known.slot.credential == **name,
         RevokedTokens::TokenSha256(sha256) => known.token.sha256().eq_ignore_ascii_case(sha256),
-        RevokedTokens::Workload(selector) => {
-            !is_shared(&known.slot) && selector.matches(&known.slot.facts)
-        }
+        RevokedTokens::Workload(selector) => match &known.handed_to {
+            Some(facts) => selector.matches(facts),
+            None => !is_shared(&known.slot) && selector.matches(&known.slot.facts),
+        },
     }
 }
 

@@ -1438,6 +1438,29 @@ async fn a_token_is_revoked_where_it_was_minted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_was_handed_to_a_workload_is_revoked_with_it() {
+    let bench = Bench::start().await;
+    let injected = bench.token().await.unwrap();
+    let scopes = ["orders.read".to_owned()];
+    let mut digests = Vec::new();
+    for uid in [7, 8] {
+        let caller = facts(&[("unix", "uid", AttributeValue::Long(uid))]);
+        let ask = Ask {
+            purpose: Purpose::Issue,
+            ..orders(&scopes, &caller)
+        };
+        let issued = bench.credentials.issue_token(&ask).await.unwrap();
+        digests.push(token_sha256(&issued));
+    }
+    let workload = RevokedTokens::Workload("unix.uid=8".parse().unwrap());
+    let revoked = bench.revoke(&workload).await;
+    assert_eq!(revoked.len(), 1, "{revoked:?}");
+    assert_eq!(revoked[0].token_sha256, digests[1]);
+    assert_eq!(revoked[0].upstream, UpstreamRevocation::Revoked);
+    assert!(Arc::ptr_eq(&bench.token().await.unwrap(), &injected));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_server_in_trouble_is_asked_again_to_revoke() {
     let bench = Bench::start().await;
     let token = bench.token().await.unwrap();
