@@ -293,7 +293,10 @@ impl Credentials {
             let entry = match unchanged {
                 Some(entry) => Arc::clone(entry),
                 None => Arc::new(Entry {
-                    config: Arc::clone(credential),
+                    config: match known.get(&credential.name) {
+                        Some(entry) if entry.config == *credential => Arc::clone(&entry.config),
+                        _ => Arc::clone(credential),
+                    },
                     roots_sha256: roots_sha256.cloned(),
                     provider: provider(credential, Arc::clone(&self.clock), &mut shared),
                     metrics: self.metrics.credential(&credential.name),
@@ -304,11 +307,9 @@ impl Credentials {
         let entries = Arc::new(entries);
         self.entries.store(Arc::clone(&entries));
         self.retain(|slot| {
-            let name = &*slot.credential;
-            let is_kept = known
-                .get(name)
-                .zip(entries.get(name))
-                .is_some_and(|(before, now)| before.config == now.config);
+            let is_kept = entries
+                .get(&*slot.credential)
+                .is_some_and(|entry| slot.is_of(entry));
             if is_kept {
                 slot.flight.forget_failures();
             }
@@ -607,7 +608,7 @@ impl Credentials {
     fn entry_to_revoke_by(&self, known: &LiveToken) -> Arc<Entry> {
         let entries = self.entries.load();
         let in_force = entries.get(&*known.slot.credential);
-        let alike = in_force.filter(|entry| entry.config == known.entry.config);
+        let alike = in_force.filter(|entry| known.slot.is_of(entry));
         Arc::clone(alike.unwrap_or(&known.entry))
     }
 
@@ -693,7 +694,7 @@ impl Credentials {
         if let Some(slot) = self.find(ask, entry) {
             return Ok(slot);
         }
-        let slot = Arc::new(Slot::new(ask, request, now));
+        let slot = Arc::new(Slot::new(ask, entry, request, now));
         let mut slots = Slots::clone(&shard.slots.load());
         if slots.values().map(Vec::len).sum::<usize>() >= SLOTS_PER_SHARD {
             drop_least_recently_used(&mut slots);
@@ -706,11 +707,10 @@ impl Credentials {
     fn find(&self, ask: &Ask<'_>, entry: &Entry) -> Option<Arc<Slot>> {
         let hash = self.hash(ask, entry);
         let slots = self.shard(hash)?.slots.load();
-        let parts = entry.provider.subject_parts();
         slots
             .get(&hash)?
             .iter()
-            .find(|slot| slot.answers(ask, parts))
+            .find(|slot| slot.answers(ask, entry))
             .map(Arc::clone)
     }
 
@@ -815,9 +815,12 @@ impl Credentials {
         if unused_for >= token.lifetime() / 2 || subject_has_expired {
             return;
         }
-        let Some(entry) = self.entries.load().get(&*slot.credential).map(Arc::clone) else {
+        let Some(entry) = self.entries.load().get(&*slot.credential).cloned() else {
             return;
         };
+        if !slot.is_of(&entry) {
+            return;
+        }
         let take_off = |departure| self.take_off(slot, &entry, departure);
         slot.flight.renew(&token, now, take_off);
     }

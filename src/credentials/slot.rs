@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use countersign_attestors::{PresentedToken, WorkloadFacts};
 
+use super::Entry;
 use super::backoff;
 use super::single_flight::{Obstacle, SingleFlight};
 use super::token::Token;
-use crate::providers::{MintFailure, Recovery, SubjectParts, TokenRequest};
+use crate::config::CredentialConfig;
+use crate::providers::{MintFailure, Recovery, TokenRequest};
 use crate::refusal::{Refusal, RefusalCode};
 
 /// What tokens are for: one handed out is never one that is injected.
@@ -37,6 +39,8 @@ pub(super) struct Ask<'a> {
 pub(super) struct Slot {
     pub(super) purpose: Purpose,
     pub(super) credential: Arc<str>,
+    /// By which its tokens are minted.
+    config: Arc<CredentialConfig>,
     pub(super) max_lifetime: Option<Duration>,
     pub(super) request: TokenRequest,
     pub(super) facts: WorkloadFacts,
@@ -55,10 +59,11 @@ pub(super) struct Failure {
 }
 
 impl Slot {
-    pub(super) fn new(ask: &Ask<'_>, request: TokenRequest, now: Duration) -> Self {
+    pub(super) fn new(ask: &Ask<'_>, entry: &Entry, request: TokenRequest, now: Duration) -> Self {
         Self {
             purpose: ask.purpose,
             credential: ask.credential.into(),
+            config: Arc::clone(&entry.config),
             max_lifetime: ask.max_lifetime,
             request,
             facts: ask.facts.clone(),
@@ -68,10 +73,16 @@ impl Slot {
         }
     }
 
-    /// Whether this slot is the one that `ask` is about; allocates nothing.
-    pub(super) fn answers(&self, ask: &Ask<'_>, parts: &SubjectParts) -> bool {
-        self.purpose == ask.purpose
-            && *self.credential == *ask.credential
+    /// Whether its tokens are minted by this entry's configuration.
+    pub(super) fn is_of(&self, entry: &Entry) -> bool {
+        Arc::ptr_eq(&self.config, &entry.config)
+    }
+
+    /// Whether this slot is the one that `ask` is about, of the credential of `entry`; allocates nothing.
+    pub(super) fn answers(&self, ask: &Ask<'_>, entry: &Entry) -> bool {
+        let parts = entry.provider.subject_parts();
+        self.is_of(entry)
+            && self.purpose == ask.purpose
             && self.max_lifetime == ask.max_lifetime
             && self.request.scopes == ask.scopes
             && self.request.audience.as_deref() == ask.audience

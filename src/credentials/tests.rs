@@ -1509,6 +1509,31 @@ async fn a_reload_keeps_what_did_not_change() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_was_asked_for_before_a_reload_is_no_answer_after_it() {
+    let bench = Bench::start().await;
+    let token = bench.token().await.unwrap();
+    let entry = || Arc::clone(&bench.credentials.entries.load()["orders"]);
+    let scopes = ["orders.read".to_owned()];
+    let nobody = WorkloadFacts::default();
+    let ask = orders(&scopes, &nobody);
+    let before = entry();
+    let changed = OauthClientCredentials {
+        timeout: seconds(3),
+        ..bench.settings()
+    };
+    bench.configure(&[bench.credential("orders", changed)]);
+    // Whoever looked the credential up before makes its slot only now.
+    let late = bench.credentials.slot(&ask, &before, bench.now()).unwrap();
+    late.flight.succeed(&token);
+    assert!(!Arc::ptr_eq(&bench.token().await.unwrap(), &token));
+    // Nor is it renewed.
+    bench.clock.advance(LONG.mul_f64(0.56));
+    late.touch(bench.now());
+    bench.credentials.refresh(&late);
+    assert!(!late.flight.is_in_the_air());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn identities_that_are_idle_are_dropped() {
     let bench = Bench::with_lifetime(seconds(3600)).await;
     bench.token().await.unwrap();
