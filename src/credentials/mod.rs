@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
-use countersign_attestors::{Clock, WorkloadFacts};
+use countersign_attestors::{Clock, IsolationKey, WorkloadFacts};
 use foldhash::fast::RandomState;
 use futures_util::StreamExt;
 use serde::Serialize;
@@ -386,7 +386,7 @@ impl Credentials {
         Err(NotObtained { refusal, led })
     }
 
-    /// A token to be handed out: minted for this call, one call after another for each key.
+    /// A token to be handed out: minted for this call, one call after another for each key and workload.
     pub async fn issue(self: &Arc<Self>, grant: Grant) -> Result<IssuedToken, Refusal> {
         if grant.action() != Action::Issue {
             return Err(Refusal::new(
@@ -395,7 +395,9 @@ impl Credentials {
             ));
         }
         let started = Instant::now();
-        let minted = self.issue_token(&ask(&grant, Purpose::Issue)?).await?;
+        let identity = grant.workload().isolation_key();
+        let ask = ask(&grant, Purpose::Issue)?;
+        let minted = self.issue_token(&ask, identity).await?;
         let lifetime = grant
             .max_lifetime()
             .map_or(minted.expires_in, |most| most.min(minted.expires_in));
@@ -409,7 +411,11 @@ impl Credentials {
         })
     }
 
-    async fn issue_token(self: &Arc<Self>, ask: &Ask<'_>) -> Result<MintedToken, Refusal> {
+    async fn issue_token(
+        self: &Arc<Self>,
+        ask: &Ask<'_>,
+        identity: &IsolationKey,
+    ) -> Result<MintedToken, Refusal> {
         let entry = self
             .entries
             .load()
@@ -417,7 +423,14 @@ impl Credentials {
             .map(Arc::clone)
             .ok_or_else(|| no_longer_configured(ask.credential))?;
         let slot = self.slot(ask, &entry, self.clock.monotonic())?;
-        let _turn = slot.turn.lock().await;
+        let turn = slot.turns.of(identity);
+        let Ok(_turn) = tokio::time::timeout(entry.provider.timeout(), turn.lock()).await else {
+            let detail = format!(
+                "no token for credential `{}`: others that this workload asked for took all of the time",
+                ask.credential
+            );
+            return Err(Refusal::new(RefusalCode::TokenServerTimeout, detail));
+        };
         let now = self.clock.monotonic();
         slot.touch(now);
         if let Some(failure) = slot.flight.obstacle(now) {

@@ -1,10 +1,11 @@
 //! One key's place in the cache: its token, its flight, and what failed last.
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use countersign_attestors::{PresentedToken, WorkloadFacts};
+use countersign_attestors::{IsolationKey, PresentedToken, WorkloadFacts};
 
 use super::Entry;
 use super::backoff;
@@ -46,8 +47,7 @@ pub(super) struct Slot {
     pub(super) facts: WorkloadFacts,
     pub(super) flight: SingleFlight<Token, Failure>,
     last_used_milliseconds: AtomicU64,
-    /// Held by the one request for a token to be handed out.
-    pub(super) turn: tokio::sync::Mutex<()>,
+    pub(super) turns: Turns,
 }
 
 /// A failure, and until when (monotonic) it stands for further attempts; `None`: until the
@@ -56,6 +56,19 @@ pub(super) struct Slot {
 pub(super) struct Failure {
     pub(super) mint: MintFailure,
     pub(super) until: Option<Duration>,
+}
+
+/// For each workload that asks for a token to be handed out, what its one request holds.
+#[derive(Debug, Default)]
+pub(super) struct Turns(Mutex<HashMap<IsolationKey, Arc<tokio::sync::Mutex<()>>>>);
+
+impl Turns {
+    /// What to hold while asking for `identity`.
+    pub(super) fn of(&self, identity: &IsolationKey) -> Arc<tokio::sync::Mutex<()>> {
+        let mut turns = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+        Arc::clone(turns.entry(identity.clone()).or_default())
+    }
 }
 
 impl Slot {
@@ -69,7 +82,7 @@ impl Slot {
             facts: ask.facts.clone(),
             flight: SingleFlight::new(),
             last_used_milliseconds: AtomicU64::new(milliseconds(now)),
-            turn: tokio::sync::Mutex::new(()),
+            turns: Turns::default(),
         }
     }
 

@@ -186,6 +186,10 @@ impl Bench {
         Ok(token)
     }
 
+    async fn issue(&self, ask: &Ask<'_>) -> Result<MintedToken, Refusal> {
+        self.credentials.issue_token(ask, &identity("one")).await
+    }
+
     async fn revoke(&self, revoked: &RevokedTokens) -> Vec<RevokedToken> {
         self.credentials.revoke_upstream(revoked, seconds(30)).await
     }
@@ -215,6 +219,10 @@ impl Bench {
             .iter()
             .all(|slot| !slot.flight.is_in_the_air())
     }
+}
+
+fn identity(name: &str) -> IsolationKey {
+    IsolationKey(name.into())
 }
 
 fn broker(clock: Arc<dyn Clock>) -> Arc<Credentials> {
@@ -991,9 +999,7 @@ async fn what_is_issued_is_never_what_is_injected() {
     };
     let mut digests: HashSet<String> = [injected.sha256().to_string()].into();
     for _ in 0..3 {
-        digests.insert(token_sha256(
-            &bench.credentials.issue_token(&ask).await.unwrap(),
-        ));
+        digests.insert(token_sha256(&bench.issue(&ask).await.unwrap()));
     }
     assert_eq!(digests.len(), 4);
     assert!(Arc::ptr_eq(&bench.token().await.unwrap(), &injected));
@@ -1002,12 +1008,39 @@ async fn what_is_issued_is_never_what_is_injected() {
     let before = bench.requests();
     for _ in 0..5 {
         assert_eq!(
-            bench.credentials.issue_token(&ask).await.unwrap_err().code,
+            bench.issue(&ask).await.unwrap_err().code,
             RefusalCode::InvalidClient
         );
     }
     assert_eq!(bench.requests(), before + 2);
     assert!(bench.token().await.is_ok());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_waits_for_ever_for_a_token_that_is_handed_out() {
+    let bench = Bench::start().await;
+    let hasty = OauthClientCredentials {
+        timeout: seconds(1),
+        ..bench.settings()
+    };
+    bench.configure(&[bench.credential("orders", hasty)]);
+    let scopes = ["orders.read".to_owned()];
+    let nobody = WorkloadFacts::default();
+    let ask = Ask {
+        purpose: Purpose::Issue,
+        ..orders(&scopes, &nobody)
+    };
+    let entry = Arc::clone(&bench.credentials.entries.load()["orders"]);
+    let slot = bench.credentials.slot(&ask, &entry, bench.now()).unwrap();
+    let turn = slot.turns.of(&identity("one"));
+    let _turn = turn.lock().await;
+    let waiting = tokio::time::timeout(seconds(30), bench.issue(&ask));
+    let refusal = waiting.await.expect("it ends").unwrap_err();
+    assert_eq!(refusal.code, RefusalCode::TokenServerTimeout);
+    assert_eq!(bench.requests(), 0);
+    // A neighbour has a turn of its own.
+    let other = identity("other");
+    bench.credentials.issue_token(&ask, &other).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1378,7 +1411,7 @@ async fn what_was_handed_out_or_replaced_is_revoked_upstream_too() {
         purpose: Purpose::Issue,
         ..orders(&scopes, &caller)
     };
-    let issued = bench.credentials.issue_token(&ask).await.unwrap();
+    let issued = bench.issue(&ask).await.unwrap();
     let issued_sha256 = token_sha256(&issued);
     // One that was handed out is known by who has it, one that all share by its credential alone.
     let holder = bench.credentials.holder(&issued_sha256).unwrap();
@@ -1449,7 +1482,7 @@ async fn what_was_handed_to_a_workload_is_revoked_with_it() {
             purpose: Purpose::Issue,
             ..orders(&scopes, &caller)
         };
-        let issued = bench.credentials.issue_token(&ask).await.unwrap();
+        let issued = bench.issue(&ask).await.unwrap();
         digests.push(token_sha256(&issued));
     }
     let workload = RevokedTokens::Workload("unix.uid=8".parse().unwrap());
