@@ -1044,6 +1044,54 @@ async fn nobody_waits_for_ever_for_a_token_that_is_handed_out() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_key_file_that_nobody_writes_to_holds_nobody_up() {
+    let bench = Bench::start().await;
+    let pipe = bench.path("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRUSR).unwrap();
+    let by_key = ClientAuthentication::PrivateKeyJwt {
+        key_file: pipe.clone(),
+        algorithm: SigningAlgorithm::Es256,
+        key_id: None,
+        assertion_type_header: None,
+        audience: ISSUER.to_owned(),
+    };
+    let by_secret = ClientAuthentication::ClientSecretBasic { secret_file: pipe };
+    for client_authentication in [by_key, by_secret] {
+        let settings = OauthClientCredentials {
+            client_authentication,
+            ..bench.settings()
+        };
+        bench.configure(&[bench.credential("orders", settings)]);
+        let waiting = tokio::time::timeout(seconds(30), bench.token());
+        let refusal = waiting.await.expect("it ends").unwrap_err();
+        assert_eq!(refusal.code, RefusalCode::ClientKeyUnavailable);
+        assert!(refusal.internal.unwrap().contains("no regular file"));
+    }
+}
+
+#[test]
+fn a_key_file_that_cannot_be_read_in_time_holds_nobody_up() {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .worker_threads(2)
+        .max_blocking_threads(1)
+        .build()
+        .unwrap();
+    let (release, held) = std::sync::mpsc::channel::<()>();
+    runtime.block_on(async {
+        let bench = Bench::start().await;
+        bench.token().await.unwrap();
+        // Files are read where nothing else is for now.
+        tokio::task::spawn_blocking(move || held.recv());
+        bench.clock.advance(LONG);
+        let waiting = tokio::time::timeout(seconds(30), bench.token());
+        let refusal = waiting.await.expect("it ends").unwrap_err();
+        assert_eq!(refusal.code, RefusalCode::ClientKeyUnavailable);
+        drop(release);
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn policy_ends_a_tokens_use_before_its_expiry() {
     let bench = Bench::start().await;
     let scopes = ["orders.read".to_owned()];

@@ -1,5 +1,8 @@
 //! How the agent proves at a token endpoint who the client is.
 
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -27,7 +30,7 @@ const ASSERTION_TYP: &str = "client-authentication+jwt";
 const ASSERTION_LIFETIME: Duration = Duration::from_secs(60);
 
 /// Files above this size are no keys.
-const KEY_FILE_LIMIT_BYTES: u64 = 64 * 1024;
+const KEY_FILE_LIMIT_BYTES: usize = 64 * 1024;
 
 /// A private key in a file, read anew for every assertion and parsed when its content has changed.
 pub(super) struct KeyFile {
@@ -210,15 +213,7 @@ pub(super) async fn basic_header(
 async fn read_secret(path: &Path) -> Result<Zeroizing<Vec<u8>>, MintFailure> {
     let path = path.to_owned();
     let read = tokio::task::spawn_blocking(move || {
-        let size = std::fs::metadata(&path)
-            .map_err(|error| key_unavailable(&path, &error.to_string()))?
-            .len();
-        if size > KEY_FILE_LIMIT_BYTES {
-            return Err(key_unavailable(&path, "it is larger than 64 KiB"));
-        }
-        std::fs::read(&path)
-            .map(Zeroizing::new)
-            .map_err(|error| key_unavailable(&path, &error.to_string()))
+        read_file(&path).map_err(|error| key_unavailable(&path, &error.to_string()))
     });
     match read.await {
         Ok(outcome) => outcome,
@@ -227,6 +222,27 @@ async fn read_secret(path: &Path) -> Result<Zeroizing<Vec<u8>>, MintFailure> {
             "the agent is shutting down",
             Recovery::Backoff { retry_after: None },
         )),
+    }
+}
+
+/// What a regular file holds. Waits for nobody to write to it.
+fn read_file(path: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    // Large enough: what a growing buffer leaves behind is not wiped.
+    let size = usize::try_from(metadata.len()).unwrap_or(usize::MAX);
+    let mut content = Zeroizing::new(Vec::with_capacity(size.min(KEY_FILE_LIMIT_BYTES) + 1));
+    let most = KEY_FILE_LIMIT_BYTES as u64 + 1;
+    file.take(most).read_to_end(&mut content)?;
+    match content.len() > KEY_FILE_LIMIT_BYTES {
+        true => Err(io::Error::other("it is larger than 64 KiB")),
+        false => Ok(content),
     }
 }
 

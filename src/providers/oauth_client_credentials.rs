@@ -339,12 +339,12 @@ impl OauthClientCredentialsProvider {
         subject: &Subject,
         deadline: Deadline,
     ) -> Result<Answer, MintFailure> {
-        let request = self.signed(url, form, subject).await?;
+        let request = self.signed(url, form, subject, deadline).await?;
         let mut outcome = self.client.send(request, deadline.remaining()).await;
         if let Err(failure) = &outcome
             && failure.kind == FetchFailureKind::KeptConnectionBroke
         {
-            let request = self.signed(url, form, subject).await?;
+            let request = self.signed(url, form, subject, deadline).await?;
             outcome = self.client.send(request, deadline.remaining()).await;
         }
         outcome.map_err(|failure| MintFailure::of_fetch("the token endpoint", &failure))
@@ -355,9 +355,10 @@ impl OauthClientCredentialsProvider {
         url: &Url,
         form: &Form,
         subject: &Subject,
+        deadline: Deadline,
     ) -> Result<Request<Bytes>, MintFailure> {
         let client_id = subject.render(&self.settings.client_id)?;
-        let proof = self.proof(&client_id, subject).await?;
+        let proof = in_time(deadline, self.proof(&client_id, subject)).await?;
         let mut form = form.clone();
         for (name, value) in &proof.form {
             form.append(name, value);
@@ -458,6 +459,21 @@ impl OauthClientCredentialsProvider {
     }
 }
 
+/// What comes of `reading` the client's key or secret before `deadline`: a file system may hang.
+async fn in_time<T>(
+    deadline: Deadline,
+    reading: impl Future<Output = Result<T, MintFailure>>,
+) -> Result<T, MintFailure> {
+    match tokio::time::timeout(deadline.remaining(), reading).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(MintFailure::new(
+            RefusalCode::ClientKeyUnavailable,
+            "the client's key or secret could not be read in time",
+            Recovery::Backoff { retry_after: None },
+        )),
+    }
+}
+
 fn skewed(ahead: i64) -> MintFailure {
     let direction = if ahead > 0 { "behind" } else { "ahead of" };
     MintFailure::new(
@@ -520,8 +536,10 @@ impl Provider for OauthClientCredentialsProvider {
     }
 
     async fn probe(&self, deadline: Deadline) -> Vec<MintFailure> {
-        let mut failures: Vec<MintFailure> = self.check_key().await.err().into_iter().collect();
-        match self.ask_nothing(deadline).await {
+        let reading = in_time(deadline, self.check_key());
+        let (key, answer) = tokio::join!(reading, self.ask_nothing(deadline));
+        let mut failures: Vec<MintFailure> = key.err().into_iter().collect();
+        match answer {
             Ok(headers) => failures.extend(
                 self.seconds_ahead(&headers)
                     .filter(|ahead| ahead.unsigned_abs() > SKEW_LIMIT_SECONDS)
