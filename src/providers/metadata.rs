@@ -17,6 +17,9 @@ use crate::refusal::RefusalCode;
 /// How long metadata is used before it is fetched again.
 const METADATA_LIFETIME: Duration = Duration::from_secs(3600);
 
+/// How long metadata that could not be renewed is used before that is tried again.
+const RENEWAL_PAUSE: Duration = Duration::from_secs(30);
+
 /// What the agent reads of the metadata.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Metadata {
@@ -49,7 +52,14 @@ pub(super) struct Fetched {
     pub(super) metadata: Metadata,
     /// Greater than that of what was fetched before; the first is 1.
     pub(super) number: u64,
-    at: Duration,
+    /// Until when, on the monotonic clock, it is not fetched again.
+    fresh_until: Duration,
+}
+
+impl Fetched {
+    fn is_fresh(&self, clock: &dyn Clock) -> bool {
+        clock.monotonic() < self.fresh_until
+    }
 }
 
 impl IssuerMetadata {
@@ -70,24 +80,38 @@ impl IssuerMetadata {
         deadline: Deadline,
         clock: &dyn Clock,
     ) -> Result<Arc<Fetched>, MintFailure> {
-        if let Some(fresh) = self.fresh(distrusted, clock) {
-            return Ok(fresh);
-        }
+        let Some(last) = self.trusted(distrusted) else {
+            return self.fetch(distrusted, deadline, clock).await;
+        };
         // What was fetched last is good enough while somebody asks again.
-        if self.fetching.try_lock().is_err()
-            && let Some(last) = self.trusted(distrusted)
-        {
+        if last.is_fresh(clock) || self.fetching.try_lock().is_err() {
             return Ok(last);
         }
-        match self.fetch(distrusted, deadline, clock).await {
-            Ok(fetched) => Ok(fetched),
+        // The other half is for what it is needed for.
+        let half = Deadline::after(deadline.remaining() / 2);
+        match self.fetch(distrusted, half, clock).await {
             // Metadata that names another issuer takes the place of none.
-            Err(failure) if failure.code == RefusalCode::MetadataInvalid => Err(failure),
-            Err(failure) => {
-                let last = self.trusted(distrusted).ok_or_else(|| failure.clone())?;
+            Err(failure) if failure.code != RefusalCode::MetadataInvalid => {
                 tracing::warn!(issuer = %self.issuer, detail = failure.detail, "metadata could not be renewed; the last is used");
+                self.keep(&last, clock);
                 Ok(last)
             }
+            outcome => outcome,
+        }
+    }
+
+    /// Lets what could not be renewed be used for a while, unless another took its place.
+    fn keep(&self, fetched: &Fetched, clock: &dyn Clock) {
+        let mut last = self.last();
+        if last
+            .as_ref()
+            .is_some_and(|last| last.number == fetched.number)
+        {
+            *last = Some(Arc::new(Fetched {
+                metadata: fetched.metadata.clone(),
+                number: fetched.number,
+                fresh_until: clock.monotonic() + RENEWAL_PAUSE,
+            }));
         }
     }
 
@@ -100,26 +124,21 @@ impl IssuerMetadata {
     ) -> Result<Arc<Fetched>, MintFailure> {
         let turn = tokio::time::timeout(deadline.remaining(), self.fetching.lock());
         let _one_at_a_time = turn.await.map_err(|_| waited_in_vain())?;
-        if let Some(fresh) = self.fresh(distrusted, clock) {
+        let last = self.trusted(distrusted);
+        if let Some(fresh) = last.filter(|last| last.is_fresh(clock)) {
             return Ok(fresh);
         }
-        let at = clock.monotonic();
+        let fresh_until = clock.monotonic() + METADATA_LIFETIME;
         let (metadata, _) = self.discover(deadline, clock.wall()).await?;
         let mut last = self.last();
         let number = last.as_ref().map_or(1, |last| last.number + 1);
         let fetched = Arc::new(Fetched {
             metadata,
             number,
-            at,
+            fresh_until,
         });
         *last = Some(Arc::clone(&fetched));
         Ok(fetched)
-    }
-
-    fn fresh(&self, distrusted: u64, clock: &dyn Clock) -> Option<Arc<Fetched>> {
-        let now = clock.monotonic();
-        self.trusted(distrusted)
-            .filter(|last| now < last.at + METADATA_LIFETIME)
     }
 
     fn trusted(&self, distrusted: u64) -> Option<Arc<Fetched>> {
@@ -291,21 +310,8 @@ mod tests {
 
     #[tokio::test]
     async fn nobody_waits_for_another_who_asks_while_there_is_something_to_use() {
-        let clock = crate::clock::SystemClock::new();
-        let issuer = ExactUrl::parse("https://127.0.0.1:1").unwrap();
-        let runtime = tokio::runtime::Handle::current();
-        let client = FetchClient::new(Default::default(), Arc::default(), runtime);
-        let metadata = IssuerMetadata::new(issuer, client);
-        *metadata.last() = Some(Arc::new(Fetched {
-            metadata: Metadata {
-                token_endpoint: Url::parse("https://127.0.0.1:1/token").unwrap(),
-                revocation_endpoint: None,
-                signing_algorithms: None,
-            },
-            number: 1,
-            at: Duration::ZERO,
-        }));
-        let old = OneHourLater(clock);
+        let metadata = old_metadata_of("https://127.0.0.1:1");
+        let old = Later(crate::clock::SystemClock::new(), METADATA_LIFETIME);
         let _asks = metadata.fetching.lock().await;
         let began = std::time::Instant::now();
         let deadline = || Deadline::after(Duration::from_millis(500));
@@ -318,16 +324,64 @@ mod tests {
         metadata.current(1, deadline(), &old).await.unwrap_err();
     }
 
-    #[derive(Debug)]
-    struct OneHourLater(crate::clock::SystemClock);
+    #[tokio::test]
+    async fn a_server_that_hangs_leaves_time_to_use_what_is_there() {
+        let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0))
+            .await
+            .unwrap();
+        let address = listener.local_addr().unwrap();
+        let metadata = old_metadata_of(&format!("https://{address}"));
+        let clock = crate::clock::SystemClock::new();
+        let old = Later(clock, METADATA_LIFETIME);
+        let deadline = Deadline::after(Duration::from_secs(4));
+        let found = metadata.current(0, deadline, &old).await.unwrap();
+        assert_eq!(found.number, 1);
+        assert!(deadline.remaining() > Duration::from_secs(1));
+        // It is left alone for a while.
+        let deadline = Deadline::after(Duration::from_secs(4));
+        metadata.current(0, deadline, &old).await.unwrap();
+        assert!(deadline.remaining() > Duration::from_secs(3));
+        let later = Later(old.0, METADATA_LIFETIME + RENEWAL_PAUSE);
+        let deadline = Deadline::after(Duration::from_secs(4));
+        metadata.current(0, deadline, &later).await.unwrap();
+        assert!(deadline.remaining() < Duration::from_secs(3));
+    }
 
-    impl Clock for OneHourLater {
+    /// What was fetched at the clock's start from an issuer that is not asked yet.
+    fn old_metadata_of(issuer: &str) -> IssuerMetadata {
+        let issuer = ExactUrl::parse(issuer).unwrap();
+        let runtime = tokio::runtime::Handle::current();
+        let client = FetchClient::new(
+            crate::fetch::FetchSettings {
+                configured: [issuer.url().clone()].into(),
+                ..Default::default()
+            },
+            Arc::default(),
+            runtime,
+        );
+        let metadata = IssuerMetadata::new(issuer.clone(), client);
+        *metadata.last() = Some(Arc::new(Fetched {
+            metadata: Metadata {
+                token_endpoint: issuer.url().join("token").unwrap(),
+                revocation_endpoint: None,
+                signing_algorithms: None,
+            },
+            number: 1,
+            fresh_until: METADATA_LIFETIME,
+        }));
+        metadata
+    }
+
+    #[derive(Debug)]
+    struct Later(crate::clock::SystemClock, Duration);
+
+    impl Clock for Later {
         fn wall(&self) -> SystemTime {
             self.0.wall()
         }
 
         fn monotonic(&self) -> Duration {
-            self.0.monotonic() + METADATA_LIFETIME
+            self.0.monotonic() + self.1
         }
     }
 
