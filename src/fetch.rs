@@ -20,7 +20,8 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use bytes::Bytes;
 use countersign_attestors::{Fetch, FetchError};
-use futures_util::FutureExt;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
 use http::{Extensions, HeaderMap, Method, Request, StatusCode, Uri};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper_util::client::legacy::Client;
@@ -52,6 +53,9 @@ const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(5);
 /// start. Half of the shortest time for which servers in use keep one, two seconds: they rarely close it
 /// just as a request is sent.
 const CONNECTION_KEPT: Duration = Duration::from_secs(1);
+
+/// How long one address of a server may take to answer before the next is tried beside it.
+const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 
 /// How servers are reached.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
@@ -523,16 +527,25 @@ impl Connector {
     }
 }
 
+/// The first connection that comes about: an address that is slow to answer keeps nobody from the next (RFC 8305
+/// section 5).
 async fn connect_first(addresses: &[SocketAddr]) -> Result<TcpStream, FetchFailure> {
+    let mut left = addresses.iter();
+    let mut attempts = FuturesUnordered::new();
     let mut last = None;
-    for address in addresses {
-        match TcpStream::connect(address).await {
-            Ok(stream) => {
+    loop {
+        if let Some(address) = left.next() {
+            attempts.push(async move { (address, TcpStream::connect(address).await) });
+        }
+        match tokio::time::timeout(ATTEMPT_DELAY, attempts.next()).await {
+            Ok(Some((_, Ok(stream)))) => {
                 // Without this a small request waits for the delayed acknowledgement of the last.
                 let _ = stream.set_nodelay(true);
                 return Ok(stream);
             }
-            Err(error) => last = Some((address, error)),
+            Ok(Some((address, Err(error)))) => last = Some((address, error)),
+            Ok(None) => break,
+            Err(_) => {}
         }
     }
     let detail = match last {
@@ -787,6 +800,29 @@ mod tests {
             std::fs::write(&ca_file, authority.pem()).unwrap();
             assert_eq!(failure().await, FetchFailureKind::Refused);
         });
+    }
+
+    #[tokio::test]
+    async fn an_address_that_does_not_answer_keeps_nobody_from_the_next() {
+        let live = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let silent = tokio::net::TcpSocket::new_v4().unwrap();
+        silent.bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+        let silent = silent.listen(1).unwrap();
+        let silent_address = silent.local_addr().unwrap();
+        // Its queue is full: who comes now hears nothing.
+        let mut queue = Vec::new();
+        let within = Duration::from_millis(500);
+        while let Ok(stream) =
+            tokio::time::timeout(within, TcpStream::connect(silent_address)).await
+        {
+            queue.push(stream.unwrap());
+        }
+        let addresses = [silent_address, silent_address, live.local_addr().unwrap()];
+        let connecting = tokio::time::timeout(DOCUMENT_TIMEOUT, connect_first(&addresses));
+        let stream = connecting.await.expect("in time").unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), addresses[2]);
+        let failure = connect_first(&[]).await.unwrap_err();
+        assert_eq!(failure.kind, FetchFailureKind::Refused);
     }
 
     #[test]
