@@ -165,12 +165,18 @@ impl PrincipalModel {
             .iter()
             .map(|(group, name)| (&**group, &**name))
             .collect();
-        for group in &reads.groups {
-            // `principal has unix && principal.unix.uid == 0` needs the uid only.
-            if !reads.attributes.iter().any(|(known, _)| known == group) {
-                let names = self.declared.get(group).into_iter().flatten();
-                attributes.extend(names.map(|name| (&**group, &**name)));
-            }
+        // `principal has unix && principal.unix.uid == 0` needs the uid only.
+        let asked_for = reads.groups.iter();
+        let asked_for =
+            asked_for.filter(|group| !reads.attributes.iter().any(|(known, _)| known == *group));
+        let every = self.declared.keys().filter(|_| reads.principal);
+        for group in asked_for.chain(&reads.whole_groups).chain(every) {
+            let declared = self.declared.get_key_value(group);
+            attributes.extend(
+                declared
+                    .into_iter()
+                    .flat_map(|(group, names)| names.iter().map(|name| (&**group, &**name))),
+            );
         }
         if reads.environment {
             attributes.extend(self.attributes_of_environments());

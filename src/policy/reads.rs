@@ -12,8 +12,12 @@ use super::pattern::Pattern;
 pub(super) struct Reads {
     /// `(group, attribute)` of `principal.GROUP.ATTRIBUTE`.
     pub(super) attributes: BTreeSet<(String, String)>,
-    /// Groups of which it asks only whether they are there, or that it reads as a whole.
+    /// Groups of which it asks only whether they are there.
     pub(super) groups: BTreeSet<String>,
+    /// Groups that it reads as a whole.
+    pub(super) whole_groups: BTreeSet<String>,
+    /// Every group, as a whole: `principal` itself as a value.
+    pub(super) principal: bool,
     /// `principal.environment`.
     pub(super) environment: bool,
     /// `principal.getTag`, `principal.hasTag`.
@@ -94,6 +98,8 @@ impl Reads {
     pub(super) fn add(&mut self, other: &Self) {
         self.attributes.extend(other.attributes.iter().cloned());
         self.groups.extend(other.groups.iter().cloned());
+        self.whole_groups.extend(other.whole_groups.iter().cloned());
+        self.principal |= other.principal;
         self.environment |= other.environment;
         self.labels |= other.labels;
         self.parents |= other.parents;
@@ -113,6 +119,8 @@ impl Reads {
     pub(super) fn reads_principal(&self) -> bool {
         !self.attributes.is_empty()
             || !self.groups.is_empty()
+            || !self.whole_groups.is_empty()
+            || self.principal
             || self.environment
             || self.labels
             || self.parents
@@ -120,7 +128,10 @@ impl Reads {
 
     /// Whether it reads a group, wholly or in part.
     pub(super) fn reads_group(&self, group: &str) -> bool {
-        self.groups.contains(group) || self.attributes.iter().any(|(known, _)| known == group)
+        self.principal
+            || self.groups.contains(group)
+            || self.whole_groups.contains(group)
+            || self.attributes.iter().any(|(known, _)| known == group)
     }
 
     fn visit(&mut self, expression: &Value) {
@@ -134,11 +145,21 @@ impl Reads {
         match (chain.variable.as_str(), names.as_slice()) {
             ("principal", []) => match chain.usage {
                 Usage::Tags => self.labels = true,
-                Usage::In | Usage::Matched(_) | Usage::Value => self.parents = true,
+                Usage::In => self.parents = true,
+                Usage::Matched(_) | Usage::Value => {
+                    self.principal = true;
+                    self.environment = true;
+                    self.labels = true;
+                    self.parents = true;
+                }
             },
             ("principal", ["environment", ..]) => self.environment = true,
             ("principal", [group]) => {
-                self.groups.insert((*group).to_owned());
+                let groups = match chain.existence {
+                    true => &mut self.groups,
+                    false => &mut self.whole_groups,
+                };
+                groups.insert((*group).to_owned());
             }
             ("principal", [group, name, ..]) => {
                 self.attributes
@@ -187,6 +208,7 @@ impl Reads {
             local: true,
             attributes: self.attributes.clone(),
             groups: self.groups.clone(),
+            whole_groups: self.whole_groups.clone(),
             ..*self
         }
     }

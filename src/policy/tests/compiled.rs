@@ -643,9 +643,36 @@ fn what_is_asked_for_its_type_or_for_what_it_has_is_read() {
     assert!(
         ["cd", "ci"]
             .iter()
-            .all(|group| chosen.groups.contains(*group)),
+            .all(|group| chosen.whole_groups.contains(*group)),
         "{chosen:?}"
     );
+}
+
+#[test]
+fn of_what_is_taken_as_a_whole_everything_is_read() {
+    let fixture = fixture();
+    let attributes = |condition: &str| {
+        let text =
+            format!("@id(\"a\") forbid (principal, action, resource) when {{ {condition} }};");
+        BTreeSet::from_iter(fixture.engine(&text).attributes)
+    };
+    let declared = fixture
+        .declarations
+        .iter()
+        .map(|declared| (declared.group.clone(), declared.name.clone()));
+    let declared: BTreeSet<_> = declared.collect();
+    let either = "(if context has request then principal else principal)";
+    let condition = format!("{either} has ci && {either}.ci.sub == \"x\"");
+    assert_eq!(attributes(&condition), declared);
+    // One attribute that is named as well is not the only one.
+    let condition =
+        "principal has unix && principal.unix == principal.unix && principal.unix.uid == 1";
+    let of_unix: BTreeSet<_> = declared
+        .into_iter()
+        .filter(|(group, _)| group == "unix")
+        .collect();
+    assert!(of_unix.len() > 1);
+    assert_eq!(attributes(condition), of_unix);
 }
 
 #[test]
@@ -684,7 +711,8 @@ fn policies_that_people_write_are_compiled() {
             };
             for policy in source::parse(&file, &mut Diagnostics::new()) {
                 let reads = Reads::of_policy(&policy.json);
-                let groups = reads.groups.into_iter().map(|group| (group, String::new()));
+                let groups = reads.groups.into_iter().chain(reads.whole_groups);
+                let groups = groups.map(|group| (group, String::new()));
                 let attributes: BTreeSet<_> = reads.attributes.into_iter().chain(groups).collect();
                 match CompiledPolicy::of(&policy.json, &Vec::from_iter(attributes)) {
                     Some(_) => compiled += 1,

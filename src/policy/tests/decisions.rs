@@ -128,6 +128,22 @@ unless { principal has systemd && principal.systemd.system_unit != "batch.servic
 }
 
 #[test]
+fn who_asks_is_read_whole_where_it_is_chosen() {
+    let fixture = Fixture::new();
+    let engine = fixture.engine(
+        r#"
+@id("all") permit (principal, action, resource) when { principal has unix };
+@id("no-unit") forbid (principal, action, resource)
+when { (if context has request then principal else principal) has systemd };
+"#,
+    );
+    let request = request(GET);
+    let away = with_failure(stranger(), "systemd", FailureKind::CouldNotRun);
+    let decision = engine.evaluate(&away, &fixture.inject("orders-api", &[], &request));
+    assert_eq!(outcome(&decision), "attestation_unavailable");
+}
+
+#[test]
 fn the_environment_counts_as_reading_what_it_is_made_of() {
     let fixture = Fixture::new();
     let engine = fixture.engine(NONPROD_NEVER_PROD);
