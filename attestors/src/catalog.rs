@@ -1,7 +1,7 @@
 //! How evidence becomes a workload.
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwapOption;
 use quick_cache::sync::Cache;
@@ -17,6 +17,9 @@ use crate::workload::{
 
 /// How many verified tokens are remembered, and how many sets of facts.
 const REMEMBERED: usize = 8192;
+
+/// How long a verified token is remembered at most: then its key may have been withdrawn.
+const REMEMBERED_FOR: Duration = Duration::from_secs(60 * 60);
 
 /// The configured attestors. Immutable but for its memory; a reload builds another.
 #[derive(Debug)]
@@ -60,7 +63,7 @@ impl Catalog {
 
     /// What the kernel attestors find. They block: this is for an observer.
     async fn attest_peer(&self, peer: &PeerEvidence) -> Findings {
-        let mut findings = Findings::default();
+        let mut findings = Findings::new(self.clock.wall());
         findings
             .facts
             .evidence
@@ -75,15 +78,12 @@ impl Catalog {
     /// What the token states. Verified once; only what was verified is remembered.
     async fn attest_token(&self, token: &PresentedToken) -> Arc<Findings> {
         if let Some(remembered) = self.tokens.get(token.sha256()) {
-            if remembered
-                .valid_until
-                .is_none_or(|until| self.clock.wall() < until)
-            {
+            if self.clock.wall() < remembered.known_until {
                 return remembered;
             }
             self.tokens.remove(token.sha256());
         }
-        let mut findings = Findings::default();
+        let mut findings = Findings::new(self.clock.wall());
         for attestor in self.of_kind(EvidenceKind::Presented) {
             let attestation = attestor.attest(Evidence::Presented(token)).await;
             if matches!(attestation, Attestation::Attested { .. }) {
@@ -119,13 +119,23 @@ impl Catalog {
 }
 
 /// What attestors found in one piece of evidence.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 struct Findings {
     facts: WorkloadFacts,
     valid_until: Option<SystemTime>,
+    /// When they are looked for again, if they are still valid then.
+    known_until: SystemTime,
 }
 
 impl Findings {
+    fn new(now: SystemTime) -> Self {
+        Self {
+            facts: WorkloadFacts::default(),
+            valid_until: None,
+            known_until: now + REMEMBERED_FOR,
+        }
+    }
+
     fn add(&mut self, attestor: &str, attestation: Attestation) {
         match attestation {
             Attestation::NotApplicable => {}
@@ -141,6 +151,9 @@ impl Findings {
                         .extend(attributes);
                 }
                 self.valid_until = earlier(self.valid_until, valid_until);
+                if let Some(until) = self.valid_until {
+                    self.known_until = self.known_until.min(until);
+                }
             }
             Attestation::Failed { kind, detail } => self.fail(attestor, kind, detail),
         }
@@ -179,8 +192,8 @@ pub struct ConnectionAttestation {
     /// The workload as the kernel shows it, without any token.
     kernel: Arc<AttestedWorkload>,
     /// The workload with the token that was presented last. It serves only heads that present the
-    /// same token again: what one head presents is never evidence of the next.
-    last: ArcSwapOption<AttestedWorkload>,
+    /// same token again, until the time beside it: what one head presents is never evidence of the next.
+    last: ArcSwapOption<(Arc<AttestedWorkload>, SystemTime)>,
 }
 
 impl ConnectionAttestation {
@@ -234,11 +247,9 @@ impl ConnectionAttestation {
             return Ok(Arc::clone(&self.kernel));
         };
         let last = self.last.load();
-        if let Some(workload) = last.as_ref()
+        if let Some((workload, until)) = last.as_deref()
             && workload.presented().map(PresentedToken::sha256) == Some(token.sha256())
-            && workload
-                .valid_until()
-                .is_none_or(|until| self.catalog.clock.wall() < until)
+            && self.catalog.clock.wall() < *until
         {
             return Ok(Arc::clone(workload));
         }
@@ -247,7 +258,9 @@ impl ConnectionAttestation {
         let findings = self.catalog.attest_token(token).await;
         let workload = Arc::new(self.with(&findings, token));
         if workload.presented().is_some() {
-            self.last.store(Some(Arc::clone(&workload)));
+            let until = workload.valid_until().unwrap_or(findings.known_until);
+            let last = (Arc::clone(&workload), until.min(findings.known_until));
+            self.last.store(Some(Arc::new(last)));
         }
         // Verifying may have taken a while.
         self.peer.check_liveness()?;
@@ -293,7 +306,7 @@ async fn on_an_observer(catalog: Arc<Catalog>, peer: Arc<PeerEvidence>) -> Findi
         // The runtime is shutting down, too many wait for a look, or an attestor broke an invariant:
         // nothing is established, and what was not looked at must not let a `forbid` be skipped.
         Err(error) => {
-            let mut findings = Findings::default();
+            let mut findings = Findings::new(catalog.clock.wall());
             for attestor in catalog.of_kind(EvidenceKind::Kernel) {
                 let detail = format!("attestation did not finish: {error}");
                 findings.fail(attestor.name(), FailureKind::CouldNotRun, detail);

@@ -18,9 +18,11 @@ use crate::fetch::Fetch;
 const UNKNOWN_KEY_COOL_DOWN: Duration = Duration::from_secs(10);
 /// A fetch that failed is not repeated sooner.
 const FAILURE_COOL_DOWN: Duration = Duration::from_secs(2);
-/// A key set of this age is fetched again when it is next used, beside the request: a key that the
-/// issuer has withdrawn counts no longer than this, while the issuer answers.
+/// A key set of this age is fetched again before it is next used: a key that the issuer has withdrawn
+/// counts no longer than this, while the issuer answers.
 const REFRESH_AFTER: Duration = Duration::from_secs(5 * 60);
+/// How long that is waited for.
+const REFRESH_WAIT: Duration = Duration::from_secs(2);
 /// A key set of this age is not used, however long the issuer has been away.
 const USABLE_FOR: Duration = Duration::from_secs(24 * 60 * 60);
 /// Where the keys are is asked again after this time, and after a failure.
@@ -136,9 +138,13 @@ impl Issuer {
         let before = self.usable();
         if let Some(loaded) = &before {
             match loaded.keys.select(header) {
-                Ok(key) => {
-                    self.refresh_if_old(loaded);
-                    return verify(key);
+                Ok(key) if !self.is_due(loaded) => return verify(key),
+                Ok(_) => {
+                    // Where that takes too long, or fails, the last key set is used.
+                    let _ = tokio::time::timeout(REFRESH_WAIT, self.refresh(loaded)).await;
+                    let newest = self.usable();
+                    let newest = newest.as_ref().unwrap_or(loaded);
+                    return verify(newest.keys.select(header).map_err(NoKey::Invalid)?);
                 }
                 Err(InvalidToken::UnknownKey) => {}
                 Err(invalid) => return Err(NoKey::Invalid(invalid)),
@@ -203,24 +209,32 @@ impl Issuer {
         }
     }
 
-    fn refresh_if_old(self: &Arc<Self>, loaded: &Loaded) {
+    /// Whether a key set is old, and may be asked for again.
+    fn is_due(&self, loaded: &Loaded) -> bool {
         let now = self.clock.monotonic();
-        if now.saturating_sub(loaded.at) < REFRESH_AFTER || now < self.schedule().any_from {
+        now.saturating_sub(loaded.at) >= REFRESH_AFTER && now >= self.schedule().any_from
+    }
+
+    /// Fetches the key set in place of an old one, unless somebody else has meanwhile.
+    async fn refresh(self: &Arc<Self>, old: &Arc<Loaded>) {
+        let flight = Arc::clone(&self.flight).lock_owned().await;
+        let is_in_use = self.usable().is_some_and(|now| Arc::ptr_eq(&now, old));
+        if !is_in_use || !self.is_due(old) {
             return;
         }
-        if let Ok(flight) = Arc::clone(&self.flight).try_lock_owned() {
-            let issuer = Arc::clone(self);
-            tokio::spawn(async move {
-                if let Err(detail) = issuer.load().await {
-                    tracing::warn!(
-                        issuer = issuer.identifier,
-                        detail,
-                        "the key set could not be refreshed"
-                    );
-                }
-                drop(flight);
-            });
-        }
+        let issuer = Arc::clone(self);
+        // On a task of its own: it goes on where nobody waits any more.
+        let fetch = tokio::spawn(async move {
+            if let Err(detail) = issuer.load().await {
+                tracing::warn!(
+                    issuer = issuer.identifier,
+                    detail,
+                    "the key set could not be refreshed"
+                );
+            }
+            drop(flight);
+        });
+        let _ = fetch.await;
     }
 
     pub(super) async fn load(&self) -> Result<Arc<Loaded>, String> {

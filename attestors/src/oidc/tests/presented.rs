@@ -134,6 +134,26 @@ async fn a_verified_token_is_remembered_until_it_expires_and_keeps_its_generatio
 }
 
 #[tokio::test]
+async fn a_token_is_verified_again_after_an_hour() {
+    let setting = setting().await;
+    let connection = connection(&setting).await;
+    let token = presented(&token(
+        header(),
+        with(claims(), json!({"exp": NOW + 9_999})),
+        Signer::Es256,
+    ));
+    let first = connection.attest(Some(&token)).await.unwrap();
+    setting.issuer.publish(&json!({"keys": [rsa_key("other")]}));
+    setting.clock.advance(Duration::from_secs(3_599));
+    let again = connection.attest(Some(&token)).await.unwrap();
+    assert!(Arc::ptr_eq(&first, &again));
+    assert_eq!(first.valid_until(), again.valid_until());
+    setting.clock.advance(Duration::from_secs(1));
+    let late = connection.attest(Some(&token)).await.unwrap();
+    assert!(late.presented().is_none(), "its key was withdrawn");
+}
+
+#[tokio::test]
 async fn an_expired_token_is_not_served_from_its_connection() {
     let setting = setting().await;
     let connection = connection(&setting).await;
