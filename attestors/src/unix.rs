@@ -13,6 +13,9 @@ use crate::names;
 use crate::platform::Process;
 use crate::workload::FailureKind;
 
+/// Attributes of `unix` that are stated whether they are needed or not.
+const ALWAYS_STATED: [&str; 4] = ["uid", "gid", "pid", "cgroup"];
+
 /// States the groups `unix` and `container`.
 #[derive(Debug)]
 pub struct UnixAttestor {
@@ -182,6 +185,7 @@ impl Attestor for UnixAttestor {
             }
         };
         unix.into_iter()
+            .filter(|(name, ..)| ALWAYS_STATED.contains(name) || self.needed.contains("unix", name))
             .map(declare("unix"))
             .chain(container.into_iter().map(declare("container")))
             .collect()

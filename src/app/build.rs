@@ -15,7 +15,7 @@ use crate::clock::Clock;
 use crate::config::{Attestors, CaSource, Config, Interception, OidcIssuer, Unmatched};
 use crate::diagnostics::{Diagnostic, Diagnostics};
 use crate::fetch::{FetchClient, FetchSettings};
-use crate::policy::{PolicyEngine, PolicySnapshot, Revocations};
+use crate::policy::{PolicyEngine, PolicySnapshot, Revocations, Revoked};
 use crate::routing::Routes;
 use crate::snapshot::{Issuers, Roots, Snapshot, prepare, read_roots, verified_tls};
 use crate::telemetry::metrics::Metrics;
@@ -92,17 +92,38 @@ impl SnapshotBuilder {
             .ok()
     }
 
-    /// The catalog in force is kept where it would be the same: its connections and key sets stay good.
+    /// The catalog in force is kept where another would state the same: its connections and key sets stay good.
     fn catalog_for(&self, engine: &PolicyEngine, issuers: &Issuers) -> Arc<Catalog> {
-        let needed = attributes_needed(engine);
-        if let Some(previous) = &self.previous
-            && previous.config.attestors == self.config.attestors
-            && have_same_attestors(&previous.issuers, issuers)
-            && attributes_needed(previous.policy.engine()) == needed
-        {
-            return Arc::clone(&previous.catalog);
+        let catalog = self.catalog(self.attributes_needed(engine), issuers);
+        match &self.previous {
+            Some(previous)
+                if previous.config.attestors == self.config.attestors
+                    && have_same_attestors(&previous.issuers, issuers)
+                    && previous.catalog.declarations() == catalog.declarations() =>
+            {
+                Arc::clone(&previous.catalog)
+            }
+            _ => Arc::new(catalog),
         }
-        Arc::new(self.catalog(needed, issuers))
+    }
+
+    /// What the attestor of processes has to collect, what workloads are revoked by included: that holds
+    /// whatever the new policies read. What other attestors state they state always.
+    fn attributes_needed(&self, engine: &PolicyEngine) -> AttributeSelection {
+        let recorded = RECORDED_ATTRIBUTES
+            .iter()
+            .map(|name| ("unix".to_owned(), (*name).to_owned()));
+        let read = engine.attributes_read().iter().cloned();
+        let in_force = self.previous.iter();
+        let revoked = in_force
+            .flat_map(|previous| previous.policy.revocations().iter())
+            .filter_map(|revocation| match &revocation.what {
+                Revoked::Workload(selector) => {
+                    Some((selector.group.clone(), selector.name.clone()))
+                }
+                Revoked::Credential(_) | Revoked::TokenSha256(_) => None,
+            });
+        AttributeSelection::of(read.chain(recorded).chain(revoked))
     }
 
     fn catalog(&self, needed: AttributeSelection, issuers: &Issuers) -> Catalog {
@@ -192,17 +213,6 @@ impl SnapshotBuilder {
         publish(interception, &authority).map_err(problem)?;
         Ok(Some(authority))
     }
-}
-
-/// What the attestor of processes has to collect; what others state they state always.
-fn attributes_needed(engine: &PolicyEngine) -> AttributeSelection {
-    let read = engine
-        .attributes_read()
-        .iter()
-        .filter(|(group, _)| group == "unix")
-        .map(|(_, name)| name.as_str());
-    let names = RECORDED_ATTRIBUTES.iter().copied().chain(read);
-    AttributeSelection::of(names.map(|name| ("unix".to_owned(), name.to_owned())))
 }
 
 /// Writes the public certificates that clients load, where they are not there yet.

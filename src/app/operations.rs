@@ -13,7 +13,7 @@ use crate::admin::{
 use crate::audit::LifecycleEvent;
 use crate::credentials::RevokedTokens;
 use crate::hardening;
-use crate::policy::{Revocation, Revoked, TokenHolder, explain};
+use crate::policy::{Revocation, Revoked, Selector, TokenHolder, explain};
 use crate::request_id::RequestId;
 
 /// How long revoking upstream may hold the answer up.
@@ -91,6 +91,9 @@ impl AdminActions for App {
     }
 
     async fn revoke(&self, request: RevocationRequest) -> Result<Value, ActionRefused> {
+        if let Revoked::Workload(selector) = &request.what {
+            self.check_selector(selector)?;
+        }
         let for_how_long = request.for_seconds.map(Duration::from_secs);
         let revocation = Revocation {
             id: RequestId::new(self.agent.clock.wall()).to_string(),
@@ -162,6 +165,23 @@ impl App {
             Some((issuer.name.as_str(), attestor.key_set_status().age?))
         });
         self.agent.metrics.jwks_ages(ages);
+    }
+
+    /// Refuses what no workload can have: an operator would take somebody for revoked who is not.
+    fn check_selector(&self, selector: &Selector) -> Result<(), ActionRefused> {
+        let snapshot = self.agent.snapshot.load_full();
+        if selector.can_match(&snapshot.catalog.declarations()) {
+            return Ok(());
+        }
+        let detail = format!(
+            "no workload can have `{}`: no attestor states that attribute, no policy reads it, or it has no such value",
+            crate::request::printable(&selector.to_string())
+        );
+        let next = "name an attribute that a policy reads, or uid, unit, container or issuer and subject; `countersign policy schema` lists them";
+        Err(ActionRefused {
+            code: "attribute_not_attested",
+            ..ActionRefused::bad_request(detail, next)
+        })
     }
 
     fn revocation_value(&self, revocation: &Revocation, holder: Option<&TokenHolder>) -> Value {

@@ -5,7 +5,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use countersign_attestors::{AttributeValue, WorkloadFacts};
+use countersign_attestors::{AttributeDeclaration, AttributeType, AttributeValue, WorkloadFacts};
 use serde::{Deserialize, Serialize};
 
 use super::question::{Question, Resource};
@@ -69,6 +69,19 @@ pub struct Selector {
 }
 
 impl Selector {
+    /// Whether a workload can have it, where no other attributes are stated than those declared.
+    pub fn can_match(&self, declarations: &[AttributeDeclaration]) -> bool {
+        declarations.iter().any(|declared| {
+            declared.group == self.group
+                && declared.name == self.name
+                && match declared.attribute_type {
+                    AttributeType::Long => self.value.parse::<i64>().is_ok(),
+                    AttributeType::Boolean => self.value.parse::<bool>().is_ok(),
+                    AttributeType::String | AttributeType::StringSet => true,
+                }
+        })
+    }
+
     /// Whether a workload with these facts is meant.
     pub fn matches(&self, facts: &WorkloadFacts) -> bool {
         facts

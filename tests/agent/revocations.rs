@@ -1,5 +1,7 @@
 //! What an operator revokes through the admin actions of a running agent.
 
+use std::os::unix::fs::MetadataExt;
+
 use countersign::admin::{AdminActions, RevocationRequest};
 use countersign::policy::Revoked;
 use serde_json::{Value, json};
@@ -78,6 +80,69 @@ async fn whom_a_revoked_token_was_for_gets_no_other() {
         assert_eq!(issue("orders-api").await.status, 200);
     }
     reached("revoked_by_token", refused);
+}
+
+/// That read nothing of the process but its uid.
+fn policies_of_uids() -> String {
+    let by_uid = "principal has unix && principal.unix.uid >= 0";
+    POLICIES.replace("principal has unix", by_uid)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_nobody_can_have_is_not_revoked() {
+    let mut world = World::servers().await;
+    let configuration = format!("{COMMON}{DESTINATIONS}");
+    world.start_agent(&configuration, &policies_of_uids()).await;
+    let revoke = async |selector: &str| {
+        let request = RevocationRequest {
+            what: Revoked::Workload(selector.parse().unwrap()),
+            for_seconds: None,
+        };
+        world.app().revoke(request).await
+    };
+    for selector in [
+        "unix.uidd=0",
+        "unxi.uid=0",
+        "unix.uid=root",
+        // No policy reads it.
+        "unix.network_namespace=1",
+    ] {
+        let refused = revoke(selector).await.unwrap_err();
+        assert_eq!(refused.status, 400, "{selector}");
+        assert_eq!(refused.code, "attribute_not_attested", "{selector}");
+        assert!(refused.detail.contains(selector), "{}", refused.detail);
+    }
+    assert_eq!(world.app().revocations().await, json!([]));
+    world.good().await;
+    revoke("unix.uid=4294967295").await.unwrap();
+    world.good().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_revoked_by_what_no_policy_reads_any_more_stays_so() {
+    const READS: &str = r#"
+@id("reads")
+permit (principal, action, resource)
+when { principal has unix.network_namespace && principal.unix.network_namespace == 1 };
+"#;
+
+    let mut world = World::servers().await;
+    let configuration = format!("{COMMON}{DESTINATIONS}");
+    let namespace = std::fs::metadata("/proc/self/ns/net").unwrap().ino();
+    world
+        .start_agent(&configuration, &format!("{}{READS}", policies_of_uids()))
+        .await;
+    world.good().await;
+    let selector = format!("unix.network_namespace={namespace}");
+    let request = RevocationRequest {
+        what: Revoked::Workload(selector.parse().unwrap()),
+        for_seconds: None,
+    };
+    world.app().revoke(request).await.unwrap();
+    assert_eq!(world.curl(&[ORDERS]).await.code(), "revoked");
+    world.write_policies(&policies_of_uids());
+    world.app().reload().await.unwrap();
+    assert_eq!(world.curl(&[ORDERS]).await.code(), "revoked");
 }
 
 /// The id of the one revocation in force.
