@@ -1,8 +1,8 @@
 //! Decisions remembered: one cache per data worker, of one snapshot at a time.
 
-use std::hash::{BuildHasher, Hash, Hasher};
+use std::hash::{Hash, Hasher};
 use std::sync::Arc;
-use std::time::UNIX_EPOCH;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use countersign_attestors::{AttestedWorkload, Generation};
 use foldhash::fast::RandomState;
@@ -11,11 +11,10 @@ use quick_cache::unsync::{Cache, DefaultLifecycle};
 use quick_cache::{Equivalent, UnitWeighter};
 
 use super::decision::{Decision, Denial};
-use super::engine::{PolicyEngine, Slice};
+use super::engine::PolicyEngine;
 use super::grant::{Grant, Permitted};
 use super::principal::Principal;
 use super::question::{Action, OwnedResource, Question, Resource};
-use super::reads::PathRead;
 use super::snapshot::PolicySnapshot;
 use crate::config::Destination;
 
@@ -33,8 +32,6 @@ const PRINCIPALS: usize = 4_096;
 pub struct DecisionCache {
     snapshot: Option<Arc<PolicySnapshot>>,
     decisions: Cache<Key, Remembered, UnitWeighter, RandomState>,
-    /// By which keys are hashed, once each.
-    hashes: RandomState,
     principals: Cache<Generation, Arc<Principal>>,
     hits: u64,
     misses: u64,
@@ -54,7 +51,6 @@ impl DecisionCache {
                 RandomState::default(),
                 DefaultLifecycle::default(),
             ),
-            hashes: RandomState::default(),
             principals: Cache::new(PRINCIPALS),
             hits: 0,
             misses: 0,
@@ -78,7 +74,7 @@ impl DecisionCache {
             self.snapshot = Some(Arc::clone(snapshot));
         }
         snapshot.check_liveness(workload, question)?;
-        let key = KeyView::new(snapshot.engine(), workload, question, &self.hashes);
+        let key = KeyView::new(snapshot.engine(), workload, question);
         if let Some(remembered) = key.as_ref().and_then(|key| self.remembered(key, question)) {
             let answer = answer(remembered, workload);
             self.hits += 1;
@@ -95,9 +91,7 @@ impl DecisionCache {
             let key = match &decided {
                 Ok(_) => key,
                 // What came nearest says which path was asked for.
-                Err(_) => key
-                    .with_the_path_itself(question, &self.hashes)
-                    .unwrap_or(key),
+                Err(_) => key.with_the_path_itself(question).unwrap_or(key),
             };
             if key.length() <= LONGEST {
                 self.decisions.insert(key.to_key(), decided);
@@ -130,7 +124,7 @@ impl DecisionCache {
     /// which are in the key, come round again.
     fn remembered(&self, key: &KeyView<'_>, question: &Question<'_>) -> Option<&Remembered> {
         let known = self.decisions.get(key).or_else(|| {
-            let key = key.with_the_path_itself(question, &self.hashes)?;
+            let key = key.with_the_path_itself(question)?;
             self.decisions.get(&key)
         })?;
         let holds = match known {
@@ -175,73 +169,39 @@ fn answer(remembered: &Remembered, workload: &Arc<AttestedWorkload>) -> Result<G
 /// that nothing else has its address.
 #[derive(Debug)]
 struct Key {
-    hash: u64,
     plain: Plain,
     resource: OwnedResource,
     destination: Option<Arc<Destination>>,
     method: Option<Method>,
-    path: PathKey<String>,
+    path: Option<Box<str>>,
 }
 
-/// The part of a key that is copied.
+/// The part of a key that is copied. What the slice of the resource and the action does not read is zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Plain {
     generation: Generation,
+    /// The address of what the action is on.
+    resource: usize,
+    /// The address of the destination; 0 without one.
+    destination: usize,
+    /// One bit for each of the slice's patterns, where nothing else is read of the path: whether it matches.
+    outcomes: Option<u64>,
+    /// Seconds since 1970 where `context.time` is read, else the hour of the week for `context.local`.
+    time: u64,
+    expired: usize,
     action: Action,
     has_request: bool,
     ambiguous: bool,
-    second: Option<u64>,
-    local: Option<(i8, i8)>,
-    expired: usize,
-}
-
-/// What a decision depends on of a path.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum PathKey<Path> {
-    /// Nothing: it is not read, or there is no request.
-    Nothing,
-    /// One bit for each of the slice's patterns: whether it matches.
-    Outcomes(u64),
-    Whole(Path),
-}
-
-impl<'a> PathKey<&'a str> {
-    fn new(slice: &Slice, path: &'a str) -> Self {
-        match (&slice.path_patterns, &slice.reads.path) {
-            (Some(patterns), _) => Self::Outcomes(patterns.matching(path)),
-            (None, PathRead::Unread) => Self::Nothing,
-            (None, PathRead::Matched(_) | PathRead::Whole) => Self::Whole(path),
-        }
-    }
-
-    fn to_owned(self) -> PathKey<String> {
-        match self {
-            Self::Nothing => PathKey::Nothing,
-            Self::Outcomes(outcomes) => PathKey::Outcomes(outcomes),
-            Self::Whole(path) => PathKey::Whole(path.to_owned()),
-        }
-    }
-}
-
-impl PathKey<String> {
-    fn borrowed(&self) -> PathKey<&str> {
-        match self {
-            Self::Nothing => PathKey::Nothing,
-            Self::Outcomes(outcomes) => PathKey::Outcomes(*outcomes),
-            Self::Whole(path) => PathKey::Whole(path),
-        }
-    }
 }
 
 impl Key {
     fn view(&self) -> KeyView<'_> {
         KeyView {
-            hash: self.hash,
             plain: self.plain,
             resource: self.resource.as_resource(),
             destination: self.destination.as_ref(),
             method: self.method.as_ref(),
-            path: self.path.borrowed(),
+            path: self.path.as_deref(),
         }
     }
 }
@@ -256,19 +216,18 @@ impl Eq for Key {}
 
 impl Hash for Key {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        state.write_u64(self.hash);
+        self.view().hash(state);
     }
 }
 
 /// A [`Key`] that borrows: the hit path allocates nothing.
 #[derive(Debug, Clone, Copy)]
 struct KeyView<'a> {
-    hash: u64,
     plain: Plain,
     resource: Resource<'a>,
     destination: Option<&'a Arc<Destination>>,
     method: Option<&'a Method>,
-    path: PathKey<&'a str>,
+    path: Option<&'a str>,
 }
 
 impl<'a> KeyView<'a> {
@@ -277,26 +236,30 @@ impl<'a> KeyView<'a> {
         engine: &PolicyEngine,
         workload: &AttestedWorkload,
         question: &Question<'a>,
-        hashes: &RandomState,
     ) -> Option<Self> {
         let slice = engine.slice(question)?;
         let reads = &slice.reads;
         let request = question.request;
-        let seconds = || {
-            let since = question.wall.duration_since(UNIX_EPOCH);
-            since.map_or(0, |since| since.as_secs())
-        };
-        let mut key = Self {
-            hash: 0,
+        let path = request.map(|request| request.path.as_str());
+        let matching = |path| Some(slice.path_patterns.as_ref()?.matching(path));
+        let outcomes = path.and_then(matching);
+        let address = |destination: &Arc<Destination>| Arc::as_ptr(destination).addr();
+        Some(Self {
             plain: Plain {
                 generation: workload.generation(),
+                resource: question.resource.address(),
+                destination: question.destination.map_or(0, address),
+                outcomes,
+                time: match (reads.time, reads.local) {
+                    (true, _) => seconds(question.wall),
+                    (false, true) => hour_of_the_week(engine.local_time(question.wall)),
+                    (false, false) => 0,
+                },
+                expired: slice.expired(question.wall),
                 action: question.action,
                 has_request: request.is_some(),
                 ambiguous: reads.path.is_read()
                     && request.is_some_and(|request| request.path.is_ambiguous()),
-                second: reads.time.then(seconds),
-                local: reads.local.then(|| engine.local_time(question.wall)),
-                expired: slice.expired(question.wall),
             },
             resource: question.resource,
             destination: question.destination,
@@ -304,135 +267,70 @@ impl<'a> KeyView<'a> {
             method: request
                 .filter(|_| reads.method || reads.safe)
                 .map(|request| &request.method),
-            path: request.map_or(PathKey::Nothing, |request| {
-                PathKey::new(slice, request.path.as_str())
-            }),
-        };
-        key.hash = key.hash_by(hashes);
-        Some(key)
+            path: path.filter(|_| outcomes.is_none() && reads.path.is_read()),
+        })
     }
 
     /// The same with the path instead of what it matches; `None` where that is not what is read of it.
-    fn with_the_path_itself(
-        mut self,
-        question: &Question<'a>,
-        hashes: &RandomState,
-    ) -> Option<Self> {
-        let (PathKey::Outcomes(_), Some(request)) = (self.path, question.request) else {
-            return None;
-        };
-        self.path = PathKey::Whole(request.path.as_str());
-        self.hash = self.hash_by(hashes);
+    fn with_the_path_itself(mut self, question: &Question<'a>) -> Option<Self> {
+        self.plain.outcomes.take()?;
+        self.path = Some(question.request?.path.as_str());
         Some(self)
-    }
-
-    /// Hashes what takes many values. Keys that differ in the rest only are told apart by comparison.
-    fn hash_by(&self, hashes: &RandomState) -> u64 {
-        let resource = match self.resource {
-            Resource::Credential { credential, .. } => Arc::as_ptr(credential).addr(),
-            Resource::Destination(destination) => Arc::as_ptr(destination).addr(),
-            Resource::Unmatched => 0,
-        };
-        let destination = self
-            .destination
-            .map_or(0, |destination| Arc::as_ptr(destination).addr());
-        let outcomes = match self.path {
-            PathKey::Outcomes(outcomes) => outcomes,
-            PathKey::Nothing | PathKey::Whole(_) => 0,
-        };
-        let mut state = hashes.build_hasher();
-        self.plain.generation.hash(&mut state);
-        state.write_usize(resource);
-        state.write_usize(destination);
-        state.write_u64(outcomes);
-        let (scopes, audience) = self.resource.asked();
-        for scope in scopes {
-            state.write(scope.as_bytes());
-        }
-        if let Some(audience) = audience {
-            state.write(audience.as_bytes());
-        }
-        if let PathKey::Whole(path) = self.path {
-            state.write(path.as_bytes());
-        }
-        if let Some(method) = self.method {
-            method.hash(&mut state);
-        }
-        if let Some(second) = self.plain.second {
-            state.write_u64(second);
-        }
-        if let Some(local) = self.plain.local {
-            local.hash(&mut state);
-        }
-        state.finish()
     }
 
     /// How many bytes of the caller's choice it holds.
     fn length(&self) -> usize {
-        let path = match self.path {
-            PathKey::Whole(path) => path.len(),
-            PathKey::Nothing | PathKey::Outcomes(_) => 0,
-        };
-        path + self.method.map_or(0, |method| method.as_str().len())
+        self.path.map_or(0, str::len) + self.method.map_or(0, |method| method.as_str().len())
     }
 
     fn to_key(self) -> Key {
         Key {
-            hash: self.hash,
             plain: self.plain,
             resource: self.resource.to_owned(),
             destination: self.destination.cloned(),
             method: self.method.cloned(),
-            path: self.path.to_owned(),
+            path: self.path.map(Box::from),
         }
     }
 }
 
 impl Hash for KeyView<'_> {
+    /// Hashes what takes many values. Keys that differ in the rest only are told apart by comparison.
     fn hash<H: Hasher>(&self, state: &mut H) {
-        state.write_u64(self.hash);
+        let plain = &self.plain;
+        plain.generation.hash(state);
+        state.write_usize(plain.resource);
+        state.write_usize(plain.destination);
+        state.write_u64(plain.outcomes.unwrap_or(0));
+        state.write_u64(plain.time);
+        let (scopes, audience) = self.resource.asked();
+        for scope in scopes {
+            state.write(scope.as_bytes());
+        }
+        let method = self.method.map(Method::as_str);
+        for text in [audience, self.path, method].into_iter().flatten() {
+            state.write(text.as_bytes());
+        }
     }
 }
 
 impl Equivalent<Key> for KeyView<'_> {
     fn equivalent(&self, key: &Key) -> bool {
-        let same_destination = match (self.destination, &key.destination) {
-            (Some(asked), Some(known)) => Arc::ptr_eq(asked, known),
-            (None, None) => true,
-            _ => false,
-        };
-        self.hash == key.hash
-            && self.plain == key.plain
-            && same_destination
-            && asks_for_the_same(self.resource, &key.resource)
+        let known = key.resource.as_resource();
+        self.plain == key.plain
             && self.method == key.method.as_ref()
-            && self.path == key.path.borrowed()
+            && self.path == key.path.as_deref()
+            && self.resource.asks_as_much_as(&known)
     }
 }
 
-fn asks_for_the_same(asked: Resource<'_>, known: &OwnedResource) -> bool {
-    match (asked, known) {
-        (
-            Resource::Credential {
-                credential,
-                scopes,
-                audience,
-            },
-            OwnedResource::Credential {
-                credential: known,
-                scopes: known_scopes,
-                audience: known_audience,
-            },
-        ) => {
-            Arc::ptr_eq(credential, known)
-                // Those of a configuration are the same list.
-                && (Arc::ptr_eq(scopes, known_scopes) || scopes == known_scopes)
-                && audience == known_audience.as_ref()
-        }
-        (Resource::Destination(asked), OwnedResource::Destination(known)) => {
-            Arc::ptr_eq(asked, known)
-        }
-        (Resource::Unmatched, OwnedResource::Unmatched) => true,
-        _ => false,
-    }
+/// Seconds since 1970; 0 before.
+fn seconds(time: SystemTime) -> u64 {
+    let since = time.duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_secs())
+}
+
+/// Of a weekday and an hour.
+fn hour_of_the_week((weekday, hour): (i8, i8)) -> u64 {
+    24 * u64::from(weekday.unsigned_abs()) + u64::from(hour.unsigned_abs())
 }

@@ -21,7 +21,7 @@ use super::question::{Action, Question, Resource, ResourceType, UNMATCHED};
 use super::reads::{PathRead, Reads};
 use super::source::{self, ParsedPolicy, PolicyFile};
 use super::{conditions, load};
-use crate::config::{Config, TemplatePart, TokenSource};
+use crate::config::{Config, CredentialConfig, Destination, TemplatePart, TokenSource};
 use crate::diagnostics::{Diagnostics, position};
 
 /// `environment` of a resource whose configuration does not say.
@@ -37,6 +37,10 @@ pub struct PolicyEngine {
     pub(super) policies: Vec<Arc<LoadedPolicy>>,
     pub(super) credentials: LoadedResources,
     pub(super) destinations: LoadedResources,
+    /// By the address of a resource of the configuration.
+    slices: HashMap<(usize, Action), Arc<Slice>, RandomState>,
+    /// What is at those addresses: while it is held, nothing else is.
+    _configured: (Vec<Arc<CredentialConfig>>, Vec<Arc<Destination>>),
     principals: PrincipalModel,
     issuer_groups: BTreeSet<String>,
     attributes_read: BTreeSet<(String, String)>,
@@ -231,6 +235,8 @@ impl PolicyEngine {
             version: version_of(files),
             credentials: LoadedResources::default(),
             destinations: LoadedResources::default(),
+            slices: HashMap::default(),
+            _configured: (config.credentials.clone(), config.destinations.clone()),
             issuer_groups: config
                 .attestors
                 .oidc_issuers
@@ -249,6 +255,7 @@ impl PolicyEngine {
             policies,
         };
         (engine.credentials, engine.destinations) = engine.slices(config);
+        engine.slices = engine.slices_by_address(config);
         engine.attributes_read = engine.all_attributes_read(config);
         engine
     }
@@ -335,6 +342,27 @@ impl PolicyEngine {
             &[Action::Connect],
         );
         (credentials, destinations)
+    }
+
+    fn slices_by_address(
+        &self,
+        config: &Config,
+    ) -> HashMap<(usize, Action), Arc<Slice>, RandomState> {
+        let credentials = config.credentials.iter().map(|credential| {
+            let address = Arc::as_ptr(credential).addr();
+            (address, self.credentials.get(&*credential.name))
+        });
+        let destinations = config.destinations.iter().map(|destination| {
+            let address = Arc::as_ptr(destination).addr();
+            (address, self.destinations.get(&*destination.name))
+        });
+        credentials
+            .chain(destinations)
+            .flat_map(|(address, resource)| {
+                let slices = resource.into_iter().flat_map(|resource| &resource.slices);
+                slices.map(move |(action, slice)| ((address, *action), Arc::clone(slice)))
+            })
+            .collect()
     }
 
     fn all_attributes_read(&self, config: &Config) -> BTreeSet<(String, String)> {
@@ -427,7 +455,14 @@ impl PolicyEngine {
 
     /// The policies that can apply; `None` for a resource that is not in this configuration.
     pub(super) fn slice(&self, question: &Question<'_>) -> Option<&Slice> {
-        self.applicable(question).map(|(_, slice)| slice)
+        match self
+            .slices
+            .get(&(question.resource.address(), question.action))
+        {
+            Some(slice) => Some(slice),
+            // The configuration was read again.
+            None => self.applicable(question).map(|(_, slice)| slice),
+        }
     }
 
     /// The resource and the policies that can apply; `None` for one that is not in this configuration.

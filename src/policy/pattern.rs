@@ -39,11 +39,14 @@ impl Pattern {
 
     /// Whether the whole text matches.
     pub(super) fn matches(&self, text: &str) -> bool {
+        text.strip_prefix(&*self.first)
+            .is_some_and(|rest| self.goes_on_as(rest))
+    }
+
+    /// Whether what follows the first piece matches.
+    fn goes_on_as(&self, mut rest: &str) -> bool {
         let Some((last, between)) = self.others.split_last() else {
-            return text == self.first;
-        };
-        let Some(mut rest) = text.strip_prefix(&*self.first) else {
-            return false;
+            return rest.is_empty();
         };
         for piece in between {
             // The earliest place leaves the most for what follows.
@@ -52,7 +55,7 @@ impl Pattern {
                 None => return false,
             }
         }
-        rest.ends_with(&**last)
+        last.is_empty() || rest.ends_with(&**last)
     }
 }
 
@@ -60,18 +63,48 @@ impl Pattern {
 #[derive(Debug)]
 pub(super) struct Patterns {
     /// What all of them begin with.
-    common: String,
+    common: Beginning,
     /// In order.
     patterns: Vec<Ordered>,
 }
 
 #[derive(Debug)]
 struct Ordered {
-    /// Of its beginning, after what is common.
-    head: u64,
+    /// After what is common.
+    beginning: Beginning,
     pattern: Pattern,
     /// The place of the last one before it that its own beginning begins with.
     shorter: Option<usize>,
+}
+
+/// What a text may begin with.
+#[derive(Debug)]
+struct Beginning {
+    text: String,
+    head: u64,
+    /// The bits of the head that are of the text.
+    mask: u64,
+}
+
+impl Beginning {
+    fn new(text: &str) -> Self {
+        Self {
+            text: text.to_owned(),
+            head: head(text.as_bytes()),
+            mask: head(&vec![u8::MAX; text.len()]),
+        }
+    }
+
+    /// What follows in a text with this head; `None` where that begins otherwise.
+    fn strip<'a>(&self, text: &'a str, head: u64) -> Option<&'a str> {
+        if head & self.mask != self.head {
+            return None;
+        }
+        match self.text.len() <= size_of_val(&head) {
+            true => text.get(self.text.len()..),
+            false => text.strip_prefix(&*self.text),
+        }
+    }
 }
 
 /// The first bytes of a text as a number, zeros after its end: texts of which these differ are in their order.
@@ -117,35 +150,29 @@ impl Patterns {
             _ => String::new(),
         };
         let ordered = |(pattern, shorter): (Pattern, _)| Ordered {
-            head: head(
-                pattern
-                    .first
-                    .get(common.len()..)
-                    .unwrap_or_default()
-                    .as_bytes(),
-            ),
+            beginning: Beginning::new(pattern.first.get(common.len()..).unwrap_or_default()),
             pattern,
             shorter,
         };
         Some(Self {
             patterns: patterns.into_iter().zip(shorter).map(ordered).collect(),
-            common,
+            common: Beginning::new(&common),
         })
     }
 
     /// One bit for each pattern: whether it matches the whole text.
     pub(super) fn matching(&self, text: &str) -> u64 {
-        // Whatever begins as `text` does is the last pattern that is not after it in order, or what that one
-        // begins with.
-        let Some(rest) = text.strip_prefix(&*self.common) else {
+        let Some(rest) = self.common.strip(text, head(text.as_bytes())) else {
             return 0;
         };
+        // Whatever begins as `text` does is the last pattern that is not after it in order, or what that one
+        // begins with.
         let head = head(rest.as_bytes());
         let mut next = self
             .patterns
-            .partition_point(|known| match known.head == head {
-                true => *known.pattern.first <= *text,
-                false => known.head < head,
+            .partition_point(|known| match known.beginning.head == head {
+                true => *known.beginning.text <= *rest,
+                false => known.beginning.head < head,
             })
             .checked_sub(1);
         let mut matching = 0;
@@ -153,7 +180,9 @@ impl Patterns {
             let Some(known) = self.patterns.get(place) else {
                 break;
             };
-            matching |= u64::from(known.pattern.matches(text)) << place;
+            let rest = known.beginning.strip(rest, head);
+            let matches = rest.is_some_and(|rest| known.pattern.goes_on_as(rest));
+            matching |= u64::from(matches) << place;
             next = known.shorter;
         }
         matching

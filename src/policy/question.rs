@@ -67,6 +67,23 @@ impl<'a> Resource<'a> {
         }
     }
 
+    /// Whether scopes and audience are the same.
+    pub(super) fn asks_as_much_as(&self, other: &Resource<'_>) -> bool {
+        let (scopes, audience) = self.asked();
+        let (other_scopes, other_audience) = other.asked();
+        // Those of a configuration are the same list.
+        (std::ptr::eq(scopes, other_scopes) || scopes == other_scopes) && audience == other_audience
+    }
+
+    /// Where it is, which nothing else is while it is held; 0 for what is of no configuration.
+    pub(super) fn address(&self) -> usize {
+        match self {
+            Self::Credential { credential, .. } => Arc::as_ptr(credential).addr(),
+            Self::Destination(destination) => Arc::as_ptr(destination).addr(),
+            Self::Unmatched => 0,
+        }
+    }
+
     /// A copy that outlives the question.
     pub(crate) fn to_owned(self) -> OwnedResource {
         match self {

@@ -12,7 +12,6 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError, Weak};
-use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat, readlinkat};
@@ -20,7 +19,7 @@ use nix::sys::stat::Mode;
 use rustix::fs::{RawDir, readlinkat_raw};
 use rustix::path::DecInt;
 
-use self::liveness::{CHECK_AGAIN_AFTER, exited};
+use self::liveness::{Moment, exited};
 use super::executable;
 use super::kernel::{self, Credentials, FileIdentity};
 use crate::cgroup::Cgroups;
@@ -48,7 +47,7 @@ pub struct Process {
     held: Arc<Held>,
     credentials: Credentials,
     /// When it was found to be the caller.
-    found: Duration,
+    found: Moment,
 }
 
 /// What is held of a process, for all connections of it.
@@ -65,8 +64,8 @@ struct Held {
     /// `/proc/PID/pagemap`, opened before the executable was looked at; `None` where that is not
     /// allowed, or the kernel has none.
     memory: Option<File>,
+    /// The [`Moment`] of the last check, and the one at which the executable was last seen to be the same.
     last_check: AtomicU64,
-    /// When the executable was last seen to be the same.
     last_look: AtomicU64,
     is_looked_at: AtomicBool,
     /// Why it is served no longer, once that was found.
@@ -81,7 +80,7 @@ struct CgroupFile {
     /// It is of this process for ever too.
     file: Option<File>,
     /// When it was last read, and what it said.
-    last: Option<(Duration, Arc<Cgroups>)>,
+    last: Option<(Moment, Arc<Cgroups>)>,
 }
 
 #[derive(Default)]
@@ -146,7 +145,7 @@ impl Process {
             Err(error) if gone(&error) || error.kind() == io::ErrorKind::PermissionDenied => None,
             Err(error) => return Err(error),
         };
-        let looked = since_start();
+        let looked = Moment::now();
         let Some((credentials, executable)) = look(&pidfd, &directory)? else {
             return Ok(None);
         };
@@ -158,7 +157,7 @@ impl Process {
             executable,
             memory,
             last_check: AtomicU64::new(0),
-            last_look: AtomicU64::new(nanoseconds(looked)),
+            last_look: AtomicU64::new(looked.0),
             is_looked_at: AtomicBool::new(false),
             ended: OnceLock::new(),
             last_descriptor: AtomicU32::new(0),
@@ -171,7 +170,7 @@ impl Process {
         Self {
             held,
             credentials,
-            found: since_start(),
+            found: Moment::now(),
         }
     }
 
@@ -209,10 +208,9 @@ impl Process {
     pub(crate) fn cgroups(&self) -> io::Result<Arc<Cgroups>> {
         let held = &self.held;
         let mut cgroup = held.cgroup.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = since_start();
+        let now = Moment::now();
         if let Some((read, cgroups)) = &cgroup.last
-            && *read >= self.found
-            && now.saturating_sub(*read) < CHECK_AGAIN_AFTER
+            && self.is_recent(*read, now)
         {
             return Ok(Arc::clone(cgroups));
         }
@@ -310,10 +308,6 @@ impl Process {
     fn namespace(&self, link: &CStr) -> io::Result<u64> {
         Ok(kernel::identify(self.held.directory.as_fd(), link)?.inode)
     }
-}
-
-fn nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(0)
 }
 
 /// The process with this number that was found before, if it is still held. It may be gone.
@@ -491,12 +485,6 @@ pub(crate) fn parse_status(status: &[u8]) -> Option<Status> {
             .map(|group| group.parse().ok())
             .collect::<Option<_>>()?,
     })
-}
-
-fn since_start() -> Duration {
-    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
-    // One more nanosecond than nothing: zero means "never checked", which is before any process is found.
-    START.elapsed() + Duration::from_nanos(1)
 }
 
 #[cfg(test)]

@@ -10,13 +10,15 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::time::{TimeSpec, TimeValLike};
+use nix::time::{ClockId, clock_gettime};
 
-use super::{Held, Process, gone, kernel, nanoseconds, open_file, read_whole, since_start};
+use super::{Held, Process, gone, kernel, open_file, read_whole};
 use crate::observers;
 use crate::workload::AttestationEnded;
 
 /// A liveness check this young is not repeated.
-pub(super) const CHECK_AGAIN_AFTER: Duration = Duration::from_millis(1);
+const CHECK_AGAIN_AFTER: Duration = Duration::from_millis(1);
 
 /// How long the executable of a process that keeps its memory is not looked at again.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(500);
@@ -24,14 +26,33 @@ const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(500);
 /// How long to wait for an observer's word on whether a process exits. It reads what waits for no exec.
 const TOLD_WITHIN: Duration = Duration::from_millis(5);
 
+/// Nanoseconds of `CLOCK_MONOTONIC` (clock_gettime(2)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Moment(pub(super) u64);
+
+impl Moment {
+    const NEVER: Self = Self(0);
+
+    /// [`NEVER`](Self::NEVER) where the clock cannot be read: nothing is recent then.
+    pub(super) fn now() -> Self {
+        let nanoseconds = |time: TimeSpec| u64::try_from(time.num_nanoseconds()).ok();
+        let time = clock_gettime(ClockId::CLOCK_MONOTONIC).ok();
+        time.and_then(nanoseconds).map_or(Self::NEVER, Self)
+    }
+
+    /// Whether less than `duration` has passed since `then`. Not where that is to come.
+    fn is_within(self, duration: Duration, then: Self) -> bool {
+        u128::from(self.0.wrapping_sub(then.0)) < duration.as_nanos()
+    }
+}
+
 impl Process {
     /// Checks that the process lives and has executed nothing since it was found. A check less than a
     /// millisecond old is not repeated. Waits for nothing that the process does, where its memory is known.
     pub fn check_liveness(&self) -> Result<(), AttestationEnded> {
         let held = &self.held;
-        let now = since_start();
-        let last = Duration::from_nanos(held.last_check.load(Ordering::Relaxed));
-        if last >= self.found && now.saturating_sub(last) < CHECK_AGAIN_AFTER {
+        let now = Moment::now();
+        if self.is_recent(Moment(held.last_check.load(Ordering::Relaxed)), now) {
             return Ok(());
         }
         if held.memory.is_some() {
@@ -44,8 +65,13 @@ impl Process {
             observers::look_at(held.pid, move || held.check_executable())
                 .unwrap_or(Err(AttestationEnded::Exited))?;
         }
-        held.last_check.store(nanoseconds(now), Ordering::Relaxed);
+        held.last_check.store(now.0, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Whether what was seen at `then` is of this caller, and `now` less than a millisecond old.
+    pub(super) fn is_recent(&self, then: Moment, now: Moment) -> bool {
+        then != Moment::NEVER && then >= self.found && now.is_within(CHECK_AGAIN_AFTER, then)
     }
 }
 
@@ -65,12 +91,12 @@ impl Held {
     /// Checks that the process has the memory that it had, which it loses by an exec and by its exit. Another
     /// process may keep it: now and then an observer looks at the executable, and nobody waits for that, since
     /// an exec makes who looks wait for its end, and may be made to take for ever.
-    fn check_memory(self: &Arc<Self>, now: Duration) -> Result<(), AttestationEnded> {
+    fn check_memory(self: &Arc<Self>, now: Moment) -> Result<(), AttestationEnded> {
         if !self.is_as_it_was() {
             return Err(self.why_it_ended());
         }
-        let looked = Duration::from_nanos(self.last_look.load(Ordering::Relaxed));
-        if now.saturating_sub(looked) >= LOOK_AGAIN_AFTER
+        let looked = Moment(self.last_look.load(Ordering::Relaxed));
+        if !now.is_within(LOOK_AGAIN_AFTER, looked)
             && !self.is_looked_at.swap(true, Ordering::Relaxed)
         {
             let looked_at = LookedAt(Arc::clone(self));
@@ -80,9 +106,9 @@ impl Held {
     }
 
     /// Looks at the executable, at the time `now`.
-    fn look(&self, now: Duration) {
+    fn look(&self, now: Moment) {
         match self.check_executable() {
-            Ok(()) => self.last_look.store(nanoseconds(now), Ordering::Relaxed),
+            Ok(()) => self.last_look.store(now.0, Ordering::Relaxed),
             Err(ended) => drop(self.ended.set(ended)),
         }
     }
@@ -230,12 +256,29 @@ mod tests {
             executable: executable.held.executable.clone(),
             memory: Some(File::open(memory).unwrap()),
             last_check: AtomicU64::new(0),
-            last_look: AtomicU64::new(nanoseconds(since_start())),
+            last_look: AtomicU64::new(Moment::now().0),
             is_looked_at: AtomicBool::new(false),
             ended: OnceLock::new(),
             last_descriptor: AtomicU32::new(0),
         };
         Process::new(Arc::new(held), process.credentials)
+    }
+
+    #[test]
+    fn nothing_is_recent_that_is_to_come_or_by_a_clock_that_cannot_be_read() {
+        let process = Process::of_pid(std::process::id()).unwrap().unwrap();
+        let Moment(found) = process.found;
+        let is_recent = |then, now| process.is_recent(Moment(then), Moment(now));
+        assert!(is_recent(found, found));
+        assert!(is_recent(found, found + 999_999));
+        assert!(!is_recent(found, found + 1_000_000));
+        assert!(!is_recent(found - 1, found));
+        assert!(!is_recent(found + 1, found));
+        let unread = Process {
+            found: Moment::NEVER,
+            ..process
+        };
+        assert!(!unread.is_recent(Moment::NEVER, Moment::NEVER));
     }
 
     #[test]
