@@ -15,7 +15,7 @@ use crate::clock::Clock;
 use crate::config::{Attestors, CaSource, Config, Interception, OidcIssuer, Unmatched};
 use crate::diagnostics::{Diagnostic, Diagnostics};
 use crate::fetch::{FetchClient, FetchSettings};
-use crate::policy::{PolicyEngine, PolicySnapshot, Revocations, Revoked};
+use crate::policy::{PolicyEngine, PolicySnapshot, Revocations};
 use crate::routing::Routes;
 use crate::snapshot::{Issuers, Roots, Snapshot, prepare, read_roots, verified_tls};
 use crate::telemetry::metrics::Metrics;
@@ -114,15 +114,10 @@ impl SnapshotBuilder {
             .iter()
             .map(|name| ("unix".to_owned(), (*name).to_owned()));
         let read = engine.attributes_read().iter().cloned();
-        let in_force = self.previous.iter();
-        let revoked = in_force
-            .flat_map(|previous| previous.policy.revocations().iter())
-            .filter_map(|revocation| match &revocation.what {
-                Revoked::Workload(selector) => {
-                    Some((selector.group.clone(), selector.name.clone()))
-                }
-                Revoked::Credential(_) | Revoked::TokenSha256(_) => None,
-            });
+        let revoked = self.previous.iter().flat_map(|previous| {
+            let selectors = previous.policy.revocations().selectors();
+            selectors.map(|selector| (selector.group.clone(), selector.name.clone()))
+        });
         AttributeSelection::of(read.chain(recorded).chain(revoked))
     }
 

@@ -95,6 +95,9 @@ pub struct App {
     trace_export: Mutex<Option<TraceExport>>,
     /// One reload at a time.
     reloading: Mutex<()>,
+    /// Held while a snapshot is built, which collects what workloads are revoked by, and while one more is
+    /// revoked, which takes that the snapshot in force collects it.
+    revoking: Mutex<()>,
     options: StartOptions,
     last_reload: std::sync::Mutex<LastReload>,
     /// Ends what the next agent has too.
@@ -220,6 +223,7 @@ impl App {
             audit_writer: Mutex::new(Some(audit_writer)),
             trace_export: Mutex::new(trace_export),
             reloading: Mutex::new(()),
+            revoking: Mutex::new(()),
             options,
             last_reload: std::sync::Mutex::new(LastReload::new(started_at, None)),
             ending: CancellationToken::new(),
@@ -306,6 +310,8 @@ impl App {
             .prepare(&config, &mut ServiceManager::default())
             .await?;
         let own_listeners = prepared.own(self.bound.metrics);
+        let revoking = self.revoking.lock().await;
+        let previous = self.agent.snapshot.load_full();
         let snapshot = build_off_thread(SnapshotBuilder {
             config: Arc::clone(&config),
             own_listeners: Arc::clone(&own_listeners),
@@ -320,10 +326,11 @@ impl App {
         self.agent
             .credentials
             .configure(&config, &snapshot.roots, &own_listeners);
-        // What was revoked or lifted while this was built holds.
+        // What was lifted while this was built stays so.
         self.agent
             .snapshot
             .rcu(|current| snapshot.with_revocations(Arc::clone(current.policy.revocations())));
+        drop(revoking);
         self.agent
             .bound_listeners
             .store(Arc::new(prepared.addresses()));

@@ -91,6 +91,7 @@ impl AdminActions for App {
     }
 
     async fn revoke(&self, request: RevocationRequest) -> Result<Value, ActionRefused> {
+        let revoking = self.revoking.lock().await;
         if let Revoked::Workload(selector) = &request.what {
             self.check_selector(selector)?;
         }
@@ -108,6 +109,7 @@ impl AdminActions for App {
         self.replace_revocations(|revocations| {
             Some(revocations.with_holder(revocation.clone(), holder.clone()))
         });
+        drop(revoking);
         let _ = self.agent.audit.lifecycle(LifecycleEvent::Revoked {
             id: revocation.id.clone(),
             what: words(&revocation.what),

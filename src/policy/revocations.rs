@@ -154,6 +154,20 @@ impl Revocations {
         self.entries.iter().map(|entry| &entry.revocation)
     }
 
+    /// What the workloads that they mean are told by.
+    pub fn selectors(&self) -> impl Iterator<Item = &Selector> {
+        self.entries.iter().flat_map(|entry| {
+            let named = match &entry.revocation.what {
+                Revoked::Workload(selector) => Some(selector),
+                Revoked::Credential(_) | Revoked::TokenSha256(_) => None,
+            };
+            let holder = entry.holder.iter();
+            named
+                .into_iter()
+                .chain(holder.flat_map(|holder| &holder.workload))
+        })
+    }
+
     /// The set with one more.
     #[must_use]
     pub fn with(&self, revocation: Revocation) -> Self {
@@ -233,5 +247,39 @@ impl Revocations {
                 }),
             });
         covering.map(|entry| &entry.revocation)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn selectors_are_of_workloads_and_of_the_holders_of_tokens() {
+        let revoked = |id: &str, what| Revocation {
+            id: id.to_owned(),
+            what,
+            until: None,
+        };
+        let selector = |text: &str| text.parse::<Selector>().unwrap();
+        let holder = TokenHolder {
+            credential: "orders-api".to_owned(),
+            workload: vec![
+                selector("unix.network_namespace=7"),
+                selector("unix.uid=1000"),
+            ],
+        };
+        let revocations = Revocations::none()
+            .with(revoked("1", Revoked::Workload(selector("unix.groups=4"))))
+            .with(revoked("2", Revoked::Credential("orders-api".to_owned())))
+            .with_holder(
+                revoked("3", Revoked::TokenSha256("ab".to_owned())),
+                Some(holder),
+            );
+        let selectors: Vec<_> = revocations.selectors().map(Selector::to_string).collect();
+        assert_eq!(
+            selectors,
+            ["unix.groups=4", "unix.network_namespace=7", "unix.uid=1000"]
+        );
     }
 }
