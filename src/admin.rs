@@ -3,6 +3,7 @@
 //!
 //! What the requests do is behind [`AdminActions`]; this file knows sockets, paths and answers.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
@@ -23,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::Semaphore;
+use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -47,12 +48,9 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long accepting pauses when descriptors have run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// How many connections to `admin.metrics_bind` are served at one time; more wait. Whoever opens them without
-/// end takes no descriptors from requests, and probes are answered when callers have most of them.
+/// How many connections to `admin.metrics_bind` are open at one time: for one more the oldest is closed. Whoever
+/// opens them without end takes no descriptors from requests, and keeps no probe waiting.
 const METRICS_CONNECTIONS: usize = 64;
-
-/// How long one of them stays, also where the other end does not read.
-const METRICS_LONGEST: Duration = Duration::from_secs(300);
 
 /// What to revoke, and for how long: the body of `POST /v1/revocations`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -288,9 +286,8 @@ impl AdminServer {
             loop {
                 match socket.listener.accept().await {
                     Ok((stream, _)) => {
-                        let end = stop.clone().cancelled_owned();
                         let reach = Reach::Everything;
-                        tokio::spawn(serve(stream, Arc::clone(&actions), reach, end));
+                        tokio::spawn(serve(stream, Arc::clone(&actions), reach, stop.clone()));
                     }
                     Err(error) => pause(&error).await,
                 }
@@ -298,26 +295,23 @@ impl AdminServer {
         };
         let tcp = async {
             let Some(metrics) = &self.tcp else { return };
-            let places = Arc::new(Semaphore::new(METRICS_CONNECTIONS));
+            let mut open: VecDeque<AbortHandle> = VecDeque::new();
             loop {
-                let accept = async {
-                    let place = Arc::clone(&places).acquire_owned().await;
-                    let (stream, _) = metrics.listener.accept().await?;
-                    io::Result::Ok((place, stream))
-                };
                 let accepted = tokio::select! {
                     () = ending.cancelled(), if metrics.outlives_us => return,
-                    accepted = accept => accepted,
+                    accepted = metrics.listener.accept() => accepted,
                 };
                 match accepted {
-                    Ok((place, stream)) => {
-                        let end = timeout(METRICS_LONGEST, stop.clone().cancelled_owned());
+                    Ok((stream, _)) => {
+                        open.retain(|served| !served.is_finished());
+                        if open.len() >= METRICS_CONNECTIONS
+                            && let Some(oldest) = open.pop_front()
+                        {
+                            oldest.abort();
+                        }
                         let reach = Reach::HealthAndMetrics;
-                        let served = serve(stream, Arc::clone(&actions), reach, end);
-                        tokio::spawn(async move {
-                            served.await;
-                            drop(place);
-                        });
+                        let served = serve(stream, Arc::clone(&actions), reach, stop.clone());
+                        open.push_back(tokio::spawn(served).abort_handle());
                     }
                     Err(error) => pause(&error).await,
                 }
@@ -417,12 +411,12 @@ enum Reach {
     HealthAndMetrics,
 }
 
-/// Serves a connection until it ends; after `end` for [`HEAD_TIMEOUT`] at most.
+/// Serves a connection until it ends; after `stop` for [`HEAD_TIMEOUT`] at most.
 async fn serve(
     stream: impl AsyncRead + AsyncWrite + Unpin,
     actions: Arc<dyn AdminActions>,
     reach: Reach,
-    end: impl Future,
+    stop: CancellationToken,
 ) {
     let service = service_fn(move |request: Request<Incoming>| {
         let actions = Arc::clone(&actions);
@@ -439,7 +433,7 @@ async fn serve(
     tokio::select! {
         // A client that went away needs no answer.
         _ = connection.as_mut() => {}
-        _ = end => {
+        () = stop.cancelled() => {
             connection.as_mut().graceful_shutdown();
             let _ = timeout(HEAD_TIMEOUT, connection).await;
         }

@@ -600,7 +600,7 @@ pub(super) struct Admin {
     /// A Unix socket, mode 0600; the verbs look for it at `/run/countersign/admin.sock`. Default: none.
     #[schemars(with = "Option<kind::FilePath>")]
     pub(super) socket: Option<Text>,
-    /// Metrics and health on TCP as well, for 64 connections at one time; more wait. Default: none.
+    /// Metrics and health on TCP as well, for 64 connections at one time: for one more the oldest is closed. Default: none.
     #[schemars(with = "Option<kind::SocketAddress>")]
     pub(super) metrics_bind: Option<Text>,
 }
