@@ -385,8 +385,11 @@ impl Upstreams {
 
     /// Of unmatched traffic nothing is remembered: callers choose where it goes.
     fn remember_protocol(&self, way: &Way<'_>, http2: bool) {
+        if way.destination.is_none() {
+            return;
+        }
         let mut http1_only = self.http1_only.borrow_mut();
-        match http2 || way.destination.is_none() {
+        match http2 {
             true => http1_only.remove(way.target),
             false => http1_only.insert(way.target.clone()),
         };
