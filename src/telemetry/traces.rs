@@ -37,6 +37,7 @@ use crate::audit::record::{CALLER_LEFT, OK, UPSTREAM_ERROR};
 use crate::config::{CredentialConfig, TokenSource, TracesConfig};
 use crate::fetch::{self, FetchClient};
 use crate::refusal::RefusalCode;
+use crate::request::beginning;
 use crate::request_id::{self, TRACEPARENT, TraceContext};
 use crate::telemetry::metrics::Metrics;
 
@@ -279,7 +280,8 @@ fn request_attributes(record: &RequestRecord) -> Vec<KeyValue> {
         add("url.scheme", Some(asked.scheme.as_str().into()));
         add("server.address", Some(host.into()));
         add("server.port", Some(i64::from(asked.target.port()).into()));
-        add("url.path", Some(asked.path.as_sent().to_owned().into()));
+        let path = beginning(asked.path.as_sent()).to_owned();
+        add("url.path", Some(path.into()));
     }
     if record.outcome != CALLER_LEFT {
         let status = i64::from(record.status.as_u16());
