@@ -7,8 +7,8 @@
 //! and every other thread can be confined. Without [`start`] nothing is kept aside: each thread looks
 //! for itself, and what blocks runs in tokio's blocking pool.
 //!
-//! A process can have whoever looks at it wait for as long as it likes. So one look at a process is under
-//! way at a time: who looks has its [`Turn`], and who waits for that keeps no observer.
+//! A process can have whoever looks at it wait for as long as it likes. So whoever looks for a connection has
+//! the process's [`Turn`], and who waits for that keeps no observer. Who looks without is one of few.
 
 mod turn;
 

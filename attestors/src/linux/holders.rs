@@ -3,7 +3,8 @@
 //! Which process holds a socket is written nowhere: the descriptors of every process that may be it are
 //! read. Callers who come at once share that. One of them reads for all who waited when it began, each
 //! place (a cgroup, or the whole machine) for itself, so that many descriptors in one hold up no other, nor a
-//! process whose exec does not end. Who waits keeps no observer.
+//! process whose exec does not end. Who waits keeps no observer. Who reads waits for nobody's turn: as there is
+//! one for each place, a process that many look at holds up nobody else there.
 
 use std::collections::HashMap;
 use std::io;
@@ -120,7 +121,7 @@ async fn find(place: Place, inode: u32) -> io::Result<Vec<Holder>> {
     }
     let reading = Reading(place);
     let batch = searches().get_mut(&place).map(std::mem::take);
-    read(place, batch.unwrap_or_default()).await;
+    read(place, batch.unwrap_or_default());
     drop(reading);
     match told.recv().await {
         Some(Told::Found(found)) => found,
@@ -160,12 +161,12 @@ fn searches() -> MutexGuard<'static, HashMap<Place, Vec<Wanted>>> {
 }
 
 /// Reads the descriptors of every process of a place, and tells each who waits what it waits for.
-async fn read(place: Place, batch: Vec<Wanted>) {
+fn read(place: Place, batch: Vec<Wanted>) {
     let mut holders: HashMap<u32, Vec<Holder>> = batch
         .iter()
         .map(|wanted| (wanted.inode, Vec::new()))
         .collect();
-    let unread = read_all(place, &mut holders).await.err();
+    let unread = read_all(place, &mut holders).err();
     for Wanted { inode, waiting } in batch {
         let found = holders.remove(&inode).unwrap_or_default();
         let outcome = match &unread {
@@ -182,10 +183,10 @@ async fn read(place: Place, batch: Vec<Wanted>) {
 
 /// Adds to each socket the processes of a place that hold it. Of what could not be read the worst error
 /// is returned, after everything else was.
-async fn read_all(place: Place, holders: &mut HashMap<u32, Vec<Holder>>) -> io::Result<()> {
+fn read_all(place: Place, holders: &mut HashMap<u32, Vec<Holder>>) -> io::Result<()> {
     let mut outcome = Ok(());
     for pid in pids_in(place)? {
-        match read_one(pid, holders).await {
+        match read_one(pid, holders) {
             Ok(()) => {}
             Err(error) if process::gone(&error) => {}
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -197,8 +198,7 @@ async fn read_all(place: Place, holders: &mut HashMap<u32, Vec<Holder>>) -> io::
     outcome
 }
 
-async fn read_one(pid: u32, holders: &mut HashMap<u32, Vec<Holder>>) -> io::Result<()> {
-    let _turn = Turn::at(pid).await?;
+fn read_one(pid: u32, holders: &mut HashMap<u32, Vec<Holder>>) -> io::Result<()> {
     if let Some((directory, first)) = process::known_directory(pid) {
         match read_descriptors(pid, &directory, Some(first), holders) {
             // Another process may have the number of one that was found before.
@@ -254,5 +254,39 @@ fn copy_of(error: &io::Error) -> io::Error {
     match error.raw_os_error() {
         Some(code) => io::Error::from_raw_os_error(code),
         None => error.kind().into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsFd;
+    use std::process::{Command, Stdio};
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::super::kernel;
+    use super::*;
+    use crate::observers::look_here;
+
+    #[test]
+    fn a_process_that_many_look_at_holds_up_no_search() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let inode = kernel::identify_open(stream.as_fd()).unwrap().inode;
+        let mut command = Command::new("/bin/sleep");
+        command.arg("20").stdin(Stdio::from(OwnedFd::from(stream)));
+        let mut child = command.spawn().unwrap();
+        drop(command);
+        let _turn = look_here(Turn::at(child.id())).unwrap();
+        let (found, holders) = mpsc::channel();
+        std::thread::spawn(move || {
+            let holders = look_here(find(None, u32::try_from(inode).unwrap()));
+            found.send(holders.unwrap()).unwrap();
+        });
+        let holders = holders.recv_timeout(Duration::from_secs(20)).unwrap();
+        assert!(holders.iter().any(|holder| holder.pid == child.id()));
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 }
