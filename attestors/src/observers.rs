@@ -81,43 +81,40 @@ pub(crate) fn looks_itself() -> bool {
     LOOKS_ITSELF.get() || POOL.get().is_none()
 }
 
-/// Looks at a process on an observer, and waits for that. `None` where it panicked, or too many wait.
+/// Runs a task on an observer, and waits for that, without a [`Turn`]. `None` where it panicked.
 #[cfg(target_os = "linux")]
-pub(crate) fn look_at<T: Send + 'static>(
-    pid: u32,
-    look: impl FnOnce() -> T + Send + 'static,
-) -> Option<T> {
-    let Some(pool) = POOL.get() else {
-        return Some(look());
-    };
-    let (done, outcome) = mpsc::sync_channel(1);
-    pool.look_at(pid, move || drop(done.send(look())));
-    outcome.recv().ok()
+pub(crate) fn ask<T: Send + 'static>(task: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    answer_to(task).recv().ok()
 }
 
-/// Has an observer look at a process, and does not wait for it.
-#[cfg(target_os = "linux")]
-pub(crate) fn look_without_waiting(pid: u32, look: impl FnOnce() + Send + 'static) {
-    match (POOL.get(), tokio::runtime::Handle::try_current()) {
-        (Some(pool), _) => pool.look_at(pid, look),
-        (None, Ok(runtime)) => drop(runtime.spawn_blocking(look)),
-        (None, Err(_)) => look(),
-    }
-}
-
-/// Runs a task of a few system calls, none of which waits for a process, on an observer. Waits no longer than
-/// `limit` for that; `None` where no answer came.
+/// As [`ask`], but waits no longer than `limit`.
 #[cfg(target_os = "linux")]
 pub(crate) fn ask_within<T: Send + 'static>(
     limit: Duration,
     task: impl FnOnce() -> T + Send + 'static,
 ) -> Option<T> {
-    let Some(pool) = POOL.get() else {
-        return Some(task());
-    };
+    answer_to(task).recv_timeout(limit).ok()
+}
+
+#[cfg(target_os = "linux")]
+fn answer_to<T: Send + 'static>(task: impl FnOnce() -> T + Send + 'static) -> mpsc::Receiver<T> {
     let (done, outcome) = mpsc::sync_channel(1);
-    pool.run(Box::new(move || drop(done.send(task()))));
-    outcome.recv_timeout(limit).ok()
+    let task = move || drop(done.send(task()));
+    match POOL.get() {
+        Some(pool) => pool.run(Box::new(task)),
+        None => task(),
+    }
+    outcome
+}
+
+/// Runs a task on an observer, and does not wait for it, nor the task for a [`Turn`].
+#[cfg(target_os = "linux")]
+pub(crate) fn run_without_waiting(task: impl FnOnce() + Send + 'static) {
+    match (POOL.get(), tokio::runtime::Handle::try_current()) {
+        (Some(pool), _) => pool.run(Box::new(task)),
+        (None, Ok(runtime)) => drop(runtime.spawn_blocking(task)),
+        (None, Err(_)) => task(),
+    }
 }
 
 /// Runs a look at other processes, which may block, on an observer. Needs a tokio runtime.
@@ -201,16 +198,6 @@ impl Pool {
             pool: Arc::clone(self),
         })
         .wake();
-    }
-
-    /// Looks at a process in turn; not at all where too many wait for that.
-    #[cfg(target_os = "linux")]
-    fn look_at(self: &Arc<Self>, pid: u32, look: impl FnOnce() + Send + 'static) {
-        self.look(async move {
-            if let Ok(_turn) = Turn::at(pid).await {
-                look();
-            }
-        });
     }
 
     fn run(&self, job: Job) {
@@ -367,7 +354,10 @@ mod tests {
         let held = Arc::new(Mutex::new(held));
         let look_at = |pid, look: Box<dyn FnOnce() -> bool + Send>| {
             let (done, outcome) = mpsc::channel();
-            pool.look_at(pid, move || done.send(look()).unwrap());
+            pool.look(async move {
+                let _turn = Turn::at(pid).await.unwrap();
+                done.send(look()).unwrap();
+            });
             outcome
         };
         let stuck: Vec<_> = (0..2 * MOST_OBSERVERS)

@@ -62,7 +62,7 @@ impl Process {
         } else {
             let held = Arc::clone(held);
             // Without an answer nothing is known of the process.
-            observers::look_at(held.pid, move || held.check_executable())
+            observers::ask(move || held.check_executable())
                 .unwrap_or(Err(AttestationEnded::Exited))?;
         }
         held.last_check.store(now.0, Ordering::Relaxed);
@@ -100,7 +100,7 @@ impl Held {
             && !self.is_looked_at.swap(true, Ordering::Relaxed)
         {
             let looked_at = LookedAt(Arc::clone(self));
-            observers::look_without_waiting(self.pid, move || looked_at.0.look(now));
+            observers::run_without_waiting(move || looked_at.0.look(now));
         }
         Ok(())
     }
