@@ -295,16 +295,16 @@ async fn on_an_observer(catalog: Arc<Catalog>, peer: Arc<PeerEvidence>) -> Findi
         let catalog = Arc::clone(&catalog);
         async move {
             let _turn = match peer.process() {
-                Some(process) => Some(Turn::at(process.pid()).await?),
+                Some(process) => Some(Turn::again_at(process.pid()).await),
                 None => None,
             };
-            Ok(runtime.block_on(catalog.attest_peer(&peer)))
+            runtime.block_on(catalog.attest_peer(&peer))
         }
     };
-    match observers::look_and_wait(task).await.flatten() {
+    match observers::look_and_wait(task).await {
         Ok(findings) => findings,
-        // The runtime is shutting down, too many wait for a look, or an attestor broke an invariant:
-        // nothing is established, and what was not looked at must not let a `forbid` be skipped.
+        // The runtime is shutting down, or an attestor broke an invariant: nothing is established, and
+        // what was not looked at must not let a `forbid` be skipped.
         Err(error) => {
             let mut findings = Findings::new(catalog.clock.wall());
             for attestor in catalog.of_kind(EvidenceKind::Kernel) {
@@ -318,8 +318,10 @@ async fn on_an_observer(catalog: Arc<Catalog>, peer: Arc<PeerEvidence>) -> Findi
 
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
-    use std::os::fd::AsFd;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::{AsFd, OwnedFd};
     use std::os::unix::net::UnixStream;
+    use std::process::{Command, Stdio};
 
     use super::*;
     use crate::{AttributeSelection, SystemClock, SystemdAttestor, UnixAttestor};
@@ -353,5 +355,33 @@ mod tests {
         let other = other.attest(None).await.unwrap();
         assert_eq!(first.generation(), other.generation());
         assert!(Arc::ptr_eq(first.facts(), other.facts()));
+    }
+
+    #[tokio::test]
+    async fn who_has_evidence_waits_however_many_wait() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let local = listener.local_addr().unwrap();
+        let stream = TcpStream::connect(local).unwrap();
+        let address = stream.local_addr().unwrap();
+        let mut command = Command::new("/bin/sleep");
+        command.arg("20").stdin(Stdio::from(OwnedFd::from(stream)));
+        let mut child = command.spawn().unwrap();
+        drop(command);
+        let peer = observers::look_here(PeerEvidence::of_loopback_tcp(local, address)).unwrap();
+        assert_eq!(peer.process().unwrap().pid(), child.id());
+
+        let unix: Arc<dyn Attestor> = Arc::new(UnixAttestor::new(AttributeSelection::all()));
+        let catalog = Arc::new(Catalog::new(vec![unix], Arc::new(SystemClock::new())));
+        let (turn, waiting) = observers::full(child.id());
+        let attested = ConnectionAttestation::new(catalog, peer);
+        let mut attested = std::pin::pin!(attested);
+        let soon = Duration::from_millis(200);
+        let early = tokio::time::timeout(soon, attested.as_mut()).await;
+        assert!(early.is_err());
+        drop((turn, waiting));
+        let workload = attested.await.attest(None).await.unwrap();
+        assert!(workload.facts().attribute("unix", "pid").is_some());
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 }

@@ -25,6 +25,8 @@ use std::thread::Thread;
 use std::time::Duration;
 
 pub(crate) use turn::Turn;
+#[cfg(all(test, target_os = "linux"))]
+pub(crate) use turn::tests::full;
 #[cfg(target_os = "linux")]
 pub(crate) use turn::{MOST_WAITING, too_many_wait};
 

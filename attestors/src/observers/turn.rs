@@ -27,17 +27,19 @@ impl Turn {
     /// # Errors
     /// [`MOST_WAITING`] wait already.
     pub(crate) async fn at(pid: u32) -> io::Result<Self> {
-        let turn = {
-            let mut turns = turns();
-            let turn = turns.entry(pid).or_default();
-            // Of those who count, one is the map, and one looks.
-            if Arc::strong_count(turn) > MOST_WAITING + 1 {
-                return Err(too_many_wait());
-            }
-            Arc::clone(turn)
-        };
+        // Of those who count, one is the map, and one looks.
+        let is_full = |turn: &Arc<_>| Arc::strong_count(turn) > MOST_WAITING + 1;
+        if turns().get(&pid).is_some_and(is_full) {
+            return Err(too_many_wait());
+        }
+        Ok(Self::again_at(pid).await)
+    }
+
+    /// As [`Turn::at`], however many wait: for one who has had a turn.
+    pub(crate) async fn again_at(pid: u32) -> Self {
+        let turn = Arc::clone(turns().entry(pid).or_default());
         let right = Some(turn.lock_owned().await);
-        Ok(Self { pid, right })
+        Self { pid, right }
     }
 }
 
@@ -67,7 +69,7 @@ fn turns() -> MutexGuard<'static, Turns> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::pin::Pin;
     use std::task::{Context, Waker};
 
@@ -77,16 +79,24 @@ mod tests {
     /// No process has it.
     const PID: u32 = u32::MAX - 2;
 
-    #[test]
-    fn who_comes_when_too_many_wait_is_told_so() {
-        let first = look_here(Turn::at(PID)).unwrap();
-        let mut waiting: Vec<Pin<Box<dyn Future<Output = io::Result<Turn>>>>> = Vec::new();
+    pub(crate) type Waiting = Pin<Box<dyn Future<Output = io::Result<Turn>>>>;
+
+    /// A turn, and as many who wait for theirs as may.
+    pub(crate) fn full(pid: u32) -> (Turn, Vec<Waiting>) {
+        let first = look_here(Turn::at(pid)).unwrap();
+        let mut waiting: Vec<Waiting> = Vec::new();
         for _ in 0..MOST_WAITING {
-            let mut turn = Box::pin(Turn::at(PID));
+            let mut turn: Waiting = Box::pin(Turn::at(pid));
             let polled = turn.as_mut().poll(&mut Context::from_waker(Waker::noop()));
             assert!(polled.is_pending());
             waiting.push(turn);
         }
+        (first, waiting)
+    }
+
+    #[test]
+    fn who_comes_when_too_many_wait_is_told_so() {
+        let (first, waiting) = full(PID);
         let refused = look_here(Turn::at(PID)).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::ResourceBusy);
 
