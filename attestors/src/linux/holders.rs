@@ -70,10 +70,11 @@ enum Told {
 pub(super) async fn of_socket(socket: &TcpSocket) -> Result<Vec<Process>, EvidenceError> {
     let mut holders = Vec::new();
     if socket.cgroup_id.is_some() {
-        // What could not be read there is met again.
-        holders = find(socket.cgroup_id, socket.inode)
-            .await
-            .unwrap_or_default();
+        holders = match find(socket.cgroup_id, socket.inode).await {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => return Err(error.into()),
+            // What could not be read there is met again.
+            found => found.unwrap_or_default(),
+        };
     }
     if holders.is_empty() {
         holders = find(None, socket.inode).await?;
@@ -288,5 +289,24 @@ mod tests {
         assert!(holders.iter().any(|holder| holder.pid == child.id()));
         child.kill().unwrap();
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_cgroup_where_too_many_wait_is_not_looked_for_everywhere() {
+        let place = Some(u64::MAX);
+        let waiting: Vec<_> = (0..MOST_WAITING).map(|_| wait(place, 0).unwrap()).collect();
+        let socket = TcpSocket {
+            inode: 0,
+            cookie: [0; 8],
+            uid: 0,
+            cgroup_id: place,
+        };
+        let refused = look_here(of_socket(&socket)).unwrap_err();
+        let EvidenceError::Unavailable(error) = refused else {
+            panic!("{refused}");
+        };
+        assert_eq!(error.kind(), io::ErrorKind::ResourceBusy);
+        drop(waiting);
+        searches().remove(&place);
     }
 }
