@@ -32,9 +32,53 @@ const ASSERTION_LIFETIME: Duration = Duration::from_secs(60);
 /// Files above this size are no keys.
 const KEY_FILE_LIMIT_BYTES: usize = 64 * 1024;
 
+/// A file that holds a key or a secret. It is read once at a time: who waits for a read that does not end
+/// keeps no thread.
+#[derive(Debug)]
+pub(super) struct SecretFile {
+    path: PathBuf,
+    turn: Arc<tokio::sync::Mutex<()>>,
+}
+
+impl SecretFile {
+    pub(super) fn new(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            turn: Arc::default(),
+        }
+    }
+
+    async fn read(&self) -> Result<Zeroizing<Vec<u8>>, MintFailure> {
+        let turn = Arc::clone(&self.turn).lock_owned().await;
+        let path = self.path.clone();
+        let read = tokio::task::spawn_blocking(move || {
+            // Kept until the read ends, also where nobody waits for it any more.
+            let _turn = turn;
+            read_file(&path)
+        });
+        match read.await {
+            Ok(outcome) => outcome.map_err(|error| self.unavailable(&error.to_string())),
+            Err(_) => Err(MintFailure::new(
+                RefusalCode::ShuttingDown,
+                "the agent is shutting down",
+                Recovery::Backoff { retry_after: None },
+            )),
+        }
+    }
+
+    fn unavailable(&self, reason: &str) -> MintFailure {
+        MintFailure::new(
+            RefusalCode::ClientKeyUnavailable,
+            "the client's key or secret cannot be used",
+            Recovery::Backoff { retry_after: None },
+        )
+        .with_internal(format!("`{}`: {reason}", self.path.display()))
+    }
+}
+
 /// A private key in a file, read anew for every assertion and parsed when its content has changed.
 pub(super) struct KeyFile {
-    path: PathBuf,
+    file: Arc<SecretFile>,
     algorithm: SigningAlgorithm,
     key_id: Option<String>,
     parsed: Mutex<Option<Parsed>>,
@@ -50,16 +94,20 @@ impl std::fmt::Debug for KeyFile {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter
             .debug_struct("KeyFile")
-            .field("path", &self.path)
+            .field("path", &self.file.path)
             .field("algorithm", &self.algorithm)
             .finish_non_exhaustive()
     }
 }
 
 impl KeyFile {
-    pub(super) fn new(path: &Path, algorithm: SigningAlgorithm, key_id: Option<String>) -> Self {
+    pub(super) fn new(
+        file: Arc<SecretFile>,
+        algorithm: SigningAlgorithm,
+        key_id: Option<String>,
+    ) -> Self {
         Self {
-            path: path.to_owned(),
+            file,
             algorithm,
             key_id,
             parsed: Mutex::new(None),
@@ -67,7 +115,7 @@ impl KeyFile {
     }
 
     async fn read(&self) -> Result<Parsed, MintFailure> {
-        let content = read_secret(&self.path).await?;
+        let content = self.file.read().await?;
         let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &content);
         let mut parsed = self.parsed.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = &*parsed
@@ -92,7 +140,7 @@ impl KeyFile {
     }
 
     fn unavailable(&self, error: &KeyError) -> MintFailure {
-        key_unavailable(&self.path, &error.to_string())
+        self.file.unavailable(&error.to_string())
     }
 }
 
@@ -168,7 +216,7 @@ impl Assertions {
         let mut signed_with = self.signed_with();
         let before = signed_with.content_sha256.replace(content_sha256);
         if before.is_some_and(|before| before != content_sha256) {
-            tracing::info!(file = %self.file.path.display(), key_id = key.key_id(), "the client key was replaced");
+            tracing::info!(file = %self.file.file.path.display(), key_id = key.key_id(), "the client key was replaced");
             signed_with.replaced_by = Some(key.key_id().to_owned());
         }
         Ok(key)
@@ -185,13 +233,13 @@ impl Assertions {
 /// form-encoded before they are joined.
 pub(super) async fn basic_header(
     client_id: &str,
-    secret_file: &Path,
+    secret_file: &SecretFile,
 ) -> Result<HeaderValue, MintFailure> {
-    let content = read_secret(secret_file).await?;
+    let content = secret_file.read().await?;
     let content = content.strip_suffix(b"\n").unwrap_or(&content);
     let secret = content.strip_suffix(b"\r").unwrap_or(content);
     if secret.is_empty() {
-        return Err(key_unavailable(secret_file, "it is empty"));
+        return Err(secret_file.unavailable("it is empty"));
     }
     // Large enough for every byte to be encoded: what a growing buffer leaves behind is not wiped.
     let most = 3 * (client_id.len() + secret.len()) + 1;
@@ -205,24 +253,9 @@ pub(super) async fn basic_header(
     text.extend_from_slice(encoded.as_bytes());
     // The last header that refers to the buffer wipes it.
     let mut header = HeaderValue::from_maybe_shared(Bytes::from_owner(text))
-        .map_err(|_| key_unavailable(secret_file, "it cannot stand in a header"))?;
+        .map_err(|_| secret_file.unavailable("it cannot stand in a header"))?;
     header.set_sensitive(true);
     Ok(header)
-}
-
-async fn read_secret(path: &Path) -> Result<Zeroizing<Vec<u8>>, MintFailure> {
-    let path = path.to_owned();
-    let read = tokio::task::spawn_blocking(move || {
-        read_file(&path).map_err(|error| key_unavailable(&path, &error.to_string()))
-    });
-    match read.await {
-        Ok(outcome) => outcome,
-        Err(_) => Err(MintFailure::new(
-            RefusalCode::ShuttingDown,
-            "the agent is shutting down",
-            Recovery::Backoff { retry_after: None },
-        )),
-    }
 }
 
 /// What a regular file holds. Waits for nobody to write to it.
@@ -246,15 +279,6 @@ fn read_file(path: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
     }
 }
 
-fn key_unavailable(path: &Path, reason: &str) -> MintFailure {
-    MintFailure::new(
-        RefusalCode::ClientKeyUnavailable,
-        "the client's key or secret cannot be used",
-        Recovery::Backoff { retry_after: None },
-    )
-    .with_internal(format!("`{}`: {reason}", path.display()))
-}
-
 /// A claim of the assertion: an attribute alone keeps its type, other templates are text.
 pub(super) fn claim_value(
     subject: &Subject,
@@ -273,4 +297,36 @@ pub(super) fn claim_value(
         });
     }
     subject.render(template).map(Value::String)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_read_once_at_a_time_though_nobody_waits_for_it() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(1)
+            .build()
+            .unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("secret");
+        std::fs::write(&path, "hunter2").unwrap();
+        let file = SecretFile::new(&path);
+        let (release, held) = std::sync::mpsc::channel::<()>();
+        runtime.block_on(async {
+            // Files are read where nothing else is for now.
+            tokio::task::spawn_blocking(move || held.recv());
+            let soon = Duration::from_millis(10);
+            for _ in 0..3 {
+                tokio::time::timeout(soon, file.read()).await.unwrap_err();
+                // The file, and the one read.
+                assert_eq!(Arc::strong_count(&file.turn), 2);
+                file.turn.try_lock().unwrap_err();
+            }
+            drop(release);
+            assert_eq!(file.read().await.unwrap().as_slice(), b"hunter2");
+        });
+    }
 }

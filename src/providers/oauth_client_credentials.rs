@@ -15,7 +15,9 @@ use serde_json::Value;
 use url::{Url, form_urlencoded};
 use zeroize::Zeroizing;
 
-use super::client_authentication::{ASSERTION_TYPE, Assertions, basic_header, claim_value};
+use super::client_authentication::{
+    ASSERTION_TYPE, Assertions, SecretFile, basic_header, claim_value,
+};
 use super::metadata::{Fetched, IssuerMetadata, Metadata};
 use super::shared_parts::SharedParts;
 use super::token_response::{TokenResponse, parse_retry_after, parse_token_response};
@@ -60,7 +62,7 @@ enum Server {
 enum Authentication {
     PrivateKeyJwt(Assertions),
     WorkloadAssertion,
-    ClientSecretBasic,
+    ClientSecretBasic(Arc<SecretFile>),
 }
 
 /// Where requests go.
@@ -158,9 +160,10 @@ impl OauthClientCredentialsProvider {
                     None => PresentedFrom::AnyIssuer,
                 }),
             ),
-            ClientAuthentication::ClientSecretBasic { .. } => {
-                (Authentication::ClientSecretBasic, None)
-            }
+            ClientAuthentication::ClientSecretBasic { secret_file } => (
+                Authentication::ClientSecretBasic(shared.file(secret_file)),
+                None,
+            ),
         };
         Self {
             settings: settings.clone(),
@@ -233,8 +236,8 @@ impl OauthClientCredentialsProvider {
             ],
             header: None,
         };
-        let mut proof = match (&self.authentication, &self.settings.client_authentication) {
-            (Authentication::PrivateKeyJwt(assertions), _) => {
+        let mut proof = match &self.authentication {
+            Authentication::PrivateKeyJwt(assertions) => {
                 let claims: Vec<(String, Value)> = self
                     .settings
                     .assertion_claims
@@ -247,7 +250,7 @@ impl OauthClientCredentialsProvider {
                         .await?,
                 )
             }
-            (Authentication::WorkloadAssertion, _) => {
+            Authentication::WorkloadAssertion => {
                 let presented = subject.presented.as_ref().ok_or_else(|| {
                     MintFailure::new(
                         RefusalCode::AttributeMissing,
@@ -258,20 +261,10 @@ impl OauthClientCredentialsProvider {
                 // Byte-identical: the server verifies the issuer's own signature.
                 assertion(Zeroizing::new(presented.expose().to_owned()))
             }
-            (
-                Authentication::ClientSecretBasic,
-                ClientAuthentication::ClientSecretBasic { secret_file },
-            ) => Proof {
+            Authentication::ClientSecretBasic(secret_file) => Proof {
                 form: Vec::new(),
                 header: Some(basic_header(client_id, secret_file).await?),
             },
-            (Authentication::ClientSecretBasic, _) => {
-                return Err(MintFailure::new(
-                    RefusalCode::ClientKeyUnavailable,
-                    "the credential names no secret",
-                    Recovery::Permanent,
-                ));
-            }
         };
         if proof.header.is_none() && self.settings.send_client_id {
             proof
@@ -418,12 +411,12 @@ impl OauthClientCredentialsProvider {
 
     /// Whether the client can prove who it is; a workload's own token is the workload's matter.
     async fn check_key(&self) -> Result<(), MintFailure> {
-        match (&self.authentication, &self.settings.client_authentication) {
-            (Authentication::PrivateKeyJwt(assertions), _) => assertions.check().await,
-            (_, ClientAuthentication::ClientSecretBasic { secret_file }) => {
+        match &self.authentication {
+            Authentication::PrivateKeyJwt(assertions) => assertions.check().await,
+            Authentication::ClientSecretBasic(secret_file) => {
                 basic_header("", secret_file).await.map(drop)
             }
-            _ => Ok(()),
+            Authentication::WorkloadAssertion => Ok(()),
         }
     }
 
@@ -495,7 +488,7 @@ impl Provider for OauthClientCredentialsProvider {
     fn take_replaced_key(&self) -> Option<String> {
         match &self.authentication {
             Authentication::PrivateKeyJwt(assertions) => assertions.take_replaced(),
-            Authentication::WorkloadAssertion | Authentication::ClientSecretBasic => None,
+            Authentication::WorkloadAssertion | Authentication::ClientSecretBasic(_) => None,
         }
     }
 

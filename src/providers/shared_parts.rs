@@ -5,17 +5,18 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::client_authentication::KeyFile;
+use super::client_authentication::{KeyFile, SecretFile};
 use super::metadata::IssuerMetadata;
 use crate::config::{ExactUrl, SigningAlgorithm};
 use crate::fetch::{FetchClient, FetchSettings};
 
-/// Connections, metadata and keys, each made once for all providers that are made with this.
+/// Connections, metadata, files and keys, each made once for all providers that are made with this.
 pub struct SharedParts {
     own_listeners: Arc<[SocketAddr]>,
     runtime: tokio::runtime::Handle,
     clients: HashMap<FetchSettings, FetchClient>,
     metadata: HashMap<(ExactUrl, FetchSettings), Arc<IssuerMetadata>>,
+    files: HashMap<PathBuf, Arc<SecretFile>>,
     keys: HashMap<(PathBuf, SigningAlgorithm, Option<String>), Arc<KeyFile>>,
 }
 
@@ -27,6 +28,7 @@ impl SharedParts {
             runtime,
             clients: HashMap::new(),
             metadata: HashMap::new(),
+            files: HashMap::new(),
             keys: HashMap::new(),
         }
     }
@@ -58,6 +60,12 @@ impl SharedParts {
         Arc::clone(metadata.or_insert_with(make))
     }
 
+    /// The file of a key or a secret.
+    pub(super) fn file(&mut self, path: &Path) -> Arc<SecretFile> {
+        let make = || Arc::new(SecretFile::new(path));
+        Arc::clone(self.files.entry(path.to_owned()).or_insert_with(make))
+    }
+
     /// The key in a file, for one algorithm, under a `kid` where the configuration names one.
     pub(super) fn key(
         &mut self,
@@ -66,7 +74,8 @@ impl SharedParts {
         key_id: Option<&str>,
     ) -> Arc<KeyFile> {
         let key_id = key_id.map(str::to_owned);
-        let make = || Arc::new(KeyFile::new(path, algorithm, key_id.clone()));
+        let file = self.file(path);
+        let make = || Arc::new(KeyFile::new(file, algorithm, key_id.clone()));
         let key = self
             .keys
             .entry((path.to_owned(), algorithm, key_id.clone()));
