@@ -95,20 +95,36 @@ async fn one_workload(
     if processes.iter().any(|process| process.uid() != socket.uid) {
         return Err(EvidenceError::AmbiguousCaller);
     }
+    if others.is_empty() {
+        return Ok(processes);
+    }
+    let likeness = likeness_of(first).await?;
     for other in others {
-        let _turn = Turn::at(other.pid()).await?;
-        match first.attests_like(other) {
-            Ok(true) => {}
+        if likeness_of(other).await? != likeness {
             // One that is ending has lost its arguments before it loses its descriptors.
-            Ok(false) if first.check_liveness().is_err() || other.check_liveness().is_err() => {
-                return Err(EvidenceError::CallerGone);
-            }
-            Ok(false) => return Err(EvidenceError::AmbiguousCaller),
-            Err(error) if process::gone(&error) => return Err(EvidenceError::CallerGone),
-            Err(error) => return Err(error.into()),
+            let ends = ends(first).await? || ends(other).await?;
+            return Err(match ends {
+                true => EvidenceError::CallerGone,
+                false => EvidenceError::AmbiguousCaller,
+            });
         }
     }
     Ok(processes)
+}
+
+async fn likeness_of(process: &Process) -> Result<impl PartialEq + use<>, EvidenceError> {
+    let _turn = Turn::at(process.pid()).await?;
+    process
+        .likeness()
+        .map_err(|error| match process::gone(&error) {
+            true => EvidenceError::CallerGone,
+            false => error.into(),
+        })
+}
+
+async fn ends(process: &Process) -> io::Result<bool> {
+    let _turn = Turn::at(process.pid()).await?;
+    Ok(process.check_liveness().is_err())
 }
 
 /// The processes of a place that hold a socket.

@@ -278,15 +278,16 @@ impl Process {
         }
     }
 
-    /// True when the two processes are alike in everything that an attestor may state, except the pid.
-    pub(super) fn attests_like(&self, other: &Self) -> io::Result<bool> {
-        Ok(self.credentials == other.credentials
-            && self.held.executable == other.held.executable
-            && self.groups()? == other.groups()?
-            && self.cgroups()?.text == other.cgroups()?.text
-            && self.command_line()? == other.command_line()?
-            && self.namespace(c"ns/net").ok() == other.namespace(c"ns/net").ok()
-            && self.namespace(c"ns/mnt").ok() == other.namespace(c"ns/mnt").ok())
+    /// Everything that an attestor may state of the process, except the pid: what is equal attests alike.
+    pub(super) fn likeness(&self) -> io::Result<impl PartialEq + use<>> {
+        Ok((
+            (self.credentials, self.held.executable.clone()),
+            self.groups()?,
+            self.cgroups()?.text.clone(),
+            self.command_line()?,
+            self.namespace(c"ns/net").ok(),
+            self.namespace(c"ns/mnt").ok(),
+        ))
     }
 
     /// True when one of the process's descriptors is the socket with `inode`.
