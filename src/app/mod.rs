@@ -95,8 +95,8 @@ pub struct App {
     trace_export: Mutex<Option<TraceExport>>,
     /// One reload at a time.
     reloading: Mutex<()>,
-    /// Held while a snapshot is built, which collects what workloads are revoked by, and while one more is
-    /// revoked, which takes that the snapshot in force collects it.
+    /// Held while a snapshot comes into force, which collects what workloads were revoked by when it was built,
+    /// and while one more is revoked, by what the snapshot in force collects.
     revoking: Mutex<()>,
     options: StartOptions,
     last_reload: std::sync::Mutex<LastReload>,
@@ -310,23 +310,29 @@ impl App {
             .prepare(&config, &mut ServiceManager::default())
             .await?;
         let own_listeners = prepared.own(self.bound.metrics);
-        let revoking = self.revoking.lock().await;
-        let previous = self.agent.snapshot.load_full();
-        let snapshot = build_off_thread(SnapshotBuilder {
-            config: Arc::clone(&config),
-            own_listeners: Arc::clone(&own_listeners),
-            clock: Arc::clone(&self.agent.clock),
-            metrics: Arc::clone(&self.agent.metrics),
-            control: self.agent.control.clone(),
-            previous: Some(Arc::clone(&previous)),
-        })
-        .await?;
+        // Built anew where somebody was revoked meanwhile, for revoking waits for nothing that may hang.
+        let (previous, snapshot, revoking) = loop {
+            let previous = self.agent.snapshot.load_full();
+            let snapshot = build_off_thread(SnapshotBuilder {
+                config: Arc::clone(&config),
+                own_listeners: Arc::clone(&own_listeners),
+                clock: Arc::clone(&self.agent.clock),
+                metrics: Arc::clone(&self.agent.metrics),
+                control: self.agent.control.clone(),
+                previous: Some(Arc::clone(&previous)),
+            })
+            .await?;
+            let revoking = self.revoking.lock().await;
+            let now = self.agent.snapshot.load();
+            if Arc::ptr_eq(now.policy.revocations(), previous.policy.revocations()) {
+                break (previous, snapshot, revoking);
+            }
+        };
         let config = Arc::clone(&snapshot.config);
         let policy_version = snapshot.policy.engine().version().to_string();
         self.agent
             .credentials
             .configure(&config, &snapshot.roots, &own_listeners);
-        // What was lifted while this was built stays so.
         self.agent
             .snapshot
             .rcu(|current| snapshot.with_revocations(Arc::clone(current.policy.revocations())));

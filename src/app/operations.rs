@@ -103,7 +103,7 @@ impl AdminActions for App {
             until: for_how_long.and_then(|length| self.agent.clock.monotonic().checked_add(length)),
         };
         let holder = match &revocation.what {
-            Revoked::TokenSha256(sha256) => self.agent.credentials.holder(sha256),
+            Revoked::TokenSha256(sha256) => self.holder(sha256),
             Revoked::Workload(_) | Revoked::Credential(_) => None,
         };
         self.replace_revocations(|revocations| {
@@ -167,6 +167,17 @@ impl App {
             Some((issuer.name.as_str(), attestor.key_set_status().age?))
         });
         self.agent.metrics.jwks_ages(ages);
+    }
+
+    /// Whom a token was for, by what can be told of a workload still: a reload may have ended that something of
+    /// its process is collected.
+    fn holder(&self, sha256: &str) -> Option<TokenHolder> {
+        let mut holder = self.agent.credentials.holder(sha256)?;
+        let declarations = self.agent.snapshot.load().catalog.declarations();
+        holder
+            .workload
+            .retain(|selector| selector.group != "unix" || selector.can_match(&declarations));
+        Some(holder)
     }
 
     /// Refuses what no workload can have: an operator would take somebody for revoked who is not.

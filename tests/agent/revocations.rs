@@ -145,6 +145,27 @@ when { principal has unix.network_namespace && principal.unix.network_namespace 
     assert_eq!(world.curl(&[ORDERS]).await.code(), "revoked");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn whom_a_token_was_for_is_told_by_what_is_still_collected() {
+    const CLAIMS: &str = "    assertion_claims: {namespace: \"${unix.network_namespace}\"}\n";
+    let mut world = World::servers().await;
+    let client = "    client_id: orders-agent\n";
+    let configuration =
+        format!("{COMMON}{DESTINATIONS}").replace(client, &format!("{client}{CLAIMS}"));
+    world.start_agent(&configuration, &policies_of_uids()).await;
+    world.good().await;
+    let lines = world.audit().await;
+    let request = lines.iter().find(|line| line["kind"] == "request").unwrap();
+    let token = request["token"]["sha256"].as_str().unwrap();
+    let path = world.path("countersign.yaml");
+    let written = std::fs::read_to_string(&path).unwrap();
+    assert!(written.contains(CLAIMS));
+    std::fs::write(&path, written.replace(CLAIMS, "")).unwrap();
+    world.app().reload().await.unwrap();
+    revoke(&world, token).await;
+    assert_eq!(world.curl(&[ORDERS]).await.code(), "revoked");
+}
+
 /// The id of the one revocation in force.
 async fn answer_id(world: &World) -> String {
     let revocations = world.app().revocations().await;
