@@ -312,6 +312,8 @@ impl AdminServer {
                         let reach = Reach::HealthAndMetrics;
                         let served = serve(stream, Arc::clone(&actions), reach, stop.clone());
                         open.push_back(tokio::spawn(served).abort_handle());
+                        // However many come at once, each is served before it is the oldest.
+                        tokio::task::yield_now().await;
                     }
                     Err(error) => pause(&error).await,
                 }
