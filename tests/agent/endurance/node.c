@@ -28,12 +28,15 @@
 #include <unistd.h>
 
 /* The agent stands still at the beginning of each period, for more callers than there are numbers. */
-enum { PERIOD = 600, STILL = 350, LAST = 30, MOST_ALIVE = 40, NOBODY = 65534 };
+enum { PERIOD = 600, STILL = 350, LAST = 30, MOST_ALIVE = 40, MOST_NUMBERS = 32768, NOBODY = 65534 };
 
 static struct sockaddr_un unix_socket = {.sun_family = AF_UNIX};
 static struct sockaddr_in tcp = {.sin_family = AF_INET};
 static pid_t agent;
 static int alive, answers;
+/* How many of those that are alive stay, and which. */
+static int staying;
+static char stayer[MOST_NUMBERS];
 
 /* A connection, by TCP from an address of the caller's own, which has ports enough; negative where there is none. */
 static int dial(int by_tcp, int number) {
@@ -71,8 +74,10 @@ static int reap(int options) {
     int status;
     pid_t gone = waitpid(-1, &status, options);
     if (gone > 0 && (gone == agent || status)) errx(1, "process %d, the agent is %d, ended with %d", gone, agent, status);
-    alive -= gone > 0;
-    return gone > 0;
+    if (gone <= 0) return 0;
+    alive--;
+    staying -= stayer[gone];
+    return 1;
 }
 
 static long long now(void) {
@@ -82,7 +87,7 @@ static long long now(void) {
 }
 
 int main(int count, char **arguments) {
-    if (count < 6) errx(64, "see the beginning of node.c");
+    if (count < 6 || atoi(arguments[1]) > MOST_NUMBERS) errx(64, "see the beginning of node.c");
     int callers = atoi(arguments[2]);
     strncpy(unix_socket.sun_path, arguments[3], sizeof unix_socket.sun_path - 1);
     tcp.sin_port = htons(atoi(arguments[4]));
@@ -107,8 +112,8 @@ int main(int count, char **arguments) {
         if (in_period == 0) kill(agent, SIGSTOP);
         if (in_period == STILL) kill(agent, SIGCONT);
         int stays = in_period >= STILL ? in_period % 5 == 0 || in_period % 5 == 3 : in_period >= STILL - LAST;
-        /* They may all wait for an agent that stands still. */
-        if (alive == MOST_ALIVE) kill(agent, SIGCONT);
+        /* Then they all wait for an agent that stands still; others leave by themselves. */
+        if (staying == MOST_ALIVE) kill(agent, SIGCONT);
         while (alive && reap(alive == MOST_ALIVE ? 0 : WNOHANG)) continue;
         long long began;
         pid_t pid;
@@ -126,6 +131,7 @@ int main(int count, char **arguments) {
             _exit(0);
         }
         alive++;
+        staying += stayer[pid] = stays;
         printf("%d %d %lld %d\n", number, pid, began, stays);
     }
     kill(agent, SIGCONT);
