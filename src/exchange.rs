@@ -127,11 +127,7 @@ impl Exchange {
         snapshot: &Snapshot,
         presented: Option<&PresentedToken>,
     ) -> Result<Arc<AttestedWorkload>, Refusal> {
-        let workload = connection
-            .caller
-            .attest(&snapshot.catalog, presented)
-            .await?;
-        let holding = self.attested(connection, snapshot, &workload)?;
+        let (workload, holding) = self.establish(connection, snapshot, presented).await?;
         let limits = &snapshot.config.limits;
         self.held = Some(holding.request(limits, self.began_at).await?);
         Ok(workload)
@@ -145,21 +141,21 @@ impl Exchange {
         snapshot: &Snapshot,
         presented: Option<&PresentedToken>,
     ) -> Result<Arc<AttestedWorkload>, Refusal> {
+        let (workload, _) = self.establish(connection, snapshot, presented).await?;
+        Ok(workload)
+    }
+
+    /// Who the caller is, in its session, and what its identity holds of the agent.
+    async fn establish(
+        &mut self,
+        connection: &Connection,
+        snapshot: &Snapshot,
+        presented: Option<&PresentedToken>,
+    ) -> Result<(Arc<AttestedWorkload>, Arc<Holding>), Refusal> {
         let workload = connection
             .caller
             .attest(&snapshot.catalog, presented)
             .await?;
-        self.attested(connection, snapshot, &workload)?;
-        Ok(workload)
-    }
-
-    /// Notes the session of an attested caller; returns what its identity holds of the agent.
-    fn attested(
-        &mut self,
-        connection: &Connection,
-        snapshot: &Snapshot,
-        workload: &AttestedWorkload,
-    ) -> Result<Arc<Holding>, Refusal> {
         if let Some(tunnel) = &connection.tunnel {
             tunnel.valid_until.set(workload.valid_until());
         }
@@ -167,7 +163,7 @@ impl Exchange {
         let listener = &connection.entry.listener;
         let session = connection
             .caller
-            .session(&self.agent, limits, listener, workload)?;
+            .session(&self.agent, limits, listener, &workload)?;
         if let Some(tunnel) = &connection.tunnel {
             tunnel.place.take();
         }
@@ -175,7 +171,7 @@ impl Exchange {
             record.session = Some(session.id);
             record.workload = Some(session.summary);
         });
-        Ok(session.holding)
+        Ok((workload, session.holding))
     }
 
     /// Notes the destination that the request matched.
