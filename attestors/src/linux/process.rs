@@ -12,6 +12,7 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat, readlinkat};
@@ -30,6 +31,9 @@ const LARGEST_PROC_FILE: u64 = 4 * 1024 * 1024;
 
 /// Most files of procfs that are read here are smaller.
 const USUAL_PROC_FILE: usize = 4096;
+
+/// How long an exec may take from the new program's memory to its arguments.
+const EXEC_ENDS_WITHIN: Duration = Duration::from_millis(50);
 
 /// Processes found before.
 static KNOWN: LazyLock<Mutex<Known>> = LazyLock::new(Mutex::default);
@@ -231,9 +235,20 @@ impl Process {
         Ok(cgroups)
     }
 
-    /// The arguments, each ended by a zero byte. The process may write here what it likes.
+    /// The arguments, each ended by a zero byte. The process may write here what it likes. They are the last
+    /// that an exec changes: of a process that lives and has none they are waited for, for [`EXEC_ENDS_WITHIN`].
     pub fn command_line(&self) -> io::Result<Vec<u8>> {
-        read_whole(open_file(&self.held.directory, c"cmdline")?)
+        let began = Moment::now();
+        loop {
+            let arguments = read_whole(open_file(&self.held.directory, c"cmdline")?)?;
+            let is_waited_for = arguments.is_empty()
+                && Moment::now().is_within(EXEC_ENDS_WITHIN, began)
+                && self.check_liveness().is_ok();
+            if !is_waited_for {
+                return Ok(arguments);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// The inode number of the network namespace (namespaces(7)).
@@ -583,6 +598,26 @@ mod tests {
         };
         apart();
         kernel::older::pretended(apart);
+    }
+
+    #[test]
+    fn the_arguments_of_a_process_whose_exec_is_ending_are_waited_for() {
+        let mut seen = 0;
+        for _ in 0..100 {
+            let mut child = sleeping();
+            let process = Process::of_pid(child.id()).unwrap().unwrap();
+            // Where it was not found before its exec had begun.
+            if let Ok(Some(path)) = process.executable()
+                && path.ends_with("sleep")
+            {
+                assert_eq!(process.command_line().unwrap(), b"/bin/sleep\x0020\0");
+                seen += 1;
+            }
+            child.kill().unwrap();
+            child.wait().unwrap();
+            assert_eq!(process.command_line().ok().unwrap_or_default(), b"");
+        }
+        assert!(seen > 50, "{seen}");
     }
 
     #[test]

@@ -41,7 +41,7 @@ impl Moment {
     }
 
     /// Whether less than `duration` has passed since `then`. Not where that is to come.
-    fn is_within(self, duration: Duration, then: Self) -> bool {
+    pub(super) fn is_within(self, duration: Duration, then: Self) -> bool {
         u128::from(self.0.wrapping_sub(then.0)) < duration.as_nanos()
     }
 }
