@@ -307,10 +307,12 @@ where
             interim,
             unreadable,
         };
+        let head_size = usize::try_from(head_size).unwrap_or(usize::MAX);
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(head_timeout)
-            .max_buf_size(usize::try_from(head_size).unwrap_or(usize::MAX))
+            .max_buf_size(head_size)
+            .max_header_size(head_size)
             .half_close(true)
             .serve_connection(TokioIo::new(io), service)
             .with_upgrades();

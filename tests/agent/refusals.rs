@@ -406,12 +406,16 @@ async fn the_answer_arrives_though_the_caller_goes_on_sending() {
 async fn heads_that_cannot_be_read_are_refused_and_recorded() {
     const GOOD: &str =
         "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
-    let world = World::start().await;
+    let mut world = World::servers().await;
+    let configuration =
+        format!("{COMMON}{DESTINATIONS}limits: {{per_identity: {{head_size: 128KiB}}}}\n");
+    world.start_agent(&configuration, POLICIES).await;
     world.good().await;
     let proxy = world.address("proxy").to_string();
     let gateway = world.address("gateway").to_string();
     let many_lines = format!("GET /v1/orders HTTP/1.1\r\n{}\r\n", "X: a\r\n".repeat(200));
     let long = format!("GET /{} HTTP/1.1\r\n\r\n", "a".repeat(70_000));
+    let large = format!("GET / HTTP/1.1\r\nX: {}\r\n\r\n", "a".repeat(140_000));
     let rows = [
         (&proxy, "nonsense\r\n\r\n", 400, "malformed_request"),
         (
@@ -421,6 +425,7 @@ async fn heads_that_cannot_be_read_are_refused_and_recorded() {
             "malformed_request",
         ),
         (&proxy, &many_lines, 431, "head_too_large"),
+        (&proxy, &large, 431, "head_too_large"),
         (&proxy, &long, 414, "uri_too_long"),
         (&gateway, "GET / HTTP/9.9\r\n\r\n", 400, "malformed_request"),
     ];
@@ -461,7 +466,7 @@ async fn heads_that_cannot_be_read_are_refused_and_recorded() {
         "GET http://me:s3cret@plain.example.test/ HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
     let answer = exchange(&mut io, secret).await.expect(400);
     assert!(!format!("{answer:?}").contains("s3cret"), "{answer:#?}");
-    assert_eq!(world.plain_api.seen().len(), 4, "the good ones only");
+    assert_eq!(world.plain_api.seen().len(), 5, "the good ones only");
     world.good().await;
     reached("unreadable_heads", refused);
 }
