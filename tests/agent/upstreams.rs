@@ -31,6 +31,7 @@ const TROUBLED: &str = r#"
   - {name: garbled, hosts: [garbled.example.test], scheme: http, credentials: [{name: orders-api}], connect_to: "{garbled}"}
   - {name: closing, hosts: [closing.example.test], scheme: http, credentials: [{name: orders-api}], connect_to: "{closing}"}
   - {name: broken, hosts: [broken.example.test], scheme: http, credentials: [{name: orders-api}], connect_to: "{broken}"}
+  - {name: wordy, hosts: [wordy.example.test], scheme: http, credentials: [{name: orders-api}], connect_to: "{wordy}"}
 "#;
 
 /// A destination, what the caller is told of it, and how many requests reach it.
@@ -77,6 +78,7 @@ const ROWS: &[Row] = &[
     row("http://garbled.example.test", 502, "upstream_protocol", 1),
     row("http://closing.example.test", 502, "upstream_protocol", 1),
     row("http://broken.example.test", 502, "upstream_protocol", 1),
+    row("http://wordy.example.test", 502, "upstream_protocol", 1),
 ];
 
 /// A port at which nothing listens, and which nobody else gets.
@@ -108,6 +110,12 @@ async fn hanging_up() -> SocketAddr {
     address
 }
 
+/// An answer whose head has a field of so many bytes.
+fn answer_with_field(length: usize) -> String {
+    let field = "a".repeat(length);
+    format!("HTTP/1.1 200 OK\r\nx: {field}\r\ncontent-length: 0\r\n\r\n")
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_destination_in_trouble_is_told_by_its_code() {
     let mut world = World::servers().await;
@@ -127,6 +135,14 @@ async fn a_destination_in_trouble_is_told_by_its_code() {
         (
             "broken",
             answers(&["HTTP/1.1 200 OK\r\ncontent-le", ""]).await,
+        ),
+        (
+            "wordy",
+            Origin::start(None, |head| match head.starts_with("GET /less ") {
+                true => vec![answer_with_field(60_000)],
+                false => vec![answer_with_field(200_000)],
+            })
+            .await,
         ),
     ];
     for (name, origin) in &origins {
@@ -182,6 +198,9 @@ async fn a_destination_in_trouble_is_told_by_its_code() {
         assert_eq!(arrived, row.arrive, "{host}");
     }
     assert_eq!(records.len(), 1 + ROWS.len());
+    let less = world.curl(&["http://wordy.example.test/less"]).await;
+    assert_eq!(less.status, 200);
+    assert_eq!(less.header("x").unwrap().len(), 60_000);
     world.good().await;
     reached("troubled_destinations", answers.len());
 }
