@@ -414,12 +414,12 @@ impl<'a> Connector<'a> {
         let host = &self.route.host;
         let connect = format!("CONNECT {host}:443 HTTP/1.1\r\nhost: {host}:443\r\n\r\n");
         socket.write_all(connect.as_bytes())?;
-        // Byte by byte: what follows is TLS.
+        // Nothing follows the answer: in TLS it is the client who begins (RFC 8446 section 2).
         let mut answer = Vec::new();
+        let mut part = [0; 1024];
         while !answer.ends_with(b"\r\n\r\n") {
-            let mut byte = [0];
-            socket.read_exact(&mut byte)?;
-            answer.extend(byte);
+            let length = some(socket.read(&mut part)?)?;
+            answer.extend_from_slice(part.get(..length).unwrap_or_default());
         }
         if !is_ok(&answer) {
             return Err(refused(&answer));

@@ -9,7 +9,7 @@ use crate::peers::Proxy;
 use crate::report::Must;
 
 const CONNECTIONS: usize = 64;
-const ROUNDS: usize = 7;
+const ROUNDS: usize = 15;
 
 pub fn run(bench: &mut Bench) -> Fallible<()> {
     let mut peers = bench.start_all(&[Proxy::Bare, Proxy::Countersign], Form::Absolute)?;
