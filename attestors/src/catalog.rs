@@ -360,14 +360,13 @@ mod tests {
     #[tokio::test]
     async fn who_has_evidence_waits_however_many_wait() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let local = listener.local_addr().unwrap();
-        let stream = TcpStream::connect(local).unwrap();
-        let address = stream.local_addr().unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
         let mut command = Command::new("/bin/sleep");
         command.arg("20").stdin(Stdio::from(OwnedFd::from(stream)));
         let mut child = command.spawn().unwrap();
         drop(command);
-        let peer = observers::look_here(PeerEvidence::of_loopback_tcp(local, address)).unwrap();
+        let peer = observers::look_here(PeerEvidence::of_loopback_tcp(&accepted)).unwrap();
         assert_eq!(peer.process().unwrap().pid(), child.id());
 
         let unix: Arc<dyn Attestor> = Arc::new(UnixAttestor::new(AttributeSelection::all()));

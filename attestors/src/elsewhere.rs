@@ -1,7 +1,7 @@
 //! Systems whose kernel is not asked: there is no kernel evidence, and no value of these types.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::TcpStream;
 #[cfg(unix)]
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
@@ -28,8 +28,7 @@ impl Peer {
     }
 
     pub(crate) async fn of_loopback_tcp(
-        _local: SocketAddr,
-        _peer: SocketAddr,
+        _stream: &TcpStream,
     ) -> Result<Option<Self>, EvidenceError> {
         Ok(None)
     }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::TcpStream;
 #[cfg(unix)]
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -42,14 +42,11 @@ impl PeerEvidence {
         Ok(Self { peer })
     }
 
-    /// Evidence of the process that connected from `peer` to our `local` over loopback TCP, by
-    /// sock_diag(7) in the network namespace of the calling thread. Blocks on procfs, as
-    /// [`PeerEvidence::of_unix_stream`] does. Systems other than Linux have none.
-    pub async fn of_loopback_tcp(
-        local: SocketAddr,
-        peer: SocketAddr,
-    ) -> Result<Self, EvidenceError> {
-        let peer = Peer::of_loopback_tcp(local, peer).await?;
+    /// Evidence of the process that connected over loopback TCP, by sock_diag(7) in the network namespace
+    /// of the calling thread. Blocks on procfs, as [`PeerEvidence::of_unix_stream`] does. Systems other
+    /// than Linux have none.
+    pub async fn of_loopback_tcp(stream: &TcpStream) -> Result<Self, EvidenceError> {
+        let peer = Peer::of_loopback_tcp(stream).await?;
         Ok(Self { peer })
     }
 

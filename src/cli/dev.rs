@@ -395,8 +395,8 @@ async fn own_facts(app: &App) -> Option<WorkloadFacts> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).ok()?;
         let local = listener.local_addr().ok()?;
         let client = std::net::TcpStream::connect(local).ok()?;
-        let (_server, peer) = listener.accept().ok()?;
-        let evidence = PeerEvidence::of_loopback_tcp(local, peer).await.ok();
+        let (server, _) = listener.accept().ok()?;
+        let evidence = PeerEvidence::of_loopback_tcp(&server).await.ok();
         drop(client);
         evidence
     })

@@ -118,13 +118,12 @@ impl BoundListener {
         }
     }
 
-    async fn accept(&self) -> io::Result<(Socket, Option<(SocketAddr, SocketAddr)>)> {
+    async fn accept(&self) -> io::Result<(Socket, Option<SocketAddr>)> {
         match &self.socket {
             BoundSocket::Tcp(listener) => {
                 let (stream, peer) = listener.accept().await?;
                 let _ = stream.set_nodelay(true);
-                let local = stream.local_addr()?;
-                Ok((Socket::Tcp(stream.into_std()?), Some((local, peer))))
+                Ok((Socket::Tcp(stream.into_std()?), Some(peer)))
             }
             BoundSocket::Unix(listener, _) | BoundSocket::HandedOverUnix(listener, _) => {
                 let (stream, _) = listener.accept().await?;
@@ -366,7 +365,7 @@ pub async fn accept(
             arrived = bound.accept() => arrived,
             () = until(Phase::LastAnswers, &mut phases) => return,
         };
-        let (socket, addresses) = match arrived {
+        let (socket, peer) = match arrived {
             Ok(arrived) => arrived,
             Err(error) => {
                 // Out of descriptors, or the caller left already: neither may end the listener, and
@@ -395,7 +394,7 @@ pub async fn accept(
         let is_workload_api = listener.kind == ListenerKind::WorkloadApi;
         tokio::spawn(async move {
             let catalog = Arc::clone(&agent.snapshot.load().catalog);
-            let (socket, evidence) = evidence_of(socket, addresses).await;
+            let (socket, evidence) = evidence_of(socket, peer).await;
             let attestation = match evidence {
                 Ok(evidence) => {
                     Ok(ConnectionAttestation::new(Arc::clone(&catalog), evidence).await)
@@ -432,13 +431,13 @@ pub async fn accept(
 /// Asks the kernel who is at the other end; procfs blocks.
 async fn evidence_of(
     socket: Socket,
-    addresses: Option<(SocketAddr, SocketAddr)>,
+    peer: Option<SocketAddr>,
 ) -> (Option<Socket>, Result<PeerEvidence, EvidenceError>) {
     let asked = observers::look_and_wait(async move {
-        let evidence = match (&socket, addresses) {
+        let evidence = match (&socket, peer) {
             (Socket::Unix(stream), _) => PeerEvidence::of_unix_stream(stream.as_fd()).await,
-            (Socket::Tcp(_), Some((local, peer))) if peer.ip().to_canonical().is_loopback() => {
-                PeerEvidence::of_loopback_tcp(local, peer).await
+            (Socket::Tcp(stream), Some(peer)) if peer.ip().to_canonical().is_loopback() => {
+                PeerEvidence::of_loopback_tcp(stream).await
             }
             (Socket::Tcp(_), _) => Ok(PeerEvidence::none()),
         };

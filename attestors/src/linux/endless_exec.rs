@@ -171,30 +171,29 @@ fn a_caller_whose_exec_does_not_end_holds_up_no_other() {
     let server = Server::mount(&mounted);
     let unix = UnixListener::bind(directory.path().join("socket")).unwrap();
     let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
-    let local = tcp.local_addr().unwrap();
     let mut caller = Command::new(std::env::current_exe().unwrap());
     caller
         .args(["--exact", "platform::endless_exec::helper", "--nocapture"])
-        .env(HELPER, local.port().to_string())
+        .env(HELPER, tcp.local_addr().unwrap().port().to_string())
         .current_dir(&mounted)
         .stdout(Stdio::null());
     let mut caller = Caller {
         child: caller.spawn().unwrap(),
         server: Some(server),
     };
-    let stream = Arc::new(unix.accept().unwrap().0);
-    let (_tcp, peer) = tcp.accept().unwrap();
+    let streams = Arc::new((unix.accept().unwrap().0, tcp.accept().unwrap().0));
     let server = caller.server.as_ref().unwrap();
     server.closes.recv_timeout(LIMIT).unwrap();
 
     let pool = Pool::start(|| ()).unwrap();
     let (done, outcomes) = channel();
     for number in 0..2 * MOST_OBSERVERS {
-        let (stream, done) = (Arc::clone(&stream), done.clone());
+        let (streams, done) = (Arc::clone(&streams), done.clone());
         pool.look(async move {
+            let (unix, tcp) = &*streams;
             let evidence = match number % 2 {
-                0 => PeerEvidence::of_unix_stream(stream.as_fd()).await,
-                _ => PeerEvidence::of_loopback_tcp(local, peer).await,
+                0 => PeerEvidence::of_unix_stream(unix.as_fd()).await,
+                _ => PeerEvidence::of_loopback_tcp(tcp).await,
             };
             drop(done.send(evidence));
         });

@@ -14,7 +14,7 @@ mod socket_diagnostics;
 mod tests;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
@@ -91,11 +91,10 @@ impl Peer {
         connected.by(process, vec!["pidfd", "weaker:peercred"])
     }
 
-    /// The process at `peer`, connected over loopback to our `local`.
-    pub(crate) async fn of_loopback_tcp(
-        local: SocketAddr,
-        peer: SocketAddr,
-    ) -> Result<Option<Self>, EvidenceError> {
+    /// The process at the other end of a connection over loopback.
+    pub(crate) async fn of_loopback_tcp(stream: &TcpStream) -> Result<Option<Self>, EvidenceError> {
+        let local = stream.local_addr()?;
+        let peer = peer_of(stream)?;
         if !peer.ip().to_canonical().is_loopback() || !local.ip().to_canonical().is_loopback() {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -112,6 +111,9 @@ impl Peer {
             Some(again) if (again.cookie, again.inode) == (socket.cookie, socket.inode) => {}
             _ => return Err(EvidenceError::CallerGone),
         }
+        // And it was the other end of this connection: of one that was reset the address is free, and
+        // may be somebody else's by now. While this connection lives nobody else connects from there.
+        peer_of(stream)?;
         let processes = processes?;
         Ok(Some(Self::new(processes, vec!["sock_diag", "pidfd"])))
     }
@@ -144,6 +146,14 @@ impl Peer {
         }
         outcome
     }
+}
+
+/// The address at the other end of a connection that was not reset (getpeername(2)).
+fn peer_of(stream: &TcpStream) -> Result<SocketAddr, EvidenceError> {
+    stream.peer_addr().map_err(|error| match error.kind() {
+        io::ErrorKind::NotConnected => EvidenceError::CallerGone,
+        _ => error.into(),
+    })
 }
 
 /// Who connected a Unix socket, by SO_PEERCRED (unix(7)): of the moment of connect(2), and of the very

@@ -8,31 +8,31 @@
 )]
 
 use std::fs::File;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Barrier;
 use std::time::Duration;
 
+use nix::libc::linger;
+use nix::sys::socket::{setsockopt, sockopt};
+use tokio::net::TcpSocket;
+
 use super::executable;
 use crate::evidence::{EvidenceError, PeerEvidence};
 use crate::observers::look_here;
 
-fn of_loopback_tcp(local: SocketAddr, peer: SocketAddr) -> Result<PeerEvidence, EvidenceError> {
-    look_here(PeerEvidence::of_loopback_tcp(local, peer))
+fn of_loopback_tcp(accepted: &TcpStream) -> Result<PeerEvidence, EvidenceError> {
+    look_here(PeerEvidence::of_loopback_tcp(accepted))
 }
 
-/// A client and the server's view of it: (client, accepted, local, peer).
-fn connection(
-    address: &str,
-    target: Option<&str>,
-) -> (TcpStream, TcpStream, SocketAddr, SocketAddr) {
+/// A client and the server's view of it: (client, accepted).
+fn connection(address: &str, target: Option<&str>) -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind((address, 0)).unwrap();
     let port = listener.local_addr().unwrap().port();
     let client = TcpStream::connect((target.unwrap_or(address), port)).unwrap();
-    let (accepted, peer) = listener.accept().unwrap();
-    let local = accepted.local_addr().unwrap();
-    (client, accepted, local, peer)
+    (client, listener.accept().unwrap().0)
 }
 
 #[test]
@@ -45,8 +45,8 @@ fn a_caller_over_loopback_is_found_by_every_spelling_of_its_address() {
         ("::", Some("::ffff:127.0.0.1")),
         ("0.0.0.0", Some("::ffff:127.0.0.1")),
     ] {
-        let (_client, _accepted, local, peer) = connection(address, target);
-        let evidence = of_loopback_tcp(local, peer).unwrap();
+        let (_client, accepted) = connection(address, target);
+        let evidence = of_loopback_tcp(&accepted).unwrap();
         assert_eq!(
             evidence.process().unwrap().pid(),
             std::process::id(),
@@ -77,10 +77,39 @@ fn both_ways_of_a_unix_socket_find_the_same_process() {
 
 #[test]
 fn a_closed_connection_has_no_caller() {
-    let (client, _accepted, local, peer) = connection("127.0.0.1", None);
+    let (client, accepted) = connection("127.0.0.1", None);
     drop(client);
-    let gone = of_loopback_tcp(local, peer).unwrap_err();
+    let gone = of_loopback_tcp(&accepted).unwrap_err();
     assert_eq!(gone.code(), "caller_gone");
+}
+
+#[tokio::test]
+async fn a_connection_that_was_reset_is_not_of_who_connects_from_its_address_next() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut first = TcpStream::connect(address).unwrap();
+    let port = first.local_addr().unwrap();
+    first.write_all(b"a whole request").unwrap();
+    let at_once = linger {
+        l_onoff: 1,
+        l_linger: 0,
+    };
+    setsockopt(&first, sockopt::Linger, &at_once).unwrap();
+    drop(first);
+
+    let next = TcpSocket::new_v4().unwrap();
+    next.set_reuseaddr(true).unwrap();
+    next.bind(port).unwrap();
+    let _next = next.connect(address).await.unwrap();
+
+    // Both are there, from one address, and what the first has sent can be read.
+    let [(mut reset, from), (lives, too)] = [(); 2].map(|()| listener.accept().unwrap());
+    assert_eq!([from, too], [port; 2]);
+    let refused = of_loopback_tcp(&reset).unwrap_err();
+    assert_eq!(refused.code(), "caller_gone");
+    let mut request = [0; 15];
+    reset.read_exact(&mut request).unwrap();
+    of_loopback_tcp(&lives).unwrap().check_liveness().unwrap();
 }
 
 #[test]
@@ -91,13 +120,13 @@ fn callers_who_come_at_once_each_learn_of_their_own_socket() {
         .collect();
     let together = Barrier::new(CALLERS);
     std::thread::scope(|scope| {
-        for (number, (client, _accepted, local, peer)) in connections.into_iter().enumerate() {
+        for (number, (client, accepted)) in connections.into_iter().enumerate() {
             let together = &together;
             scope.spawn(move || {
                 let client = (number % 4 != 0).then_some(client);
                 together.wait();
                 for _ in 0..10 {
-                    match (&client, of_loopback_tcp(local, peer)) {
+                    match (&client, of_loopback_tcp(&accepted)) {
                         (Some(_), Ok(evidence)) => {
                             assert_eq!(evidence.process().unwrap().pid(), std::process::id());
                         }

@@ -79,10 +79,9 @@ impl Relay {
                 };
                 let shared = Arc::clone(&shared);
                 tokio::spawn(async move {
-                    let judged =
-                        tokio::task::spawn_blocking(move || is_descendant(address, peer)).await;
+                    let judged = tokio::task::spawn_blocking(move || descendant(stream)).await;
                     match judged {
-                        Ok(true) => relay(shared, stream).await,
+                        Ok(Ok(Some(stream))) => relay(shared, stream).await,
                         _ => tracing::warn!(%peer, "a stranger connected to the private relay"),
                     }
                 });
@@ -96,10 +95,18 @@ impl Relay {
     }
 }
 
-/// Whether the process that connected descends from this one. Anybody on the node can reach a
+/// The connection, if the process that made it descends from this one. Anybody on the node can reach a
 /// loopback port; the token is the command's alone.
-fn is_descendant(local: SocketAddr, peer: SocketAddr) -> bool {
-    let Ok(evidence) = look_here(PeerEvidence::of_loopback_tcp(local, peer)) else {
+fn descendant(stream: TcpStream) -> io::Result<Option<TcpStream>> {
+    let stream = stream.into_std()?;
+    match is_descendant(&stream) {
+        true => TcpStream::from_std(stream).map(Some),
+        false => Ok(None),
+    }
+}
+
+fn is_descendant(stream: &std::net::TcpStream) -> bool {
+    let Ok(evidence) = look_here(PeerEvidence::of_loopback_tcp(stream)) else {
         return false;
     };
     let Some(process) = evidence.process() else {
