@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::hash::{BuildHasher, Hash};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -19,7 +20,7 @@ use prometheus_client::metrics::family::{Family, MetricConstructor};
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::metrics::{MetricType, TypedMetric};
-use prometheus_client::registry::{Registry, Unit};
+use prometheus_client::registry::{Metric, Registry, Unit};
 
 use crate::clock::Clock;
 use crate::refusal::RefusalCode;
@@ -372,224 +373,190 @@ pub struct Metrics {
 /// The effects that a decision may have, as labels.
 pub const EFFECTS: [&str; 4] = ["allow", "deny", "report_only", "error"];
 
+/// A metric at zero, known to the registry by this name.
+fn counted<Counted: Metric + Clone + Default>(
+    registry: &mut Registry,
+    name: &'static str,
+    help: &'static str,
+) -> Counted {
+    let metric = Counted::default();
+    registry.register(name, help, metric.clone());
+    metric
+}
+
+/// A metric in seconds, known to the registry by this name, which the unit is added to.
+fn in_seconds<Measured: Metric + Clone>(
+    registry: &mut Registry,
+    name: &'static str,
+    help: &'static str,
+    metric: Measured,
+) -> Measured {
+    registry.register_with_unit(name, help, Unit::Seconds, metric.clone());
+    metric
+}
+
+/// A counter for each of the values that a label may have.
+fn by_label<Value: Copy + Eq + Hash, Hasher: BuildHasher + Default>(
+    family: &Family<Labels<1>, Counter>,
+    label: &'static str,
+    values: impl IntoIterator<Item = Value>,
+    text: impl Fn(Value) -> &'static str,
+) -> HashMap<Value, Counter, Hasher> {
+    let counter = |value| family.get_or_create_owned(&[(label, text(value).into())]);
+    values
+        .into_iter()
+        .map(|value| (value, counter(value)))
+        .collect()
+}
+
 impl Metrics {
     /// All metrics, at zero. `clock` tells the age of key sets.
     pub fn new(clock: Arc<dyn Clock>) -> Self {
         let mut registry = Registry::with_prefix("countersign");
-        let token_requests = Family::default();
-        registry.register(
-            "token_requests",
-            "Requests to token endpoints, by result: `success` or the code of the refusal",
-            token_requests.clone(),
-        );
-        let token_request_failures = Family::default();
-        registry.register(
-            "token_request_failures",
-            "Failed requests to token endpoints, assertions that were not accepted included, by cause",
-            token_request_failures.clone(),
-        );
-        let token_request_duration = Family::default();
-        registry.register_with_unit(
-            "token_request_duration",
-            "Time that token endpoints took to answer",
-            Unit::Seconds,
-            token_request_duration.clone(),
-        );
-        let tokens_minted = Family::default();
-        registry.register(
-            "tokens_minted",
-            "Tokens obtained from authorization servers",
-            tokens_minted.clone(),
-        );
-        let token_refreshes = Family::default();
-        registry.register(
-            "token_refreshes",
-            "Refreshes ahead of expiry, by result: `success` or `failure`",
-            token_refreshes.clone(),
-        );
-        let cache_hits = Family::default();
-        registry.register(
-            "token_cache_hits",
-            "Requests served with a cached token",
-            cache_hits.clone(),
-        );
-        let cache_misses = Family::default();
-        registry.register(
-            "token_cache_misses",
-            "Requests that waited for a token",
-            cache_misses.clone(),
-        );
-        let upstream_rejections = Family::default();
-        registry.register(
-            "upstream_rejections",
-            "Answers 401 and 403 of destinations to requests that carried a token, by status",
-            upstream_rejections.clone(),
-        );
-        let revoked_token_uses = Counter::default();
-        registry.register(
-            "revoked_token_uses",
-            "Requests refused because what they rest on is revoked",
-            revoked_token_uses.clone(),
-        );
-        let decision_family = Family::<Labels<1>, Counter>::default();
-        registry.register(
-            "decisions",
-            "Policy decisions, by effect",
-            decision_family.clone(),
-        );
-        let decisions = EFFECTS
-            .into_iter()
-            .map(|effect| {
-                let counter = decision_family.get_or_create_owned(&[("effect", effect.into())]);
-                (effect, counter)
-            })
-            .collect();
-        let decision_cache_hits = Counter::default();
-        registry.register(
-            "decision_cache_hits",
-            "Decisions that were remembered",
-            decision_cache_hits.clone(),
-        );
-        let decision_cache_misses = Counter::default();
-        registry.register(
-            "decision_cache_misses",
-            "Decisions that were evaluated",
-            decision_cache_misses.clone(),
-        );
-        let attestations = Family::default();
-        registry.register(
-            "attestations",
-            "Attestations, by attestor and result",
-            attestations.clone(),
-        );
-        let refusal_family = Family::<Labels<1>, Counter>::default();
-        registry.register(
-            "refusals",
-            "Requests refused by the agent, by code",
-            refusal_family.clone(),
-        );
-        let refusals = RefusalCode::ALL
-            .iter()
-            .map(|code| {
-                let counter = refusal_family.get_or_create_owned(&[("code", code.as_str().into())]);
-                (*code, counter)
-            })
-            .collect();
-        let jwks_age = Family::new_with_constructor(NewAge(clock));
-        registry.register_with_unit(
-            "jwks_age",
-            "Age of the issuer's key set in use",
-            Unit::Seconds,
-            jwks_age.clone(),
-        );
-        let open_connections = Family::default();
-        registry.register(
-            "open_connections",
-            "Connections of callers that are open",
-            open_connections.clone(),
-        );
-        let refused_connections = Family::default();
-        registry.register(
-            "refused_connections",
-            "Connections and tunnels of callers that were closed because too many waited to be attested, or few descriptors were left",
-            refused_connections.clone(),
-        );
-        let request_duration = Family::default();
-        registry.register_with_unit(
-            "request_duration",
-            "Time from a request's head to its response's head",
-            Unit::Seconds,
-            request_duration.clone(),
-        );
-        let own_duration = Family::default();
-        registry.register_with_unit(
-            "request_own_duration",
-            "The agent's own share of the time from a request's head to its response's head",
-            Unit::Seconds,
-            own_duration.clone(),
-        );
-        let upstream_duration = Family::default();
-        registry.register_with_unit(
-            "request_upstream_duration",
-            "The destination's share of the time from a request's head to its response's head",
-            Unit::Seconds,
-            upstream_duration.clone(),
-        );
-        let active_identities = Gauge::default();
-        registry.register(
-            "active_identities",
-            "Identities with an open connection",
-            active_identities.clone(),
-        );
-        let trace_spans_exported = Counter::default();
-        registry.register(
-            "trace_spans_exported",
-            "Spans that the collector took",
-            trace_spans_exported.clone(),
-        );
-        let trace_spans_dropped = Counter::default();
-        registry.register(
-            "trace_spans_dropped",
-            "Spans that were lost because the collector did not take them, or not in time",
-            trace_spans_dropped.clone(),
-        );
-        let reloads = Family::default();
-        registry.register(
-            "reloads",
-            "Reloads of configuration and policies, by result: `success` or `failure`",
-            reloads.clone(),
-        );
-        let reload_success = Gauge::default();
-        reload_success.set(1);
-        registry.register(
-            "last_reload_success",
-            "1 when the last load of configuration and policies succeeded, 0 while the last good one is kept",
-            reload_success.clone(),
-        );
-        let reload_time = Gauge::default();
-        registry.register_with_unit(
-            "last_reload_success_timestamp",
-            "When configuration and policies were last loaded, in Unix time",
-            Unit::Seconds,
-            reload_time.clone(),
-        );
         registry.register(
             "build",
             "The version of the agent",
             Info::new([("version", env!("CARGO_PKG_VERSION"))]),
         );
-        Self {
-            registry: Mutex::new(registry),
-            token_requests,
-            token_request_failures,
-            token_request_duration,
-            tokens_minted,
-            token_refreshes,
-            cache_hits,
-            cache_misses,
-            upstream_rejections,
-            revoked_token_uses,
-            decisions,
-            decision_cache_hits,
-            decision_cache_misses,
-            attestations,
-            refusals,
-            jwks_age,
-            open_connections,
-            refused_connections,
-            request_duration,
-            own_duration,
-            upstream_duration,
-            active_identities,
-            trace_spans_exported,
-            trace_spans_dropped,
-            reloads,
-            reload_success,
-            reload_time,
+        let to = &mut registry;
+        let metrics = Self {
+            token_requests: counted(
+                to,
+                "token_requests",
+                "Requests to token endpoints, by result: `success` or the code of the refusal",
+            ),
+            token_request_failures: counted(
+                to,
+                "token_request_failures",
+                "Failed requests to token endpoints, assertions that were not accepted included, by cause",
+            ),
+            token_request_duration: in_seconds(
+                to,
+                "token_request_duration",
+                "Time that token endpoints took to answer",
+                Default::default(),
+            ),
+            tokens_minted: counted(
+                to,
+                "tokens_minted",
+                "Tokens obtained from authorization servers",
+            ),
+            token_refreshes: counted(
+                to,
+                "token_refreshes",
+                "Refreshes ahead of expiry, by result: `success` or `failure`",
+            ),
+            cache_hits: counted(
+                to,
+                "token_cache_hits",
+                "Requests served with a cached token",
+            ),
+            cache_misses: counted(to, "token_cache_misses", "Requests that waited for a token"),
+            upstream_rejections: counted(
+                to,
+                "upstream_rejections",
+                "Answers 401 and 403 of destinations to requests that carried a token, by status",
+            ),
+            revoked_token_uses: counted(
+                to,
+                "revoked_token_uses",
+                "Requests refused because what they rest on is revoked",
+            ),
+            decisions: by_label(
+                &counted(to, "decisions", "Policy decisions, by effect"),
+                "effect",
+                EFFECTS,
+                |effect| effect,
+            ),
+            decision_cache_hits: counted(
+                to,
+                "decision_cache_hits",
+                "Decisions that were remembered",
+            ),
+            decision_cache_misses: counted(
+                to,
+                "decision_cache_misses",
+                "Decisions that were evaluated",
+            ),
+            attestations: counted(to, "attestations", "Attestations, by attestor and result"),
+            refusals: by_label(
+                &counted(to, "refusals", "Requests refused by the agent, by code"),
+                "code",
+                RefusalCode::ALL.iter().copied(),
+                RefusalCode::as_str,
+            ),
+            jwks_age: in_seconds(
+                to,
+                "jwks_age",
+                "Age of the issuer's key set in use",
+                Family::new_with_constructor(NewAge(clock)),
+            ),
+            open_connections: counted(
+                to,
+                "open_connections",
+                "Connections of callers that are open",
+            ),
+            refused_connections: counted(
+                to,
+                "refused_connections",
+                "Connections and tunnels of callers that were closed because too many waited to be attested, or few descriptors were left",
+            ),
+            request_duration: in_seconds(
+                to,
+                "request_duration",
+                "Time from a request's head to its response's head",
+                Default::default(),
+            ),
+            own_duration: in_seconds(
+                to,
+                "request_own_duration",
+                "The agent's own share of the time from a request's head to its response's head",
+                Default::default(),
+            ),
+            upstream_duration: in_seconds(
+                to,
+                "request_upstream_duration",
+                "The destination's share of the time from a request's head to its response's head",
+                Default::default(),
+            ),
+            active_identities: counted(
+                to,
+                "active_identities",
+                "Identities with an open connection",
+            ),
+            trace_spans_exported: counted(
+                to,
+                "trace_spans_exported",
+                "Spans that the collector took",
+            ),
+            trace_spans_dropped: counted(
+                to,
+                "trace_spans_dropped",
+                "Spans that were lost because the collector did not take them, or not in time",
+            ),
+            reloads: counted(
+                to,
+                "reloads",
+                "Reloads of configuration and policies, by result: `success` or `failure`",
+            ),
+            reload_success: counted(
+                to,
+                "last_reload_success",
+                "1 when the last load of configuration and policies succeeded, 0 while the last good one is kept",
+            ),
+            reload_time: in_seconds(
+                to,
+                "last_reload_success_timestamp",
+                "When configuration and policies were last loaded, in Unix time",
+                Default::default(),
+            ),
             by_credential: Handles::new(),
             by_destination: Handles::new(),
             by_listener: Handles::new(),
-        }
+            registry: Mutex::new(registry),
+        };
+        metrics.reload_success.set(1);
+        metrics
     }
 
     /// The handle of a configured credential.
