@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::LazyLock;
+use std::time::{Duration, SystemTime};
 
 use aws_lc_rs::digest::{Context, SHA256};
 use nix::fcntl::AT_FDCWD;
@@ -15,8 +16,11 @@ use quick_cache::sync::Cache;
 
 use super::kernel::{self, FileIdentity};
 
-/// Hashes by identity: a file that was written has another change time.
+/// Hashes by identity: a file that was written has another change time, unless that is [`A_TICK`] old at most.
 static HASHES: LazyLock<Cache<FileIdentity, [u8; 32]>> = LazyLock::new(|| Cache::new(4096));
+
+/// Times of files are those of the kernel's last tick, which some file systems round further.
+const A_TICK: Duration = Duration::from_secs(2);
 
 /// Larger files are not hashed: nothing that large is an executable that somebody would permit by hash.
 const LARGEST_EXECUTABLE: u64 = 2 * 1024 * 1024 * 1024;
@@ -69,7 +73,8 @@ pub(super) fn identify_on_host(path: &Path) -> Option<FileIdentity> {
     kernel::identify(AT_FDCWD, &below(b"/proc/1/root")?).ok()
 }
 
-/// Hashes an open executable, once per identity: who asks while it is hashed waits for that.
+/// Hashes an open executable, once per identity: who asks while it is hashed waits for that. One that was
+/// changed just now is hashed for each who asks.
 pub(super) fn sha256(file: File) -> io::Result<Option<[u8; 32]>> {
     let kind = fstatfs(&file)?.filesystem_type();
     if !LOCAL_FILE_SYSTEMS.contains(&(file_system(kind) & 0xffff_ffff)) {
@@ -79,7 +84,11 @@ pub(super) fn sha256(file: File) -> io::Result<Option<[u8; 32]>> {
     if identity.size > LARGEST_EXECUTABLE {
         return Ok(None);
     }
-    match HASHES.get_or_insert_with(&identity, || digest(file, &identity)) {
+    let hash = match identity.is_older_than(A_TICK, SystemTime::now()) {
+        true => HASHES.get_or_insert_with(&identity, || digest(file, &identity)),
+        false => digest(file, &identity),
+    };
+    match hash {
         Ok(hash) => Ok(Some(hash)),
         Err(None) => Ok(None),
         Err(Some(error)) => Err(error),

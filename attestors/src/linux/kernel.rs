@@ -8,6 +8,7 @@ use std::ffi::CStr;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// What names one file as long as the kernel runs: where it is mounted, which inode, and which content.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -22,6 +23,15 @@ pub(crate) struct FileIdentity {
 }
 
 impl FileIdentity {
+    /// Whether it was changed last at least `age` before `now`.
+    pub(crate) fn is_older_than(&self, age: Duration, now: SystemTime) -> bool {
+        let (seconds, nanoseconds) = self.changed;
+        let since_epoch = now.duration_since(UNIX_EPOCH).unwrap_or_default();
+        u64::try_from(seconds).is_ok_and(|seconds| {
+            since_epoch.saturating_sub(Duration::new(seconds, nanoseconds)) >= age
+        })
+    }
+
     /// True when both are the same file at the same mount, whatever its content has become.
     pub(crate) fn same_file(&self, other: &Self) -> bool {
         (self.mount, self.device, self.inode) == (other.mount, other.device, other.inode)

@@ -13,13 +13,13 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Barrier;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use nix::libc::linger;
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::net::TcpSocket;
 
-use super::executable;
+use super::{executable, kernel};
 use crate::evidence::{EvidenceError, PeerEvidence};
 use crate::observers::look_here;
 
@@ -145,6 +145,14 @@ fn a_program_of_which_many_ask_at_once_is_hashed_by_one_of_them() {
     let directory = tempfile::tempdir().unwrap();
     let program = directory.path().join("program");
     std::fs::write(&program, vec![7; 32 << 20]).unwrap();
+    // One that was changed just now is hashed for each.
+    let written = kernel::identify_open(File::open(&program).unwrap().as_fd()).unwrap();
+    let age = Duration::from_secs(2);
+    assert!(!written.is_older_than(age, SystemTime::now()));
+    assert!(!written.is_older_than(age, SystemTime::UNIX_EPOCH));
+    while !written.is_older_than(age, SystemTime::now()) {
+        std::thread::sleep(Duration::from_millis(20));
+    }
     let processor_time = || -> Duration {
         let clock = nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID;
         nix::time::clock_gettime(clock).unwrap().into()
