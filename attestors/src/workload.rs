@@ -76,13 +76,11 @@ impl WorkloadFacts {
     pub(crate) fn isolation_key(&self) -> IsolationKey {
         let text = |group: &str, name: &str| Some(self.attribute(group, name)?.to_string());
         let container = || Some(format!("container {}", text("container", "id")?));
+        // Not the unit of a user's manager: its processes go from one to another as they like.
         let unit = || {
             let unit = text("systemd", "system_unit")?;
-            let user_unit = text("systemd", "user_unit").unwrap_or_default();
-            Some(format!(
-                "unit {unit} {user_unit} uid {}",
-                text("unix", "uid")?
-            ))
+            let uid = text("unix", "uid").unwrap_or_default();
+            Some(format!("unit {unit} uid {uid}"))
         };
         let user = || Some(format!("uid {}", text("unix", "uid")?));
         let mut key = container()
@@ -306,4 +304,40 @@ pub enum AttestationEnded {
     /// The presented token expired.
     #[error("the presented token expired")]
     EvidenceExpired,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(groups: &[(&str, &[(&str, &str)])]) -> String {
+        let attributes = |stated: &[(&str, &str)]| {
+            let attribute = |(name, value): &(&str, &str)| {
+                let value = AttributeValue::String((*value).to_owned());
+                ((*name).to_owned(), value)
+            };
+            stated.iter().map(attribute).collect()
+        };
+        let facts = WorkloadFacts {
+            groups: groups
+                .iter()
+                .map(|(group, stated)| ((*group).to_owned(), attributes(stated)))
+                .collect(),
+            ..WorkloadFacts::default()
+        };
+        facts.isolation_key().0.to_string()
+    }
+
+    #[test]
+    fn units_are_kept_apart_and_what_a_user_calls_its_own_is_not() {
+        let unit = |name| key(&[("systemd", &[("system_unit", name)])]);
+        assert_ne!(unit("orders.service"), unit("billing.service"));
+        let of_user = |name| {
+            let stated: &[_] = &[("system_unit", "user@1000.service"), ("user_unit", name)];
+            key(&[("systemd", stated), ("unix", &[("uid", "1000")])])
+        };
+        assert_eq!(of_user("one.service"), of_user("other.service"));
+        assert_ne!(of_user("one.service"), unit("user@1000.service"));
+        assert_eq!(key(&[]), "unknown");
+    }
 }
