@@ -48,8 +48,28 @@ pub struct Tunnel {
     pub presented: Option<PresentedToken>,
     /// When that token expires, once it was verified: the tunnel ends then.
     pub valid_until: Cell<Option<SystemTime>>,
+    /// Whether it has taken over its connection, and is counted as that.
+    pub is_alone: bool,
     /// Held until a request in it is attested.
     pub place: RefCell<Option<Place>>,
+    /// Held from then on, where other tunnels share the connection.
+    pub held: RefCell<Option<Held>>,
+}
+
+impl Tunnel {
+    /// Has it count as a connection of the identity that asks in it, and no more among those of whom nothing is
+    /// known.
+    ///
+    /// # Errors
+    /// When the identity holds too many connections.
+    pub fn count(&self, holding: &Arc<Holding>, limits: &Limits) -> Result<(), Refusal> {
+        let mut held = self.held.borrow_mut();
+        if held.is_none() && !self.is_alone {
+            *held = Some(holding.connection(limits)?);
+        }
+        self.place.take();
+        Ok(())
+    }
 }
 
 /// A connection from a workload, or a tunnel inside one.
@@ -130,7 +150,7 @@ pub struct Session {
     pub summary: Arc<str>,
     /// What the workload's identity holds of the agent.
     pub holding: Arc<Holding>,
-    _connection: Rc<Held>,
+    connection: Rc<Held>,
 }
 
 /// The last session of a connection, for what refuses its unreadable heads.
@@ -228,13 +248,16 @@ impl Caller {
         let holding = agent
             .limits
             .of(workload.isolation_key(), agent.clock.monotonic());
-        let connection = holding.connection(limits)?;
+        let connection = match self.session.borrow().as_ref() {
+            Some(before) if Arc::ptr_eq(&before.holding, &holding) => Rc::clone(&before.connection),
+            _ => Rc::new(holding.connection(limits)?),
+        };
         let session = Session {
             generation,
             id: SessionId::new(time),
             summary: workload_summary(facts),
             holding,
-            _connection: Rc::new(connection),
+            connection,
         };
         agent
             .audit

@@ -129,7 +129,9 @@ impl Exchange {
     ) -> Result<Arc<AttestedWorkload>, Refusal> {
         let (workload, holding) = self.establish(connection, snapshot, presented).await?;
         let limits = &snapshot.config.limits;
-        self.held = Some(holding.request(limits, self.began_at).await?);
+        // Now: how long it took to know who asks is not the identity's.
+        let now = self.agent.clock.monotonic();
+        self.held = Some(holding.request(limits, now).await?);
         Ok(workload)
     }
 
@@ -165,7 +167,7 @@ impl Exchange {
             .caller
             .session(&self.agent, limits, listener, &workload)?;
         if let Some(tunnel) = &connection.tunnel {
-            tunnel.place.take();
+            tunnel.count(&session.holding, limits)?;
         }
         self.note(|record| {
             record.session = Some(session.id);

@@ -585,7 +585,7 @@ pub enum CaSource {
 /// Limits per identity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Open connections. Default 4096.
+    /// Open connections, and tunnels that share an HTTP/2 connection. Default 4096.
     pub connections: usize,
     /// Requests in flight. Default 4096.
     pub requests_in_flight: usize,

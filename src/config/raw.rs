@@ -491,7 +491,7 @@ pub(super) struct Limits {
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct PerIdentity {
-    /// Open connections.
+    /// Open connections to all listeners together, and tunnels that share an HTTP/2 connection.
     #[schemars(range(min = 1), extend("default" = 4096))]
     pub(super) connections: Option<Located<u32>>,
     /// Requests in flight.

@@ -403,11 +403,18 @@ pub async fn accept(
             };
             if is_workload_api {
                 if let Some(stream) = socket {
-                    workload_api::serve(agent, entry.listener, attestation, catalog, stream, open)
-                        .await;
+                    workload_api::serve(
+                        agent,
+                        entry.listener,
+                        attestation,
+                        catalog,
+                        stream,
+                        place,
+                        open,
+                    )
+                    .await;
                 }
-                // Its connections count for no identity.
-                drop((place, arriving));
+                drop(arriving);
                 return;
             }
             if let (Some(socket), Some(worker)) = (socket, workers.least_loaded()) {

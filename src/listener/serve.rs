@@ -117,7 +117,10 @@ pub async fn serve_tunnel(
                 scheme,
                 presented,
                 valid_until: Cell::new(None),
+                // HTTP/1 has no other request on a connection that is a tunnel.
+                is_alone: outer.interim.is_some(),
                 place: RefCell::new(Some(place)),
+                held: RefCell::default(),
             }),
             interim: interim_for(http1),
         })

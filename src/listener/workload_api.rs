@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -29,14 +29,16 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::Mutex;
 
 use super::Socket;
+use super::patience::Place;
 use super::serve::say_last;
 use crate::admin::{ActionRefused, readiness};
 use crate::agent::{Agent, Phase, until};
 use crate::audit::record::{AskedAndGranted, DecisionReference, TokenReference, workload_summary};
 use crate::audit::{AttestedRecord, Decided, Latency, Obtained, Record, TokenIssueRecord};
-use crate::config::{Bind, Config, CredentialConfig, ListenerKind, TokenSource};
+use crate::config::{Bind, Config, CredentialConfig, Limits, ListenerKind, TokenSource};
 use crate::connection::evidence_refusal;
 use crate::credentials::IssuedToken;
+use crate::limits::{Held, Holding};
 use crate::policy::{Action, LeaseEnded, Question, Resource, explain};
 use crate::problem::{self, Surface, json_response};
 use crate::providers::wipe;
@@ -63,12 +65,14 @@ pub(super) async fn serve(
     attestation: Result<ConnectionAttestation, EvidenceError>,
     catalog: Arc<Catalog>,
     socket: Socket,
+    place: Place,
     _open: OpenConnection,
 ) {
     let caller = Arc::new(Caller {
         agent,
         listener,
         attestation: Mutex::new((catalog, attestation)),
+        counted: std::sync::Mutex::new(Counted::Unattested(place)),
     });
     match socket {
         Socket::Tcp(stream) => {
@@ -128,6 +132,15 @@ struct Caller {
     listener: Arc<str>,
     /// What the kernel says, and the catalog under which it was attested.
     attestation: Mutex<(Arc<Catalog>, Result<ConnectionAttestation, EvidenceError>)>,
+    counted: std::sync::Mutex<Counted>,
+}
+
+/// What a connection is counted as.
+enum Counted {
+    /// One of those of whom nothing is known.
+    Unattested(#[expect(dead_code, reason = "held")] Place),
+    /// One of its caller's identity.
+    Attested(#[expect(dead_code, reason = "held")] Held),
 }
 
 impl Caller {
@@ -197,10 +210,34 @@ impl Caller {
         }
     }
 
+    /// As [`Self::attest`], once it is its identity's turn; what is held of the agent meanwhile.
+    async fn admit(
+        &self,
+        snapshot: &Snapshot,
+        headers: &HeaderMap,
+    ) -> Result<(Arc<AttestedWorkload>, Held), Refusal> {
+        let workload = self.attest(snapshot, headers).await?;
+        let limits = &snapshot.config.limits;
+        let now = self.agent.clock.monotonic();
+        let holding = self.agent.limits.of(workload.isolation_key(), now);
+        self.count_for(&holding, limits)?;
+        let held = holding.request(limits, now).await?;
+        Ok((workload, held))
+    }
+
+    /// Has the connection count for an identity, if it does for none.
+    fn count_for(&self, holding: &Arc<Holding>, limits: &Limits) -> Result<(), Refusal> {
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        if matches!(*counted, Counted::Unattested(_)) {
+            *counted = Counted::Attested(holding.connection(limits)?);
+        }
+        Ok(())
+    }
+
     async fn whoami(&self, headers: &HeaderMap) -> Response<Bytes> {
         let snapshot = self.agent.snapshot.load_full();
-        let workload = match self.attest(&snapshot, headers).await {
-            Ok(workload) => workload,
+        let (workload, _held) = match self.admit(&snapshot, headers).await {
+            Ok(admitted) => admitted,
             Err(refusal) => return self_refusal(&refusal),
         };
         let facts = workload.facts();
@@ -225,8 +262,8 @@ impl Caller {
     /// Only the caller's own requests are explained; of others' it is not said that they exist.
     async fn explain(&self, headers: &HeaderMap, id: &str) -> Response<Bytes> {
         let snapshot = self.agent.snapshot.load_full();
-        let workload = match self.attest(&snapshot, headers).await {
-            Ok(workload) => workload,
+        let (workload, _held) = match self.admit(&snapshot, headers).await {
+            Ok(admitted) => admitted,
             Err(refusal) => return self_refusal(&refusal),
         };
         let decision = id
@@ -362,10 +399,7 @@ impl Caller {
         let asked = read_ask(body).await?;
         record.credential = Arc::from(crate::request::printable(&asked.credential));
         let mut snapshot = agent.snapshot.load_full();
-        let mut workload = self.attest(&snapshot, headers).await?;
-        let now = agent.clock.monotonic();
-        let holding = agent.limits.of(workload.isolation_key(), now);
-        let _held = holding.request(&snapshot.config.limits, now).await?;
+        let (mut workload, _held) = self.admit(&snapshot, headers).await?;
         self.begin_session(&workload, record)?;
         let mut minted: Option<IssuedToken> = None;
         for _ in 0..DECISIONS_PER_REQUEST {

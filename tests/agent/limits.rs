@@ -212,3 +212,48 @@ async fn a_head_is_as_large_as_its_setting_says() {
     assert_eq!(setting.world.plain_api.seen().len() - before, 2);
     setting.world.good().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_is_counted_once_whatever_token_comes_on_it() {
+    let setting = Setting::start("{connections: 1}").await;
+    let mut io = setting.caller.connect().await;
+    let job = |subject: &str, seconds: u64| {
+        let (lifetime, claims) = (Duration::from_secs(seconds), serde_json::json!({}));
+        let token = setting
+            .world
+            .issuer
+            .mint(subject, "countersign", lifetime, &claims)
+            .unwrap();
+        format!("{PLAIN}Proxy-Authorization: Bearer {token}\r\n\r\n")
+    };
+    // A token and the next one of the same job, another job, and the first again.
+    for request in [job("a", 300), job("a", 301), job("b", 300), job("a", 302)] {
+        exchange(&mut io, &request).await.expect(200);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_to_the_workload_api_count_for_their_identity() {
+    const WHOAMI: &str = "GET /v1/whoami HTTP/1.1\r\nHost: api\r\n\r\n";
+    let mut world = World::servers().await;
+    let limits = "limits: {per_identity: {connections: 1}}";
+    let configuration = format!("{COMMON}{limits}\n{DESTINATIONS}").replace(
+        "listeners:\n",
+        "listeners:\n  - {name: api, type: workload_api, bind: \"127.0.0.1:0\"}\n",
+    );
+    world.start_agent(&configuration, POLICIES).await;
+    let connect = || TcpStream::connect(world.target("api"));
+    let mut first = connect().await.unwrap();
+    let mut second = connect().await.unwrap();
+    for _ in 0..2 {
+        exchange(&mut first, WHOAMI).await.expect(200);
+        let refused = exchange(&mut second, WHOAMI).await.expect(429);
+        assert_eq!(refused.code(), "too_many_requests");
+    }
+    drop(first);
+    let began = Instant::now();
+    while exchange(&mut second, WHOAMI).await.status != 200 {
+        assert!(began.elapsed() < SOON);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}

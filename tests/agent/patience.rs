@@ -11,7 +11,7 @@ use http_body_util::Empty;
 use hyper::client::conn::http2;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
@@ -269,4 +269,44 @@ async fn a_tunnel_has_a_place_until_somebody_in_it_is_attested() {
         exchange(io, PLAIN).await.expect(200);
     }
     exchange(&mut tunnels[1], rest).await.expect(200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_tunnel_of_an_http2_connection_counts_for_its_identity() {
+    const INSIDE: &str = "GET /v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
+    let mut world = World::servers().await;
+    let limits = "limits: {per_identity: {connections: 3}}";
+    world
+        .start_agent(&format!("{COMMON}{limits}\n{DESTINATIONS}"), POLICIES)
+        .await;
+    let proxy = TcpStream::connect(world.target("proxy")).await.unwrap();
+    let (mut sender, _) = http2(proxy).await;
+    let mut tunnels = Vec::new();
+    for _ in 0..3 {
+        tunnels.push(tunnel(&mut sender).await);
+    }
+    for (inside, status) in tunnels.iter_mut().zip([200, 200, 429]) {
+        let answer = exchange(inside, INSIDE).await.expect(status);
+        assert_eq!(answer.code() == "too_many_requests", status == 429);
+    }
+    // The place of one that has ended is free.
+    drop(tunnels.remove(0));
+    let mut last = tunnels.pop().unwrap();
+    served(&mut last, INSIDE).await;
+    // An HTTP/1 connection that is a tunnel is one.
+    drop(last);
+    let mut proxy = TcpStream::connect(world.target("proxy")).await.unwrap();
+    open_tunnel(&mut proxy, "plain.example.test:80")
+        .await
+        .expect(200);
+    served(&mut proxy, INSIDE).await;
+}
+
+/// Asks until the answer is 200.
+async fn served<Io: AsyncRead + AsyncWrite + Unpin>(io: &mut Io, request: &str) {
+    let began = Instant::now();
+    while exchange(io, request).await.status != 200 {
+        assert!(began.elapsed() < SOON);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
