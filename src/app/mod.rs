@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 use arc_swap::ArcSwap;
 use serde::Serialize;
 use tokio::sync::{Mutex, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use self::build::{SnapshotBuilder, build_off_thread};
@@ -406,9 +406,11 @@ impl App {
         self.agent.phase.send_replace(Phase::LastAnswers);
         self.ending.cancel();
         tracing::info!(?window, open = self.workers.open_connections(), "draining");
-        self.listeners.lock().await.close().await;
-        self.until_closed(began + LAST_ANSWERS.min(window / 2))
-            .await;
+        let closing = began + LAST_ANSWERS.min(window / 2);
+        // Neither who goes on connecting nor a reload that hangs holds the rest up.
+        let close = async { self.listeners.lock().await.close().await };
+        let _ = timeout_at(closing, close).await;
+        self.until_closed(closing).await;
         self.agent.phase.send_replace(Phase::Closing);
         self.until_closed(began + window).await;
     }

@@ -355,9 +355,13 @@ pub async fn accept(
     };
     let mut phases = agent.phase.subscribe();
     loop {
-        // Who waits for a socket that nobody else has is let in before it closes; who waits for one
-        // that outlives this agent is the next one's.
-        if bound.outlives_us() && agent.has_come_to(Phase::LastAnswers) {
+        // Who waits for a socket that nobody else has is let in before it closes, while there is time; who
+        // waits for one that outlives this agent is the next one's.
+        let ends_in = match bound.outlives_us() {
+            true => Phase::LastAnswers,
+            false => Phase::Closing,
+        };
+        if agent.has_come_to(ends_in) {
             return;
         }
         let arrived = tokio::select! {

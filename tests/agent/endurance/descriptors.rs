@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use nix::unistd::{SysconfVar, sysconf};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use tokio::io::{AsyncWriteExt, BufReader};
@@ -104,6 +105,30 @@ async fn an_agent_without_descriptors_rests_answers_probes_and_recovers() {
     .await;
     agent.good(None).await;
     reached("probes_without_descriptors", probes);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_without_descriptors_ends_in_time() {
+    /// More than an agent without descriptors lets in in half a minute.
+    const WAITING: usize = 900;
+    let mut agent = Agent::start(None, DESTINATIONS, POLICIES).await;
+    agent.good(None).await;
+    let limit = descriptors(agent.pid()) as u64 + 20;
+    let pid = Pid::from_raw(agent.pid().try_into().unwrap());
+    let limits = Rlimit {
+        current: Some(limit),
+        maximum: Some(limit),
+    };
+    prlimit(pid, Resource::Nofile, limits).unwrap();
+    let mut callers = Vec::new();
+    for _ in 0..WAITING {
+        let proxy = agent.world.path("proxy.sock");
+        callers.push(UnixStream::connect(proxy).await.unwrap());
+    }
+    let began = Instant::now();
+    let status = agent.end(Signal::SIGTERM).await;
+    assert!(status.success(), "{status}");
+    assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
 }
 
 /// A request that the origin takes so long to answer.
