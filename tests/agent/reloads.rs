@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use countersign::dev::OidcIssuer;
 use countersign::policy::{Revocation, Revoked};
 use tokio::net::{TcpStream, UnixStream};
@@ -140,7 +142,20 @@ when { principal has unix };
     let other = OidcIssuer::start("https://other.example.test", any, &certificate)
         .await
         .unwrap();
-    for (authorization, arrives) in [(mint(&other), true), (mint(&world.issuer), false)] {
+    let headed = |token: String| {
+        let (_, rest) = token.split_once('.').unwrap();
+        let header = URL_SAFE_NO_PAD.encode(r#"{"alg":"ES512","typ":"at+jwt"}"#);
+        format!("Bearer {header}.{rest}")
+    };
+    let long = |token: String| token + &"A".repeat(16 * 1024);
+    for (authorization, arrives) in [
+        (mint(&other), true),
+        (mint(&world.issuer), false),
+        (headed(mint(&other)), true),
+        (headed(mint(&world.issuer)), false),
+        (long(mint(&other)), true),
+        (long(mint(&world.issuer)), false),
+    ] {
         let request =
             format!("GET /v1 HTTP/1.1\r\nHost: gateway\r\nAuthorization: {authorization}\r\n\r\n");
         exchange(&mut caller.connect().await, &request)

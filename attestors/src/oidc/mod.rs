@@ -25,7 +25,7 @@ use crate::evidence::PresentedToken;
 use crate::fetch::Fetch;
 use crate::workload::{FailureKind, KERNEL_GROUPS};
 use issuer::{Issuer, NoKey};
-use token::{InvalidToken, UnverifiedToken, shortened, string_set, text_claim};
+use token::{InvalidToken, UnverifiedToken, claimed_issuer, shortened, string_set, text_claim};
 
 /// How far an issuer's clock may be ahead of ours, for `nbf` and `iat`. `exp` gets no leeway.
 const CLOCK_SKEW: Duration = Duration::from_secs(60);
@@ -199,12 +199,18 @@ impl Attestor for OidcAttestor {
         };
         // The issuer is compared byte for byte before anything else, the network above all: a token
         // cannot steer where keys are fetched.
-        let Ok(token) = UnverifiedToken::parse(presented.expose()) else {
-            return Attestation::NotApplicable;
+        let text = presented.expose();
+        let token = match UnverifiedToken::parse(text) {
+            Ok(token) if token.issuer() == Ok(self.issuer.identifier()) => token,
+            // A token of this issuer that is refused must be known as one, so that it is forwarded to nobody.
+            Err(invalid) if claimed_issuer(text).as_deref() == Some(self.issuer.identifier()) => {
+                return Attestation::Failed {
+                    kind: FailureKind::InvalidEvidence,
+                    detail: invalid.to_string(),
+                };
+            }
+            _ => return Attestation::NotApplicable,
         };
-        if token.issuer() != Ok(self.issuer.identifier()) {
-            return Attestation::NotApplicable;
-        }
         match self.verify(&token).await {
             Ok(verified) => Attestation::Attested {
                 groups: BTreeMap::from([(self.settings.name.clone(), verified.attributes)]),

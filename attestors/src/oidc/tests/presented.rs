@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::support::*;
 use crate::{
@@ -226,6 +226,59 @@ async fn a_token_of_an_unknown_issuer_fails_and_fetches_nothing() {
             ("oidc", FailureKind::InvalidEvidence)
         );
         assert_eq!(failed.detail, detail);
+    }
+    assert_eq!(setting.issuer.requests(), 0);
+}
+
+#[tokio::test]
+async fn a_refused_token_is_known_as_its_issuers() {
+    let setting = setting().await;
+    let connection = connection(&setting).await;
+    let headed = |fields| with(header(), fields);
+    let foreign = || with(claims(), json!({"iss": "https://other.example.com"}));
+    let long = json!({"long": "x".repeat(16 * 1024)});
+    let twice = claims().to_string().replacen('{', r#"{"sub":"other","#, 1);
+    let refused = |claims: Value| {
+        [
+            token(
+                headed(json!({"typ": "at+jwt"})),
+                claims.clone(),
+                Signer::Es256,
+            ),
+            token(
+                headed(json!({"alg": "ES512"})),
+                claims.clone(),
+                Signer::Es256,
+            ),
+            token(
+                headed(json!({"crit": ["exp"]})),
+                claims.clone(),
+                Signer::Es256,
+            ),
+            token(headed(long.clone()), claims.clone(), Signer::Es256),
+            token(header(), with(claims.clone(), long.clone()), Signer::Es256),
+            format!("{}=", token(header(), claims.clone(), Signer::Es256)),
+            format!(".{}=.", encode(claims.to_string())),
+        ]
+    };
+    let of_this = refused(claims());
+    let of_this =
+        of_this
+            .into_iter()
+            .chain([token_of(&header().to_string(), &twice, Signer::Es256)]);
+    let of_another = refused(foreign());
+    for (token, name) in of_this
+        .map(|token| (token, "ci"))
+        .chain(of_another.map(|token| (token, "oidc")))
+    {
+        let workload = connection.attest(Some(&presented(&token))).await.unwrap();
+        let failed = &workload.facts().failed_attestors;
+        assert_eq!(failed.len(), 1, "{failed:?}");
+        assert_eq!(
+            (failed[0].name.as_str(), failed[0].kind),
+            (name, FailureKind::InvalidEvidence),
+            "{failed:?}"
+        );
     }
     assert_eq!(setting.issuer.requests(), 0);
 }
