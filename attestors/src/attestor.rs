@@ -72,7 +72,7 @@ pub trait Attestor: Send + Sync + std::fmt::Debug {
     /// The kind of evidence that it reads.
     fn evidence_kind(&self) -> EvidenceKind;
 
-    /// Every attribute that it may state.
+    /// Every attribute that it may state to policies; not what is for records only.
     fn declarations(&self) -> Vec<AttributeDeclaration>;
 
     /// Looks at the evidence. Kernel attestors may block (procfs): the catalog runs them off the data workers.

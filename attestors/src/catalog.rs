@@ -43,7 +43,7 @@ impl Catalog {
         }
     }
 
-    /// Every attribute that this catalog may state.
+    /// Every attribute that this catalog may state to policies.
     pub fn declarations(&self) -> Vec<AttributeDeclaration> {
         self.attestors
             .iter()

@@ -20,13 +20,18 @@ const ALWAYS_STATED: [&str; 4] = ["uid", "gid", "pid", "cgroup"];
 #[derive(Debug)]
 pub struct UnixAttestor {
     needed: AttributeSelection,
+    user: fn(u32) -> io::Result<Option<String>>,
 }
 
 impl UnixAttestor {
     /// An attestor that collects the attributes in `needed`, and of the others those that cost
-    /// nothing (uid, gid, pid, container).
+    /// nothing (uid, gid, pid, container). The user's name is stated for records where it can be had;
+    /// only where it is in `needed` it is declared, and the attestor fails without the name service.
     pub fn new(needed: AttributeSelection) -> Self {
-        Self { needed }
+        Self {
+            needed,
+            user: names::user,
+        }
     }
 
     fn describe(&self, process: &Process) -> Result<BTreeMap<String, Attributes>, Failure> {
@@ -39,10 +44,10 @@ impl UnixAttestor {
         state("uid", AttributeValue::Long(process.uid().into()));
         state("gid", AttributeValue::Long(process.gid().into()));
         state("pid", AttributeValue::Long(process.pid().into()));
-        if needs("user")
-            && let Some(user) = names::user(process.uid())?
-        {
-            state("user", AttributeValue::String(user));
+        match (self.user)(process.uid()) {
+            Ok(Some(user)) => state("user", AttributeValue::String(user)),
+            Err(error) if needs("user") => return Err(error.into()),
+            Ok(None) | Err(_) => {}
         }
         if needs("groups") {
             state("groups", AttributeValue::StringSet(group_names(process)?));
@@ -240,4 +245,61 @@ fn group_names(process: &Process) -> io::Result<BTreeSet<String>> {
         .chain(process.groups()?)
         .map(|gid| Ok(names::group(gid)?.unwrap_or_else(|| gid.to_string())))
         .collect()
+}
+
+#[cfg(all(test, target_os = "linux"))]
+#[allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a failed expectation is a failed test"
+)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::evidence::PeerEvidence;
+    use crate::observers::look_here;
+
+    fn of_unix(name: &str) -> (String, String) {
+        ("unix".to_owned(), name.to_owned())
+    }
+
+    #[test]
+    fn a_name_service_that_is_away_matters_where_a_policy_reads_the_name() {
+        let (_client, server) = UnixStream::pair().unwrap();
+        let peer = look_here(PeerEvidence::of_unix_stream(server.as_fd())).unwrap();
+        let attest = |read: &str, user| {
+            let needed = AttributeSelection::of([of_unix(read)]);
+            let attestor = UnixAttestor {
+                user,
+                ..UnixAttestor::new(needed)
+            };
+            let declares_user = attestor
+                .declarations()
+                .iter()
+                .any(|declared| declared.name == "user");
+            assert_eq!(declares_user, read == "user");
+            look_here(attestor.attest(Evidence::Kernel(&peer)))
+        };
+        let away = |_| Err(io::Error::other("the directory is away"));
+        let there = |_| Ok(Some("orders".to_owned()));
+
+        for (read, user, has_user) in [
+            ("uid", there as fn(u32) -> _, true),
+            ("user", there, true),
+            ("uid", away, false),
+        ] {
+            let Attestation::Attested { groups, .. } = attest(read, user) else {
+                panic!("it could not run without what only records name");
+            };
+            assert!(groups["unix"].contains_key("uid"));
+            assert_eq!(groups["unix"].contains_key("user"), has_user, "{read}");
+        }
+        let Attestation::Failed { kind, detail } = attest("user", away) else {
+            panic!("a policy would be decided without the name that it reads");
+        };
+        assert_eq!(kind, FailureKind::CouldNotRun);
+        assert!(detail.contains("the directory is away"), "{detail}");
+    }
 }

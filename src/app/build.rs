@@ -23,8 +23,9 @@ use crate::tls::interception::{InterceptionAuthority, write_durably};
 use crate::tls::trust::bundle;
 use crate::upstream::DestinationTls;
 
-/// Attributes of processes that records name a workload by, whatever policies read.
-const RECORDED_ATTRIBUTES: &[&str] = &["uid", "gid", "user", "pid", "executable", "cgroup"];
+/// Attributes of processes that records name a workload by, whatever policies read. The user's name is stated for
+/// them anyway, where it can be had.
+const RECORDED_ATTRIBUTES: &[&str] = &["uid", "gid", "pid", "executable", "cgroup"];
 
 /// What a snapshot is made from.
 pub(super) struct SnapshotBuilder {

@@ -119,6 +119,7 @@ impl Setting {
             .expect(200);
         open.push(("a blind tunnel", tokio::spawn(until_end(io))));
 
+        let before = self.silent.heads().len();
         let mut io = self.proxy.connect().await;
         io.write_all(b"POST http://silent.example.test/ HTTP/1.1\r\nHost: silent.example.test\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n")
             .await
@@ -132,7 +133,7 @@ impl Setting {
         ));
         // The last is on its way only once the origin has seen it.
         crate::support::eventually(Duration::from_secs(10), || async {
-            (!self.silent.heads().is_empty()).then_some(())
+            (self.silent.heads().len() > before).then_some(())
         })
         .await;
         for (name, task) in &open {
@@ -320,11 +321,19 @@ async fn what_is_open_ends_when_other_attributes_are_collected() {
     world.app().reload().await.unwrap();
     let answer = exchange(&mut kept, PLAIN).await.expect(403);
     assert_eq!(answer.code(), "policy_denied");
-    let ended = Setting::all_end(open, changed).await;
+    let mut ended = Setting::all_end(open, changed).await;
     world.write_policies(BY_USER);
     world.app().reload().await.unwrap();
     exchange(&mut kept, PLAIN).await.expect(200);
     world.good().await;
+
+    // Nor whether the user's name could be had.
+    let open = setting.open_all().await;
+    forbid("principal has unix && principal.unix has user && principal.unix.user == \"x\"");
+    let changed = (Instant::now(), Stalls::watch());
+    world.app().reload().await.unwrap();
+    exchange(&mut kept, PLAIN).await.expect(200);
+    ended += Setting::all_end(open, changed).await;
     reached("ended_by_attributes", ended);
 }
 

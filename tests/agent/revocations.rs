@@ -104,8 +104,9 @@ async fn what_nobody_can_have_is_not_revoked() {
         "unix.uidd=0",
         "unxi.uid=0",
         "unix.uid=root",
-        // No policy reads it.
+        // No policy reads them.
         "unix.network_namespace=1",
+        "unix.user=root",
     ] {
         let refused = revoke(selector).await.unwrap_err();
         assert_eq!(refused.status, 400, "{selector}");
