@@ -42,6 +42,7 @@ use zeroize::Zeroizing;
 
 use crate::address::AddressGuard;
 use crate::config::{OidcIssuer, TracesConfig};
+use crate::lookups::{Addresses, Asker, lookups};
 
 /// The largest answer that is read.
 pub const ANSWER_LIMIT_BYTES: usize = 64 * 1024;
@@ -494,17 +495,15 @@ impl Connector {
         port: u16,
         configured: bool,
     ) -> Result<Vec<SocketAddr>, FetchFailure> {
-        let found = tokio::net::lookup_host((host, port))
-            .await
-            .map_err(|error| {
-                FetchFailure::new(
-                    FetchFailureKind::Dns,
-                    format!("`{host}` does not resolve: {error}"),
-                )
-            })?;
+        let found = look_up(host, port).await?.map_err(|error| {
+            FetchFailure::new(
+                FetchFailureKind::Dns,
+                format!("`{host}` does not resolve: {error}"),
+            )
+        })?;
         let mut allowed = Vec::new();
         let mut refused = None;
-        for address in found {
+        for &address in &*found {
             match configured {
                 true => allowed.push(address),
                 false => match self.guard.check(address.ip(), address.port()) {
@@ -525,6 +524,14 @@ impl Connector {
             )),
         }
     }
+}
+
+/// The addresses of a host; called on the client's runtime.
+async fn look_up(host: &str, port: u16) -> Result<Addresses, FetchFailure> {
+    lookups()
+        .resolve(Asker::Agent, host, port, &Handle::current())
+        .await
+        .ok_or_else(shutting_down)
 }
 
 /// The first connection that comes about: an address that is slow to answer keeps nobody from the next (RFC 8305
@@ -573,15 +580,12 @@ async fn connect_through(
         .host_str()
         .ok_or_else(|| refused(format!("outbound proxy `{proxy}` has no host")))?;
     let proxy_port = proxy.port_or_known_default().unwrap_or(80);
-    let addresses: Vec<_> = tokio::net::lookup_host((proxy_host, proxy_port))
-        .await
-        .map_err(|error| {
-            FetchFailure::new(
-                FetchFailureKind::Dns,
-                format!("the outbound proxy `{proxy}` does not resolve: {error}"),
-            )
-        })?
-        .collect();
+    let addresses = look_up(proxy_host, proxy_port).await?.map_err(|error| {
+        FetchFailure::new(
+            FetchFailureKind::Dns,
+            format!("the outbound proxy `{proxy}` does not resolve: {error}"),
+        )
+    })?;
     let mut stream = connect_first(&addresses).await?;
     let authority = match uri.host().is_some_and(|host| host.starts_with('[')) {
         true => format!("[{host}]:{port}"),

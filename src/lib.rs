@@ -11,7 +11,7 @@
 //! 4. [`credentials`] turns the grant into a token, from its cache or by one of [`providers`], which
 //!    reach authorization servers through [`fetch`].
 //! 5. [`inject`] checks the grant's lease again and makes an [`inject::UpstreamRequest`], the only thing
-//!    that [`upstream`] sends; [`address`] guards where to.
+//!    that [`upstream`] sends; [`lookups`] resolves names, [`address`] guards where to.
 //! 6. [`streams`] carries the bodies and cuts them when the lease ends; [`exchange`] writes the one
 //!    [`audit`] record; [`refusal`] and [`problem`] say no.
 //!
@@ -43,6 +43,7 @@ pub mod jwt;
 pub mod limits;
 pub mod listener;
 pub mod local;
+pub mod lookups;
 pub mod policy;
 pub mod problem;
 pub mod providers;

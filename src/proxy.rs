@@ -416,10 +416,12 @@ fn idle_of(destination: Option<&Arc<Destination>>) -> Duration {
 fn way_to<'a>(
     snapshot: &'a Snapshot,
     destination: Option<&'a Arc<Destination>>,
+    workload: &'a AttestedWorkload,
     asked: &'a EgressRequest,
 ) -> Way<'a> {
     let prepared = destination.and_then(|destination| snapshot.prepared.get(&destination.name));
     Way {
+        isolation: workload.isolation_key(),
         destination,
         scheme: asked.scheme,
         target: &asked.target,
@@ -609,17 +611,14 @@ async fn send(
     upstream: UpstreamRequest,
     stream: &Stream,
 ) -> Result<UpstreamResponse, Refusal> {
-    let way = way_to(snapshot, destination, asked);
+    let way = way_to(snapshot, destination, workload, asked);
     let response_timeout = destination.map_or(UNMATCHED_RESPONSE_TIMEOUT, |destination| {
         destination.timeouts.response_headers
     });
     exchange.attempt();
     exchange.waits();
     stream.await_answer(way.connect_timeout + response_timeout);
-    let answered = worker
-        .upstreams
-        .send(upstream, workload.isolation_key(), &way)
-        .await;
+    let answered = worker.upstreams.send(upstream, &way).await;
     stream.answered();
     exchange.waited();
     answered
@@ -718,7 +717,7 @@ async fn connect(
     let destination = destinations.first();
     exchange.destination(snapshot, destination);
     let grant = permit_tunnel(worker, snapshot, &workload, &asked.target, Some(exchange))?;
-    let way = way_to(snapshot, destination, &asked);
+    let way = way_to(snapshot, destination, &workload, &asked);
     exchange.waits();
     let dialled = tokio::time::timeout(way.connect_timeout, worker.upstreams.dial(&way)).await;
     exchange.waited();

@@ -36,6 +36,7 @@ use crate::descriptors::{few_are_left, is_out_of_descriptors};
 use crate::diagnostics::system_words;
 use crate::inject::UpstreamRequest;
 use crate::local::LocalExecutor;
+use crate::lookups::{Asker, lookups};
 use crate::refusal::{Refusal, RefusalCode};
 use crate::request::Target;
 use crate::short_writes::ShortWrites;
@@ -73,6 +74,8 @@ pub struct DestinationTls {
 /// Where one request goes and how it gets there.
 #[derive(Debug)]
 pub struct Way<'a> {
+    /// The isolation key of the workload that asks.
+    pub isolation: &'a IsolationKey,
     /// The destination; `None` for unmatched traffic.
     pub destination: Option<&'a Arc<Destination>>,
     /// Scheme of the connection.
@@ -231,13 +234,12 @@ impl Upstreams {
     pub async fn send(
         &self,
         request: UpstreamRequest,
-        isolation: &IsolationKey,
         way: &Way<'_>,
     ) -> Result<UpstreamResponse, Refusal> {
         let upgrade = request.is_upgrade();
         let needs_http2 = request.is_grpc();
         let key = PoolKey {
-            isolation: isolation.clone(),
+            isolation: way.isolation.clone(),
             scheme: way.scheme,
             target: way.target.clone(),
             destination: way
@@ -428,7 +430,7 @@ impl Upstreams {
         let addresses = match (way.connect_to, way.target.address()) {
             (Some(address), _) => vec![address],
             (None, Some(address)) => vec![SocketAddr::new(address, way.target.port())],
-            (None, None) => self.resolve(way.target).await?,
+            (None, None) => self.resolve(way).await?.to_vec(),
         };
         let mut last_error = None;
         let mut guarded = None;
@@ -481,24 +483,22 @@ impl Upstreams {
         }
     }
 
-    async fn resolve(&self, target: &Target) -> Result<Vec<SocketAddr>, Refusal> {
-        let host = target.host().to_owned();
-        let port = target.port();
-        let resolved = self
-            .control
-            .spawn(async move {
-                tokio::net::lookup_host((host.as_str(), port))
-                    .await
-                    .map(Iterator::collect::<Vec<_>>)
-            })
+    async fn resolve(&self, way: &Way<'_>) -> Result<Arc<[SocketAddr]>, Refusal> {
+        let target = way.target;
+        let asker = match way.destination {
+            Some(_) => Asker::Destinations,
+            None => Asker::Identity(way.isolation.clone()),
+        };
+        let resolved = lookups()
+            .resolve(asker, target.host(), target.port(), &self.control)
             .await;
         match resolved {
-            Ok(Ok(addresses)) => Ok(addresses),
+            Some(Ok(addresses)) => Ok(addresses),
             // For want of a descriptor the system may say that there is no such name.
-            Ok(Err(error)) if is_out_of_descriptors(&error) || few_are_left() => {
+            Some(Err(error)) if is_out_of_descriptors(&error) || few_are_left() => {
                 Err(out_of_descriptors(target))
             }
-            Ok(Err(error)) => Err(Refusal::new(
+            Some(Err(error)) => Err(Refusal::new(
                 RefusalCode::UpstreamNameUnresolved,
                 format!(
                     "`{}` does not resolve: {}",
@@ -506,7 +506,7 @@ impl Upstreams {
                     system_words(&error)
                 ),
             )),
-            Err(_) => Err(Refusal::new(
+            None => Err(Refusal::new(
                 RefusalCode::ShuttingDown,
                 "the agent is shutting down",
             )),
@@ -760,6 +760,7 @@ mod tests {
         let upstreams = Upstreams::new(tokio::runtime::Handle::current());
         let target = Target::parse("any.example.test:443", None).unwrap();
         let way = Way {
+            isolation: &IsolationKey("one".into()),
             destination: None,
             scheme: Scheme::Https,
             target: &target,

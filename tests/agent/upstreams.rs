@@ -8,6 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
 use crate::support::counts::reached;
+use crate::support::name_server::{Addresses, with_name_server};
 use crate::support::origin::Origin;
 use crate::support::puppet::Puppet;
 use crate::support::raw::{exchange, open_tunnel, read_head};
@@ -344,4 +345,46 @@ async fn an_answer_that_breaks_off_does_not_look_whole() {
     assert_eq!(origin.heads().len(), broken_off + 2);
     world.good().await;
     reached("broken_off", broken_off);
+}
+
+#[test]
+fn a_name_server_that_does_not_answer_holds_up_no_other_name() {
+    let name = "a_name_server_that_does_not_answer_holds_up_no_other_name";
+    with_name_server(name, a_dead_name);
+}
+
+/// More than the threads that names are looked up on.
+const CALLERS: usize = 600;
+
+async fn a_dead_name(addresses: Addresses) {
+    let mut world = World::servers().await;
+    let origin = Origin::start(None, |_| vec![ANSWER.to_owned()]).await;
+    addresses.lock().unwrap().push(origin.address.ip());
+    let port = origin.address.port();
+    let destinations = format!(
+        r#"
+  - {{name: dead, hosts: [dead.example.test], scheme: http, credentials: [{{name: orders-api}}], timeouts: {{connect: 500ms}}}}
+  - {{name: live, hosts: [live.example.test], scheme: http, ports: [{port}], credentials: [{{name: orders-api}}], allow_addresses: [127.0.0.0/8], timeouts: {{connect: 10s}}}}
+"#
+    );
+    world
+        .start_agent(&format!("{COMMON}{DESTINATIONS}{destinations}"), POLICIES)
+        .await;
+    world.good().await;
+    let caller = Puppet::start(&world.target("proxy"), None).await;
+    let dead = "GET http://dead.example.test/ HTTP/1.1\r\nHost: dead.example.test\r\n\r\n";
+    let mut callers = Vec::new();
+    for _ in 0..CALLERS {
+        let mut io = caller.connect().await;
+        io.write_all(dead.as_bytes()).await.unwrap();
+        callers.push(io);
+    }
+    let heads = join_all(callers.iter_mut().map(read_head)).await;
+    assert!(heads.iter().all(|head| head.starts_with("HTTP/1.1 504 ")));
+    let authority = format!("live.example.test:{port}");
+    let live = format!("GET http://{authority}/ HTTP/1.1\r\nHost: {authority}\r\n\r\n");
+    exchange(&mut caller.connect().await, &live)
+        .await
+        .expect(200);
+    reached("asked_for_a_dead_name", heads.len());
 }

@@ -21,6 +21,7 @@ pub mod faults;
 pub mod faulty_authorization_server;
 pub mod http2_frames;
 pub mod manager;
+pub mod name_server;
 pub mod origin;
 pub mod puppet;
 pub mod raw;
