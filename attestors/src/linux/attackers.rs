@@ -73,7 +73,11 @@ fn helper() {
                 command.uid(NOBODY).gid(NOBODY);
             }
             command.env_remove(HELPER).env(SLEEPING_HELPER, "1");
-            command.spawn().unwrap();
+            let child = command.spawn().unwrap();
+            wait_until("the child runs its own program", || {
+                fs::read_to_string(format!("/proc/{}/environ", child.id()))
+                    .is_ok_and(|environment| environment.contains(SLEEPING_HELPER))
+            });
             if role == "hand-over" {
                 return;
             }
