@@ -2,6 +2,8 @@
 //! that it may be inside of.
 
 use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -128,8 +130,7 @@ impl Connection {
 
 /// Who is at the other end of a connection.
 pub struct Caller {
-    attestation: RefCell<Rc<Result<ConnectionAttestation, EvidenceError>>>,
-    catalog: RefCell<Arc<Catalog>>,
+    attestation: Renewed,
     session: RefCell<Option<Session>>,
     known: Arc<Mutex<Option<Known>>>,
     /// Held until the first session, which counts for its identity.
@@ -163,17 +164,10 @@ pub struct Known {
 }
 
 impl Caller {
-    /// A caller whose kernel evidence was attested under `catalog`, and who has `place` until more is
-    /// known.
-    pub fn new(
-        attestation: Result<ConnectionAttestation, EvidenceError>,
-        catalog: Arc<Catalog>,
-        place: Place,
-        open: Open,
-    ) -> Rc<Self> {
+    /// A caller whose kernel evidence was attested, and who has `place` until more is known.
+    pub fn new(attestation: CallerAttestation, place: Place, open: Open) -> Rc<Self> {
         Rc::new(Self {
-            attestation: RefCell::new(Rc::new(attestation)),
-            catalog: RefCell::new(catalog),
+            attestation: Renewed::new(attestation),
             session: RefCell::new(None),
             known: Arc::default(),
             place: RefCell::new(Some(place)),
@@ -191,28 +185,20 @@ impl Caller {
     /// the connection, at most once in a millisecond.
     pub fn is_still_attested(&self) -> bool {
         !self.ended.get()
-            && match self.attestation.borrow().as_ref() {
+            && match self.attestation.last().as_ref() {
                 Ok(attestation) => attestation.check_liveness().is_ok(),
                 Err(_) => true,
             }
     }
 
-    /// The workload behind the connection with what this head presents. After a reload that changed
-    /// the attestors the kernel's evidence is attested anew.
+    /// The workload behind the connection with what this head presents. The kernel's evidence is attested anew
+    /// after a reload that changed the attestors, and where one of them could not run.
     pub async fn attest(
         &self,
         catalog: &Arc<Catalog>,
         presented: Option<&PresentedToken>,
     ) -> Result<Arc<AttestedWorkload>, Refusal> {
-        if !Arc::ptr_eq(&self.catalog.borrow(), catalog) {
-            let stale = Rc::clone(&self.attestation.borrow());
-            if let Ok(attestation) = stale.as_ref() {
-                let renewed = attestation.under(Arc::clone(catalog)).await;
-                *self.attestation.borrow_mut() = Rc::new(Ok(renewed));
-            }
-            *self.catalog.borrow_mut() = Arc::clone(catalog);
-        }
-        let attestation = Rc::clone(&self.attestation.borrow());
+        let attestation = self.attestation.under(catalog).await;
         match attestation.as_ref() {
             Ok(attestation) => attestation.attest(presented).await.map_err(|ended| {
                 self.ended.set(true);
@@ -280,6 +266,54 @@ impl Caller {
     }
 }
 
+/// What was made of a connection's kernel evidence, or why there is none.
+pub type CallerAttestation = Result<ConnectionAttestation, EvidenceError>;
+
+/// An attestation that is made anew where that is due.
+struct Renewed {
+    last: RefCell<Rc<CallerAttestation>>,
+    /// The one that is being made. Whoever needs it goes on with it, also where who began it went away.
+    next: tokio::sync::Mutex<Option<Pin<Box<dyn Future<Output = ConnectionAttestation>>>>>,
+}
+
+impl Renewed {
+    fn new(attestation: CallerAttestation) -> Self {
+        Self {
+            last: RefCell::new(Rc::new(attestation)),
+            next: tokio::sync::Mutex::default(),
+        }
+    }
+
+    fn last(&self) -> Rc<CallerAttestation> {
+        Rc::clone(&self.last.borrow())
+    }
+
+    /// The attestation by `catalog`. Whoever asks while one is made waits for that one.
+    async fn under(&self, catalog: &Arc<Catalog>) -> Rc<CallerAttestation> {
+        if self.renewal(catalog).is_none() {
+            return self.last();
+        }
+        let mut next = self.next.lock().await;
+        while let Some(renewal) = self.renewal(catalog) {
+            let renewed = next.get_or_insert_with(|| Box::pin(renewal)).await;
+            *next = None;
+            *self.last.borrow_mut() = Rc::new(Ok(renewed));
+        }
+        self.last()
+    }
+
+    /// Makes one by `catalog`, where the last one is not current.
+    fn renewal(
+        &self,
+        catalog: &Arc<Catalog>,
+    ) -> Option<impl Future<Output = ConnectionAttestation> + use<>> {
+        match self.last().as_ref() {
+            Ok(last) if !last.is_current(catalog) => Some(last.under(Arc::clone(catalog))),
+            _ => None,
+        }
+    }
+}
+
 /// What the caller is told when the kernel's evidence could not be had.
 pub fn evidence_refusal(error: &EvidenceError) -> Refusal {
     let code = match error {
@@ -289,3 +323,6 @@ pub fn evidence_refusal(error: &EvidenceError) -> Refusal {
     };
     Refusal::new(code, error.to_string())
 }
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests;

@@ -12,7 +12,8 @@ use crate::workload::FailureKind;
 /// What kind of evidence an attestor reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EvidenceKind {
-    /// Nobody presents anything: the agent looks at the caller. Read once per connection.
+    /// Nobody presents anything: the agent looks at the caller. Read once per connection, and
+    /// again where an attestor could not run.
     Kernel,
     /// The caller presents a token. Read per request head or tunnel.
     Presented,

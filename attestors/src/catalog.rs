@@ -21,6 +21,9 @@ const REMEMBERED: usize = 8192;
 /// How long a verified token is remembered at most: then its key may have been withdrawn.
 const REMEMBERED_FOR: Duration = Duration::from_secs(60 * 60);
 
+/// How long what the kernel attestors found is used where one of them could not run.
+const RETRIED_AFTER: Duration = Duration::from_secs(1);
+
 /// The configured attestors. Immutable but for its memory; a reload builds another.
 #[derive(Debug)]
 pub struct Catalog {
@@ -171,6 +174,13 @@ impl Findings {
         self.facts.groups.is_empty() && self.facts.failed_attestors.is_empty()
     }
 
+    fn could_not_run(&self) -> bool {
+        let failed = &self.facts.failed_attestors;
+        failed
+            .iter()
+            .any(|failed| failed.kind == FailureKind::CouldNotRun)
+    }
+
     /// True when something was established and nothing is left to be tried again.
     fn verified(&self) -> bool {
         !self.facts.groups.is_empty() && self.facts.failed_attestors.is_empty()
@@ -184,13 +194,15 @@ fn earlier(one: Option<SystemTime>, other: Option<SystemTime>) -> Option<SystemT
     }
 }
 
-/// One connection's attestation: kernel evidence attested once, presented evidence per head.
+/// One connection's attestation: kernel evidence attested for all of it, presented evidence per head.
 #[derive(Debug)]
 pub struct ConnectionAttestation {
     catalog: Arc<Catalog>,
     peer: Arc<PeerEvidence>,
     /// The workload as the kernel shows it, without any token.
     kernel: Arc<AttestedWorkload>,
+    /// The monotonic time at which that was found, where an attestor could not run.
+    incomplete_since: Option<Duration>,
     /// The workload with the token that was presented last. It serves only heads that present the
     /// same token again, until the time beside it: what one head presents is never evidence of the next.
     last: ArcSwapOption<(Arc<AttestedWorkload>, SystemTime)>,
@@ -205,9 +217,17 @@ impl ConnectionAttestation {
         Self::of(catalog, Arc::new(peer)).await
     }
 
-    /// The same connection, attested anew by another catalog, as after a reload.
-    pub async fn under(&self, catalog: Arc<Catalog>) -> Self {
-        Self::of(catalog, Arc::clone(&self.peer)).await
+    /// The same connection, by the same evidence, attested anew by a catalog: another one, as after a reload, or
+    /// the same one again.
+    pub fn under(&self, catalog: Arc<Catalog>) -> impl Future<Output = Self> + Send + use<> {
+        Self::of(catalog, Arc::clone(&self.peer))
+    }
+
+    /// Whether this is what `catalog` makes of the evidence. Where an attestor could not run, that holds for a
+    /// second: then the connection is to be attested [anew](Self::under).
+    pub fn is_current(&self, catalog: &Arc<Catalog>) -> bool {
+        let is_due = |since| catalog.clock.monotonic().saturating_sub(since) >= RETRIED_AFTER;
+        Arc::ptr_eq(&self.catalog, catalog) && !self.incomplete_since.is_some_and(is_due)
     }
 
     async fn of(catalog: Arc<Catalog>, peer: Arc<PeerEvidence>) -> Self {
@@ -216,6 +236,7 @@ impl ConnectionAttestation {
         } else {
             catalog.attest_peer(&peer).await
         };
+        let incomplete_since = findings.could_not_run().then(|| catalog.clock.monotonic());
         let kernel = AttestedWorkload::new(
             catalog.establish(findings.facts, None),
             findings.valid_until,
@@ -227,6 +248,7 @@ impl ConnectionAttestation {
             catalog,
             peer,
             kernel: Arc::new(kernel),
+            incomplete_since,
             last: ArcSwapOption::empty(),
         }
     }

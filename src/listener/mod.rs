@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use countersign_attestors::evidence::EvidenceError;
-use countersign_attestors::{Catalog, ConnectionAttestation, PeerEvidence, observers};
+use countersign_attestors::{ConnectionAttestation, PeerEvidence, observers};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::runtime::LocalOptions;
 use tokio::sync::mpsc;
@@ -28,7 +28,7 @@ use tokio::task::spawn_local;
 
 use crate::agent::{Agent, Phase, until};
 use crate::config::{Bind, Listener, ListenerKind, SocketAccess};
-use crate::connection::{Caller, Entry};
+use crate::connection::{Caller, CallerAttestation, Entry};
 use crate::descriptors::leaves_few;
 use crate::hardening;
 use crate::listener::patience::{Place, Places};
@@ -179,8 +179,7 @@ fn restrict(path: &Path, access: &SocketAccess) -> io::Result<()> {
 pub struct Accepted {
     socket: Socket,
     entry: Entry,
-    attestation: Result<ConnectionAttestation, EvidenceError>,
-    catalog: Arc<Catalog>,
+    attestation: CallerAttestation,
     place: Place,
     open: Open,
 }
@@ -314,12 +313,11 @@ fn begin(worker: &Rc<Worker>, connection: Accepted) {
         socket,
         entry,
         attestation,
-        catalog,
         place,
         open,
     } = connection;
     let worker = Rc::clone(worker);
-    let caller = Caller::new(attestation, catalog, place, open);
+    let caller = Caller::new(attestation, place, open);
     match socket {
         Socket::Tcp(stream) => {
             if let Ok(stream) = TcpStream::from_std(stream) {
@@ -400,23 +398,13 @@ pub async fn accept(
             let catalog = Arc::clone(&agent.snapshot.load().catalog);
             let (socket, evidence) = evidence_of(socket, peer).await;
             let attestation = match evidence {
-                Ok(evidence) => {
-                    Ok(ConnectionAttestation::new(Arc::clone(&catalog), evidence).await)
-                }
+                Ok(evidence) => Ok(ConnectionAttestation::new(catalog, evidence).await),
                 Err(error) => Err(error),
             };
             if is_workload_api {
                 if let Some(stream) = socket {
-                    workload_api::serve(
-                        agent,
-                        entry.listener,
-                        attestation,
-                        catalog,
-                        stream,
-                        place,
-                        open,
-                    )
-                    .await;
+                    workload_api::serve(agent, entry.listener, attestation, stream, place, open)
+                        .await;
                 }
                 drop(arriving);
                 return;
@@ -426,7 +414,6 @@ pub async fn accept(
                     socket,
                     entry,
                     attestation,
-                    catalog,
                     place,
                     open: Open {
                         _connection: open,

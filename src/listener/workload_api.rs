@@ -11,8 +11,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use countersign_attestors::evidence::EvidenceError;
-use countersign_attestors::{AttestedWorkload, Catalog, ConnectionAttestation, PresentedToken};
+use countersign_attestors::{AttestedWorkload, PresentedToken};
 use http::header::{AUTHORIZATION, CACHE_CONTROL};
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
@@ -36,7 +35,7 @@ use crate::agent::{Agent, Phase, until};
 use crate::audit::record::{AskedAndGranted, DecisionReference, TokenReference, workload_summary};
 use crate::audit::{AttestedRecord, Decided, Latency, Obtained, Record, TokenIssueRecord};
 use crate::config::{Bind, Config, CredentialConfig, Limits, ListenerKind, TokenSource};
-use crate::connection::evidence_refusal;
+use crate::connection::{CallerAttestation, evidence_refusal};
 use crate::credentials::IssuedToken;
 use crate::limits::{Held, Holding};
 use crate::policy::{Action, LeaseEnded, Question, Resource, explain};
@@ -62,8 +61,7 @@ const OWN_HOSTS: [&str; 3] = ["localhost", "127.0.0.1", "::1"];
 pub(super) async fn serve(
     agent: Arc<Agent>,
     listener: Arc<str>,
-    attestation: Result<ConnectionAttestation, EvidenceError>,
-    catalog: Arc<Catalog>,
+    attestation: CallerAttestation,
     socket: Socket,
     place: Place,
     _open: OpenConnection,
@@ -71,7 +69,7 @@ pub(super) async fn serve(
     let caller = Arc::new(Caller {
         agent,
         listener,
-        attestation: Mutex::new((catalog, attestation)),
+        attestation: Mutex::new(attestation),
         counted: std::sync::Mutex::new(Counted::Unattested(place)),
     });
     match socket {
@@ -130,8 +128,7 @@ where
 struct Caller {
     agent: Arc<Agent>,
     listener: Arc<str>,
-    /// What the kernel says, and the catalog under which it was attested.
-    attestation: Mutex<(Arc<Catalog>, Result<ConnectionAttestation, EvidenceError>)>,
+    attestation: Mutex<CallerAttestation>,
     counted: std::sync::Mutex<Counted>,
 }
 
@@ -192,16 +189,12 @@ impl Caller {
     ) -> Result<Arc<AttestedWorkload>, Refusal> {
         let presented = presented_token(headers)?;
         let mut held = self.attestation.lock().await;
-        if !Arc::ptr_eq(&held.0, &snapshot.catalog) {
-            let renewed = match &held.1 {
-                Ok(attestation) => Some(attestation.under(Arc::clone(&snapshot.catalog)).await),
-                Err(_) => None,
-            };
-            if let Some(renewed) = renewed {
-                *held = (Arc::clone(&snapshot.catalog), Ok(renewed));
-            }
+        if let Ok(attestation) = &mut *held
+            && !attestation.is_current(&snapshot.catalog)
+        {
+            *attestation = attestation.under(Arc::clone(&snapshot.catalog)).await;
         }
-        match &held.1 {
+        match &*held {
             Ok(attestation) => attestation
                 .attest(presented.as_ref())
                 .await
