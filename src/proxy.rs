@@ -629,7 +629,9 @@ fn relay(answered: UpstreamResponse, stream: Rc<Stream>) -> Response<ResponseBod
     let UpstreamResponse {
         response,
         connection: lent,
+        http2_stream,
     } = answered;
+    stream.is_on(http2_stream);
     let (mut head, incoming) = response.into_parts();
     strip_response(&mut head.headers);
     head.extensions.clear();

@@ -21,7 +21,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use crate::config::Destination;
 use crate::inject::strip_credentials;
 use crate::limits::Held;
-use crate::upstream::Lent;
+use crate::upstream::{Lent, LentStream};
 
 /// The error of every body of ours.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
@@ -57,6 +57,7 @@ pub struct Stream {
     /// Of the caller's task, and of the upstream connection's where a body is sent.
     wakers: RefCell<SmallVec<[Waker; 2]>>,
     held: RefCell<Option<Held>>,
+    http2_stream: RefCell<Option<LentStream>>,
     destination: RefCell<Option<Arc<Destination>>>,
     watched: RefCell<Option<Watch>>,
     /// The caller's connection that it is open on, if it is on one.
@@ -74,6 +75,7 @@ impl Stream {
             awaited: Cell::new(None),
             wakers: RefCell::default(),
             held: RefCell::new(None),
+            http2_stream: RefCell::new(None),
             destination: RefCell::new(None),
             watched: RefCell::new(None),
             outer,
@@ -108,6 +110,11 @@ impl Stream {
         if held.is_some() {
             *self.held.borrow_mut() = held;
         }
+    }
+
+    /// Keeps the destination's HTTP/2 stream that its bodies are on until both have ended.
+    pub fn is_on(&self, http2_stream: Option<LentStream>) {
+        *self.http2_stream.borrow_mut() = http2_stream;
     }
 
     /// Notes that bytes passed.

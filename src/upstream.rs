@@ -6,11 +6,15 @@
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::error::Error as _;
+use std::fmt::Debug;
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use countersign_attestors::IsolationKey;
@@ -47,6 +51,8 @@ const IDLE: Duration = Duration::from_secs(30);
 const MAXIMUM_AGE: Duration = Duration::from_secs(300);
 /// Spread of the maximum age, so that connections opened together are not replaced together.
 const AGE_JITTER: Duration = Duration::from_secs(60);
+/// How many HTTP/2 connections a pool has before those who find no free stream no longer wait for each other's.
+const OPENED_IN_TURN: usize = 4;
 /// How long a connection that was given back may take to be free.
 const READY: Duration = Duration::from_millis(100);
 /// How long a request waits for a free descriptor at most, and how often it looks.
@@ -108,9 +114,8 @@ struct PoolKey {
 #[derive(Debug)]
 struct Pool {
     _destination: Option<Arc<Destination>>,
-    http2: RefCell<Option<Http2Connection>>,
-    /// Whether it was taken since the last sweep.
-    http2_used: Cell<bool>,
+    /// More than one where all streams of the first are in use.
+    http2: RefCell<Vec<Http2Connection>>,
     idle: RefCell<Vec<Http1Connection>>,
     /// A connection under way that all may share; whoever waits is woken when it is there, or failed.
     connecting: RefCell<Option<Rc<Notify>>>,
@@ -128,7 +133,54 @@ struct Http1Connection {
 struct Http2Connection {
     sender: http2::SendRequest<RequestBody>,
     retire_at: Instant,
+    /// Whether it was taken since the last sweep.
+    used: bool,
     unused: Unused,
+    settings: Rc<dyn Settings>,
+    /// The pool's, of which every stream that is lent has a clone.
+    stream: LentStream,
+}
+
+/// An HTTP/2 stream lent to one exchange, for as long as either of its bodies goes on.
+#[derive(Debug, Clone, Default)]
+pub struct LentStream(Rc<()>);
+
+/// What the destination's last SETTINGS said (RFC 9113 section 6.5).
+trait Settings: Debug {
+    /// How many streams may be open at once.
+    fn max_concurrent_streams(&self) -> usize;
+}
+
+/// What drives an HTTP/2 connection, until it is closed.
+type Driver<Io> = RefCell<Option<http2::Connection<TokioIo<Io>, RequestBody, LocalExecutor>>>;
+
+impl<Io: AsyncRead + AsyncWrite + Unpin + Debug + 'static> Settings for Driver<Io> {
+    fn max_concurrent_streams(&self) -> usize {
+        self.borrow()
+            .as_ref()
+            .map_or(0, |connection| connection.current_max_send_streams())
+    }
+}
+
+async fn drive<Io: AsyncRead + AsyncWrite + Unpin + 'static>(driver: Rc<Driver<Io>>) {
+    poll_fn(|context| match driver.borrow_mut().as_mut() {
+        Some(connection) => Pin::new(connection).poll(context).map(drop),
+        None => Poll::Ready(()),
+    })
+    .await;
+    driver.take();
+}
+
+impl Http2Connection {
+    fn is_usable(&self, now: Instant) -> bool {
+        !self.sender.is_closed() && now < self.retire_at
+    }
+
+    /// Whether the destination takes one more request now. What is given to the client beyond that would wait
+    /// there with its token, and leave also after it was refused.
+    fn has_free_stream(&self) -> bool {
+        Rc::strong_count(&self.stream.0) <= self.settings.max_concurrent_streams()
+    }
 }
 
 /// Since when sweeps have found that no request took a connection.
@@ -203,6 +255,8 @@ pub struct UpstreamResponse {
     pub response: Response<Incoming>,
     /// The connection to give back at the body's end.
     pub connection: Option<Lent>,
+    /// The stream of an HTTP/2 connection that both bodies are on.
+    pub http2_stream: Option<LentStream>,
 }
 
 enum Connected {
@@ -251,6 +305,7 @@ impl Upstreams {
         let pool = self.pool(key, way);
         let mut request = request.into_http();
         let mut connecting = None;
+        let mut shared = 0;
         let mut looks_in_pool = !upgrade;
         while looks_in_pool {
             while let Some(connection) = self.pooled(&pool).await {
@@ -260,9 +315,12 @@ impl Upstreams {
                     Err(Unanswered::Failed(error)) => return Err(protocol_refusal(way, &error)),
                 }
             }
-            // Once: where the first failed, or HTTP/1 is spoken, the rest go each their own way.
-            looks_in_pool =
-                connecting.is_none() && self.may_be_shared(way, http2_by_prior_knowledge);
+            // Where that brought no connection to share, or HTTP/1 is spoken, the rest go each their own way.
+            let now_shared = pool.http2.borrow().len();
+            let one_more = shared < now_shared && now_shared < OPENED_IN_TURN;
+            looks_in_pool = (connecting.is_none() || one_more)
+                && self.may_be_shared(way, http2_by_prior_knowledge);
+            shared = now_shared;
             if looks_in_pool {
                 connecting = Some(connect_or_wait(&pool).await);
                 looks_in_pool = matches!(connecting, Some(None));
@@ -271,7 +329,9 @@ impl Upstreams {
         // Boxed: connecting is rare, and its state would make every request's future large.
         let connection = Box::pin(self.connect(way, upgrade, http2_by_prior_knowledge)).await?;
         if let (Connected::Http2(connection), false) = (&connection, upgrade) {
-            *pool.http2.borrow_mut() = Some(connection.clone());
+            let mut http2 = pool.http2.borrow_mut();
+            http2.retain(|known| known.is_usable(self.swept_at.get()));
+            http2.push(connection.clone());
         }
         drop(connecting);
         match attempt(connection, &pool, way, request).await {
@@ -299,7 +359,6 @@ impl Upstreams {
             Rc::new(Pool {
                 _destination: way.destination.cloned(),
                 http2: RefCell::default(),
-                http2_used: Cell::default(),
                 idle: RefCell::default(),
                 connecting: RefCell::default(),
             })
@@ -318,11 +377,10 @@ impl Upstreams {
     /// A connection that this identity used before and that is still usable.
     async fn pooled(&self, pool: &Pool) -> Option<Connected> {
         let now = self.swept_at.get();
-        if let Some(connection) = pool.http2.borrow().as_ref()
-            && !connection.sender.is_closed()
-            && now < connection.retire_at
-        {
-            pool.http2_used.set(true);
+        let is_free =
+            |known: &&mut Http2Connection| known.is_usable(now) && known.has_free_stream();
+        if let Some(connection) = pool.http2.borrow_mut().iter_mut().find(is_free) {
+            connection.used = true;
             return Some(Connected::Http2(connection.clone()));
         }
         loop {
@@ -477,9 +535,7 @@ impl Upstreams {
         self.shortages_seen.set(SHORTAGES.load(Ordering::Relaxed));
         for pool in self.pools.borrow().values() {
             pool.idle.borrow_mut().clear();
-            if !pool.http2_used.get() {
-                *pool.http2.borrow_mut() = None;
-            }
+            pool.http2.borrow_mut().retain(|connection| connection.used);
         }
     }
 
@@ -532,18 +588,15 @@ impl Upstreams {
                     && now.duration_since(idle_since) < IDLE
                     && !connection.sender.is_closed()
             });
-            let was_used = pool.http2_used.take();
-            let mut http2 = pool.http2.borrow_mut();
             // Streams that are open on one that is let go end in their own time.
-            if http2.as_mut().is_some_and(|connection| {
-                now >= connection.retire_at
-                    || connection.sender.is_closed()
-                    || connection.unused.so_far(was_used, now) >= IDLE
-            }) {
-                *http2 = None;
-            }
+            pool.http2.borrow_mut().retain_mut(|connection| {
+                let was_used = std::mem::take(&mut connection.used);
+                connection.is_usable(now) && connection.unused.so_far(was_used, now) < IDLE
+            });
             // A request under way gives its connection back to the pool that it came from.
-            Rc::strong_count(pool) > 1 || http2.is_some() || !pool.idle.borrow().is_empty()
+            Rc::strong_count(pool) > 1
+                || !pool.http2.borrow().is_empty()
+                || !pool.idle.borrow().is_empty()
         });
     }
 }
@@ -587,6 +640,7 @@ async fn attempt(
                     connection,
                     pool: Rc::clone(pool),
                 }),
+                http2_stream: None,
             })
         }
         Connected::Http2(mut connection) => {
@@ -595,6 +649,7 @@ async fn attempt(
             Ok(UpstreamResponse {
                 response,
                 connection: None,
+                http2_stream: Some(connection.stream),
             })
         }
     }
@@ -611,7 +666,7 @@ impl From<TrySendError<Request<RequestBody>>> for Unanswered {
 
 async fn handshake<Io>(stream: Io, http2: bool, way: &Way<'_>) -> Result<Connected, Refusal>
 where
-    Io: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    Io: AsyncRead + AsyncWrite + Unpin + Send + Debug + 'static,
 {
     let now = Instant::now();
     let jitter = AGE_JITTER.mul_f64(f64::from(rand_fraction(now)));
@@ -626,11 +681,15 @@ where
             .handshake(io)
             .await
             .map_err(|error| protocol_refusal(way, &error))?;
-        spawn_local(connection);
+        let driver = Rc::new(RefCell::new(Some(connection)));
+        spawn_local(drive(Rc::clone(&driver)));
         Ok(Connected::Http2(Http2Connection {
             sender,
             retire_at,
+            used: false,
             unused: Unused::default(),
+            settings: driver,
+            stream: LentStream::default(),
         }))
     } else {
         let (sender, connection) = http1::Builder::new()

@@ -568,7 +568,7 @@ async fn http2_attacks_are_answered_and_seen_as_the_corpus_says() {
     let certificate = world.authority.issue(&["origin.example.test"]).unwrap();
     for (name, address) in [
         ("raw", http1.start_http1().await),
-        ("origin", http2.start_http2(certificate).await),
+        ("origin", http2.start_http2(certificate, 1000).await),
     ] {
         world.origins.push((name.to_owned(), address));
     }

@@ -12,6 +12,7 @@ use crate::support::name_server::{Addresses, with_name_server};
 use crate::support::origin::Origin;
 use crate::support::puppet::Puppet;
 use crate::support::raw::{exchange, open_tunnel, read_head};
+use crate::support::strict_origin::StrictOrigin;
 use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World};
 
 /// Of `timeouts` in these tests.
@@ -387,4 +388,50 @@ async fn a_dead_name(addresses: Addresses) {
         .await
         .expect(200);
     reached("asked_for_a_dead_name", heads.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_request_waits_for_a_stream_where_it_could_leave_after_its_refusal() {
+    const WAITING: usize = 20;
+    let mut world = World::servers().await;
+    let origin = StrictOrigin::default();
+    let certificate = world.authority.issue(&["narrow.example.test"]).unwrap();
+    let address = origin.start_http2(certificate, 1).await;
+    world.origins.push(("narrow".to_owned(), address));
+    let narrow = "  - {name: narrow, hosts: [narrow.example.test], credentials: [{name: orders-api}], ca_file: servers.pem, connect_to: \"{narrow}\"}\n";
+    // Each worker has connections of its own.
+    let common = COMMON.replace("workers: 2", "workers: 1");
+    world
+        .start_agent(&format!("{common}{DESTINATIONS}{narrow}"), POLICIES)
+        .await;
+    let caller = Puppet::start(&world.target("proxy"), None).await;
+    world.good().await;
+    let get = |path: &str| {
+        format!(
+            "GET https://narrow.example.test{path} HTTP/1.1\r\nHost: narrow.example.test\r\n\r\n"
+        )
+    };
+    let mut io = caller.connect().await;
+    exchange(&mut io, &get("/first")).await.expect(200);
+    // Each has the one stream of a connection, and nothing is behind it.
+    let mut waiting = Vec::new();
+    for number in 1..=WAITING {
+        io.write_all(get(&format!("/wait/{number}")).as_bytes())
+            .await
+            .unwrap();
+        waiting.push(std::mem::replace(&mut io, caller.connect().await));
+        let answer = tokio::time::timeout(SOON, exchange(&mut io, &get("/beside"))).await;
+        answer.expect("it does not wait").expect(200);
+    }
+    let connections = origin.connections();
+    assert_eq!(connections, 1 + WAITING);
+    // A stream that was given back is lent again.
+    drop(waiting);
+    for _ in 0..WAITING {
+        exchange(&mut io, &get("/after")).await.expect(200);
+    }
+    assert_eq!(origin.connections(), connections);
+    let seen = origin.take();
+    assert_eq!(seen.len(), 1 + 3 * WAITING, "{seen:?}");
+    reached("asked_beside_waiting", WAITING);
 }

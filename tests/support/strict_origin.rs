@@ -5,6 +5,7 @@
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -25,6 +26,7 @@ const BIG: usize = 1024 * 1024;
 #[derive(Clone, Default)]
 pub struct StrictOrigin {
     seen: Arc<Mutex<Vec<String>>>,
+    connections: Arc<AtomicUsize>,
 }
 
 impl StrictOrigin {
@@ -42,8 +44,8 @@ impl StrictOrigin {
         address
     }
 
-    /// HTTP/2 over TLS (RFC 9113).
-    pub async fn start_http2(&self, certificate: ServerCertificate) -> SocketAddr {
+    /// HTTP/2 over TLS (RFC 9113), with at most so many streams on a connection.
+    pub async fn start_http2(&self, certificate: ServerCertificate, streams: u32) -> SocketAddr {
         let mut config = rustls::ServerConfig::builder()
             .with_no_client_auth()
             .with_single_cert(certificate.chain, certificate.key)
@@ -55,6 +57,7 @@ impl StrictOrigin {
         let origin = self.clone();
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
+                origin.connections.fetch_add(1, Ordering::SeqCst);
                 let (origin, acceptor) = (origin.clone(), acceptor.clone());
                 tokio::spawn(async move {
                     let service = service_fn(move |request| {
@@ -63,7 +66,7 @@ impl StrictOrigin {
                     });
                     if let Ok(stream) = acceptor.accept(stream).await {
                         let _ = http2::Builder::new(TokioExecutor::new())
-                            .max_concurrent_streams(1000)
+                            .max_concurrent_streams(streams)
                             .serve_connection(TokioIo::new(stream), service)
                             .await;
                     }
@@ -71,6 +74,11 @@ impl StrictOrigin {
             }
         });
         address
+    }
+
+    /// How many connections of HTTP/2 it accepted.
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::SeqCst)
     }
 
     /// What was seen since the last time that this was asked.
