@@ -17,7 +17,7 @@ use crate::support::world::{DESTINATIONS, POLICIES, World};
 const SLOW: &str = "  - {name: slow, hosts: [slow.example.test], scheme: http, credentials: [{name: orders-api}], connect_to: \"{slow}\"}\n";
 const REQUEST: &str = "GET http://slow.example.test/ HTTP/1.1\r\nHost: slow.example.test\r\n\r\n";
 /// An answer of so many parts takes some 20 ms for each.
-const PARTS: usize = 50;
+const PARTS: usize = 125;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_answer_is_cut_off_by_a_sigterm() {
