@@ -770,10 +770,11 @@ mod tests {
         let ca_file = directory.path().join("ca.pem");
         mkfifo(&ca_file, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
         // Who reads it waits for this.
+        let (failed, waited) = std::sync::mpsc::channel();
         let writer = std::thread::spawn({
             let ca_file = ca_file.clone();
             move || {
-                std::thread::sleep(Duration::from_secs(1));
+                let _ = waited.recv_timeout(Duration::from_secs(20));
                 drop(std::fs::File::create(ca_file).unwrap());
             }
         });
@@ -784,6 +785,7 @@ mod tests {
             .block_on(client.get(&url, Duration::from_millis(50)))
             .unwrap_err();
         assert_eq!(failure.kind, FetchFailureKind::Timeout);
+        failed.send(()).unwrap();
         writer.join().unwrap();
     }
 

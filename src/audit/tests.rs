@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -618,7 +618,10 @@ fn a_full_device_stops_requests_or_not_as_configured() {
             ..file_config(Path::new("/dev/full"), 1 << 20, 3)
         });
         audit.record(Record::Request(&request())).unwrap();
-        std::thread::sleep(STALL_LIMIT * 3);
+        match accepting {
+            true => std::thread::sleep(STALL_LIMIT * 3),
+            false => wait_until("requests are refused", || !audit.is_accepting()),
+        }
         assert_eq!(audit.is_accepting(), accepting);
         assert!(!writer.stop(Duration::from_millis(20)));
     }
@@ -712,15 +715,15 @@ fn a_sigkill_in_the_middle_of_writing_loses_little_and_leaves_a_whole_chain() {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut output = child.stdout.take().unwrap();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let mut text = String::new();
+        while !text.contains("\nrecorded ") {
+            assert_ne!(output.read_line(&mut text).unwrap(), 0);
+        }
         let reader = std::thread::spawn(move || {
-            let mut text = String::new();
             output.read_to_string(&mut text).unwrap();
             text
         });
-        let size = || fs::metadata(&path).map_or(0, |metadata| metadata.len());
-        let before = size();
-        wait_until("records", || size() != before);
         std::thread::sleep(Duration::from_millis(40 + 7 * round));
         child.kill().unwrap();
         child.wait().unwrap();
@@ -868,18 +871,16 @@ fn following_goes_on_through_rotation() {
             std::ops::ControlFlow::Continue(())
         });
     });
-    // The follower must have seen the file's end before more is written to it.
-    std::thread::sleep(Duration::from_millis(200));
-    for _ in 0..20 {
-        audit.record(Record::Request(&request())).unwrap();
-        wait_until("it is written", || audit.state().queue_depth == 0);
-        // Files are replaced more slowly than they are looked at.
-        std::thread::sleep(Duration::from_millis(60));
-    }
+    let is_followed = |patience| {
+        let record = request();
+        let id = record.request_id.to_string();
+        audit.record(Record::Request(&record)).unwrap();
+        std::iter::from_fn(|| received.recv_timeout(patience).ok()).any(|line| line.contains(&id))
+    };
+    // From the end of the file that it finds.
+    wait_until("it follows", || is_followed(Duration::from_millis(100)));
     for number in 0..20 {
-        received
-            .recv_timeout(PATIENCE)
-            .unwrap_or_else(|_| panic!("record {number} was not followed"));
+        assert!(is_followed(PATIENCE), "record {number} was not followed");
     }
     assert!(writer.stop(PATIENCE));
 }

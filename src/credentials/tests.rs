@@ -77,6 +77,17 @@ impl Bench {
         Self::with_lifetime(LONG).await
     }
 
+    /// With a `timeout` that is waited for.
+    async fn start_impatient() -> Self {
+        let bench = Self::start().await;
+        let settings = OauthClientCredentials {
+            timeout: seconds(3),
+            ..bench.settings()
+        };
+        bench.configure(&[bench.credential("orders", settings)]);
+        bench
+    }
+
     async fn with_lifetime(lifetime: Duration) -> Self {
         let clock = Arc::new(MovedClock::default());
         // Away from zero, where too early and never look alike.
@@ -145,7 +156,7 @@ impl Bench {
             send_client_id: false,
             assertion_claims: BTreeMap::new(),
             ca_file: Some(self.path("ca.pem")),
-            timeout: Duration::from_secs(2),
+            timeout: seconds(20),
             connect_to: Some(self.server.address()),
             outbound_proxy: None,
             allow_addresses: Vec::new(),
@@ -739,8 +750,8 @@ async fn retry_after_is_obeyed_in_both_forms() {
     for as_date in [false, true] {
         let bench = Bench::start().await;
         let retry_after = match as_date {
-            // A second more: the date is cut to whole seconds.
-            true => httpdate::fmt_http_date(SystemTime::now() + seconds(41)),
+            // Some more: the date is cut to whole seconds, and time passes until it is read.
+            true => httpdate::fmt_http_date(SystemTime::now() + seconds(43)),
             false => "40".to_owned(),
         };
         bench
@@ -750,13 +761,13 @@ async fn retry_after_is_obeyed_in_both_forms() {
         let refusal = bench.token().await.unwrap_err();
         assert_eq!(refusal.code, RefusalCode::TokenServerThrottled);
         assert!(refusal.retry_after >= Some(seconds(39)), "{refusal:?}");
-        assert!(refusal.retry_after <= Some(seconds(46)), "{refusal:?}");
+        assert!(refusal.retry_after <= Some(seconds(48)), "{refusal:?}");
         bench.server.set(Fault::None).await;
         bench.clock.advance(Duration::from_millis(38_900));
         let refusal = bench.token().await.unwrap_err();
         assert_eq!(refusal.code, RefusalCode::TokenBackoff);
         assert_eq!(bench.requests(), 1);
-        bench.clock.advance(seconds(8));
+        bench.clock.advance(seconds(10));
         bench.token().await.unwrap();
         assert_eq!(bench.requests(), 2);
     }
@@ -947,7 +958,7 @@ async fn what_was_distrusted_stays_so_whoever_comes_late() {
         obtained.map(drop).map_err(|failed| failed.refusal.code)
     };
     let invalid = Err(RefusalCode::TokenResponseInvalid);
-    bench.server.change(Fault::LateHtml(seconds(1)));
+    bench.server.change(Fault::LateHtml(seconds(3)));
     let late = ask("late");
     let meanwhile = async {
         while bench.requests() == 0 {
@@ -1020,7 +1031,7 @@ async fn what_is_issued_is_never_what_is_injected() {
 async fn nobody_waits_for_ever_for_a_token_that_is_handed_out() {
     let bench = Bench::start().await;
     let hasty = OauthClientCredentials {
-        timeout: seconds(1),
+        timeout: seconds(3),
         ..bench.settings()
     };
     bench.configure(&[bench.credential("orders", hasty)]);
@@ -1685,7 +1696,7 @@ async fn faults_are_told_as_the_table_says() {
     let rows = fault_table();
     for row in &rows {
         // While a token is cached, nothing is asked and everyone is served.
-        let bench = Bench::start().await;
+        let bench = Bench::start_impatient().await;
         let token = bench.token().await.unwrap();
         bench.server.set(row.fault.clone()).await;
         assert!(
@@ -1726,7 +1737,7 @@ async fn faults_are_told_as_the_table_says() {
             "{}",
             row.name
         );
-        assert!(took < seconds(3), "{} took {took:?}", row.name);
+        assert!(took < seconds(8), "{} took {took:?}", row.name);
         // The next caller is told at once, and nothing is asked.
         let again = bench.token().await.unwrap_err();
         let status = again.code.properties().status.as_u16();
@@ -1769,7 +1780,7 @@ async fn a_kept_connection_that_breaks_is_made_good_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_of_metadata_have_the_same_status() {
     for row in fault_table() {
-        let bench = Bench::start().await;
+        let bench = Bench::start_impatient().await;
         bench.server.let_metadata_fail();
         bench.server.set(row.fault.clone()).await;
         let started = Instant::now();
@@ -1778,7 +1789,7 @@ async fn faults_of_metadata_have_the_same_status() {
         let status = refusal.code.properties().status.as_u16();
         assert_eq!(status, row.status, "{}: {refusal:?}", row.name);
         assert_eq!(refusal.retry_after.is_some(), status == 503, "{}", row.name);
-        assert!(took < seconds(3), "{} took {took:?}", row.name);
+        assert!(took < seconds(8), "{} took {took:?}", row.name);
         assert_eq!(bench.requests(), 0, "{}", row.name);
         bench.server.set(Fault::None).await;
         bench.clock.advance(seconds(70));
@@ -1872,10 +1883,11 @@ async fn no_expired_token_leaves_while_the_server_flaps() {
                 })
                 .await;
         }
+        let asked = SystemTime::now();
         match bench.token().await {
             Ok(token) => {
                 let verified = verify(token.secret().expose_secret(), &keys).unwrap();
-                check_times(&verified, SystemTime::now()).unwrap();
+                check_times(&verified, asked).unwrap();
                 served += 1;
             }
             Err(refusal) => {

@@ -907,7 +907,8 @@ mod tests {
     #[test]
     fn ages_grow_and_begin_anew() {
         let metrics = Metrics::new(Arc::new(SystemClock::new()));
-        metrics.jwks_ages([("ci", Duration::ZERO), ("gone", Duration::ZERO)]);
+        let hour = Duration::from_secs(3600);
+        metrics.jwks_ages([("ci", hour), ("gone", hour)]);
         let age = || -> f64 {
             let text = metrics.encode();
             let line = text
@@ -918,7 +919,7 @@ mod tests {
         };
         std::thread::sleep(Duration::from_millis(60));
         let before = age();
-        assert!(before >= 0.05, "{before}");
+        assert!(before >= 3600.05, "{before}");
         metrics.jwks_ages([("ci", Duration::ZERO)]);
         assert!(age() < before);
         assert!(!metrics.encode().contains("issuer=\"gone\""));

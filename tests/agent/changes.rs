@@ -13,10 +13,7 @@ use crate::support::origin::Origin;
 use crate::support::puppet::{Departure, Puppet, depart};
 use crate::support::raw::{exchange, open_tunnel, read_head, read_response};
 use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World};
-use crate::support::{Stalls, unprivileged};
-
-/// How long anything may stay open once it is no longer allowed.
-const LIMIT: Duration = Duration::from_secs(1);
+use crate::support::{Stalls, a_second, unprivileged};
 
 const MORE_DESTINATIONS: &str = r#"
   - {name: blind, hosts: [blind.example.test], ports: [7], connect_to: "{plain}"}
@@ -152,7 +149,10 @@ impl Setting {
                 .unwrap();
             let took = ended.saturating_duration_since(changed);
             println!("{name} ended after {took:?}");
-            assert!(took < stalls.allow(LIMIT), "{name} ended after {took:?}");
+            assert!(
+                took < stalls.allow(a_second()),
+                "{name} ended after {took:?}"
+            );
         }
         count
     }
@@ -417,13 +417,14 @@ async fn what_a_workload_opened_ends_with_it() {
         ] {
             let target = world.target(listener);
             let stalls = Stalls::watch();
-            let departed = depart(departure, &target, unprivileged(), &steps, "").await;
+            let silence = Duration::from_secs(if closes { 30 } else { 2 });
+            let departed = depart(departure, &target, unprivileged(), &steps, "", silence).await;
             let took = match closes {
                 true => departed.closed.unwrap(),
                 false => departed.last_byte,
             };
             println!("{name} ended {took:?} after {departure:?}");
-            assert!(took < stalls.allow(LIMIT), "{name}: {departed:#?}");
+            assert!(took < stalls.allow(a_second()), "{name}: {departed:#?}");
             assert!(
                 departed.before.contains(" 200 ") || departed.before.contains(event),
                 "{departed:#?}"

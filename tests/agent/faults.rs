@@ -9,7 +9,6 @@ use countersign::dev::{CertificateAuthority, ServerCertificate};
 use rustls::pki_types::PrivateKeyDer;
 use serde_json::Value;
 
-use crate::support::Stalls;
 use crate::support::agent::Agent;
 use crate::support::client::Client;
 use crate::support::counts::reached;
@@ -18,6 +17,7 @@ use crate::support::faults::fault_table;
 use crate::support::faulty_authorization_server::{Fault, FaultyAuthorizationServer};
 use crate::support::puppet::Puppet;
 use crate::support::world::{COMMON, DESTINATIONS, World};
+use crate::support::{Stalls, a_second};
 
 const BILLING: &str = r#"
   - {name: billing, hosts: [billing.example.test], scheme: http, credentials: [{name: billing-api}], connect_to: "{plain}"}
@@ -31,9 +31,6 @@ permit (principal, action == Action::"inject", resource) when { principal has un
 const CACHED: &str = "https://orders.example.test/v1/orders";
 const NOT_CACHED: &str = "http://billing.example.test/v1/orders";
 
-/// The credentials' `timeout`.
-const TIMEOUT: Duration = Duration::from_secs(2);
-
 /// Servers of which the authorization server can be made to fail.
 async fn servers() -> (World, FaultyAuthorizationServer) {
     let mut world = World::servers().await;
@@ -44,12 +41,12 @@ async fn servers() -> (World, FaultyAuthorizationServer) {
     (world, faulty)
 }
 
-/// An agent among them.
-async fn start() -> (World, FaultyAuthorizationServer) {
+/// An agent among them, whose credentials have this `timeout`.
+async fn start(timeout: &str) -> (World, FaultyAuthorizationServer) {
     let (mut world, faulty) = servers().await;
-    world
-        .start_agent(&format!("{COMMON}{DESTINATIONS}{BILLING}"), ALL)
-        .await;
+    let configuration = format!("{COMMON}{DESTINATIONS}{BILLING}")
+        .replace("timeout: 20s", &format!("timeout: {timeout}"));
+    world.start_agent(&configuration, ALL).await;
     (world, faulty)
 }
 
@@ -57,7 +54,7 @@ async fn start() -> (World, FaultyAuthorizationServer) {
 async fn each_fault_is_told_as_documented() {
     let mut rows = 0;
     for row in fault_table() {
-        let (world, faulty) = start().await;
+        let (world, faulty) = start("2s").await;
         world.good().await;
         let calls = world.authorization_server.state().token_requests();
         faulty.set(row.fault.clone()).await;
@@ -84,11 +81,8 @@ async fn each_fault_is_told_as_documented() {
             "{}: {answer:#?}",
             row.name
         );
-        let limit = match row.fault {
-            Fault::Hang | Fault::Drip => TIMEOUT + Duration::from_secs(1),
-            _ => Duration::from_secs(3),
-        };
-        assert!(took < limit, "{}: took {took:?}", row.name);
+        // Some last for ever.
+        assert!(took < Duration::from_secs(8), "{}: {took:?}", row.name);
         assert_eq!(
             world.authorization_server.state().token_requests() - calls,
             row.token_requests,
@@ -143,7 +137,7 @@ async fn no_expired_token_leaves() {
     const LIFETIMES: u32 = 20;
     const REQUESTS: usize = 5000;
     const CALLERS: usize = 5;
-    let (world, faulty) = start().await;
+    let (world, faulty) = start("2s").await;
     let state = Arc::clone(world.authorization_server.state());
     state.set_token_lifetime(LIFETIME);
     let puppet = Puppet::start(&world.address("proxy").to_string(), None).await;
@@ -213,10 +207,8 @@ async fn no_expired_token_leaves() {
     assert!(served < sent, "{served} of {sent}");
     let seen = world.plain_api.seen();
     let (accepted, refused): (Vec<_>, Vec<_>) = seen.iter().partition(|seen| seen.token.is_ok());
-    // Each request whose token the origin accepted was served, but where the machine was too slow to
-    // write down what was answered.
-    let unrecorded = told.get("audit_unavailable").copied().unwrap_or(0);
-    assert!((served..=served + unrecorded).contains(&accepted.len()));
+    // Each request whose token the origin accepted was served.
+    assert_eq!(accepted.len(), served);
     for seen in accepted {
         let expires = seen.token.as_ref().unwrap()["exp"].as_u64().unwrap();
         assert!(seen.at < UNIX_EPOCH + Duration::from_secs(expires));
@@ -241,7 +233,7 @@ async fn one_token_request_serves_all_who_wait() {
     /// A connection's share of the callers; a server allows 250 at once.
     const STREAMS: usize = 200;
     const CALLERS: usize = 2000;
-    let (world, faulty) = start().await;
+    let (world, faulty) = start("20s").await;
     // So late that all wait for it.
     faulty.set(Fault::Late(Duration::from_secs(1))).await;
     let gateway = Puppet::start(&world.address("gateway").to_string(), None).await;
@@ -336,7 +328,7 @@ async fn a_certificate_that_expired_is_named_and_a_new_authority_counts_within_a
     }
     let took = began.elapsed();
     println!("the new authority counted after {took:?}");
-    assert!(took < stalls.allow(Duration::from_secs(1)), "{took:?}");
+    assert!(took < stalls.allow(a_second()), "{took:?}");
     agent.good(None).await;
 }
 
@@ -344,7 +336,8 @@ async fn a_certificate_that_expired_is_named_and_a_new_authority_counts_within_a
 async fn a_slow_authorization_server_delays_nobody_else() {
     const WAITING: usize = 50;
     const REQUESTS: usize = 200;
-    let (world, faulty) = start().await;
+    const TIMEOUT: Duration = Duration::from_secs(6);
+    let (world, faulty) = start("6s").await;
     world.good().await;
     let puppet = Puppet::start(&world.address("proxy").to_string(), None).await;
     let mut served = Client::http1(&puppet).await;
@@ -379,7 +372,7 @@ async fn a_slow_authorization_server_delays_nobody_else() {
     }
     let took = began.elapsed();
     assert!(
-        took < stalls.allow(TIMEOUT + Duration::from_secs(1)),
+        took < stalls.allow(TIMEOUT + Duration::from_secs(5)),
         "{took:?}"
     );
     let metrics = world.app().agent().metrics.encode();
@@ -399,12 +392,10 @@ async fn a_slow_authorization_server_delays_nobody_else() {
 /// An agent among servers that issues and injects as `policies` say, and the URL of its `/v1/token`.
 async fn start_issuing(policies: &str) -> (World, FaultyAuthorizationServer, String) {
     let (mut world, faulty) = servers().await;
-    let configuration = format!("{COMMON}{DESTINATIONS}{BILLING}")
-        .replace("timeout: 2s", "timeout: 20s")
-        .replace(
-            "listeners:\n",
-            "listeners:\n  - {name: api, type: workload_api, bind: \"127.0.0.1:0\"}\n",
-        );
+    let configuration = format!("{COMMON}{DESTINATIONS}{BILLING}").replace(
+        "listeners:\n",
+        "listeners:\n  - {name: api, type: workload_api, bind: \"127.0.0.1:0\"}\n",
+    );
     world.start_agent(&configuration, policies).await;
     let api = format!("http://{}/v1/token", world.address("api"));
     (world, faulty, api)
@@ -427,7 +418,7 @@ when { principal has unix && principal.unix has executable_sha256 };
     world.good().await;
     let mut refused = 0;
     for issues in [false, true] {
-        faulty.change(Fault::Late(Duration::from_secs(3)));
+        faulty.change(Fault::Late(Duration::from_secs(5)));
         let asked = async {
             match issues {
                 true => curl(&["-d", ASK, &api]).await,

@@ -100,6 +100,17 @@ impl Setting {
         1
     }
 
+    /// Until no connection to the proxy is open: what has been closed counts until the agent has seen it.
+    async fn all_closed(&self) {
+        eventually(SOON, || async {
+            let metrics = self.world.app().agent().metrics.encode();
+            metrics
+                .contains("countersign_open_connections{listener=\"proxy\"} 0\n")
+                .then_some(())
+        })
+        .await;
+    }
+
     async fn is_served_again(&self) {
         eventually(SOON, || async {
             (self.ask("").await.0 == 200).then_some(())
@@ -138,6 +149,7 @@ async fn an_identity_that_has_all_its_requests_in_flight_is_refused_the_next() {
 async fn an_identity_that_has_all_its_connections_is_refused_the_next() {
     let setting = Setting::start("{connections: 2}").await;
     setting.world.good().await;
+    setting.all_closed().await;
     let mut kept = Vec::new();
     for _ in 0..2 {
         let mut io = setting.caller.connect().await;
@@ -152,6 +164,7 @@ async fn an_identity_that_has_all_its_connections_is_refused_the_next() {
     kept.pop();
     setting.is_served_again().await;
     drop(kept);
+    setting.all_closed().await;
     setting.world.good().await;
     reached("connections_refused", refused);
 }

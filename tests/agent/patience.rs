@@ -89,24 +89,21 @@ async fn tunnel(sender: &mut http2::SendRequest<Empty<Bytes>>) -> TokioIo<Upgrad
     TokioIo::new(hyper::upgrade::on(opened).await.unwrap())
 }
 
-/// Waits until nothing more comes; how long that took.
-async fn closed(mut io: TcpStream) -> Duration {
-    let began = Instant::now();
+/// Waits until nothing more comes; when that was.
+async fn closed(mut io: TcpStream) -> Instant {
     let rest = async { while matches!(io.read(&mut [0; 512]).await, Ok(1..)) {} };
     tokio::time::timeout(SOON, rest)
         .await
         .expect("the connection is closed");
-    began.elapsed()
+    Instant::now()
 }
 
-/// How long the agent of [`impatient`] waits for a head.
-const HEAD: Duration = Duration::from_secs(2);
-
-async fn impatient() -> World {
+/// An agent that waits so long for a head.
+async fn impatient(head: Duration) -> World {
     let mut world = World::servers().await;
     let limits = format!(
         "limits: {{per_identity: {{head_timeout: {}s}}}}",
-        HEAD.as_secs()
+        head.as_secs()
     );
     world
         .start_agent(&format!("{COMMON}{limits}\n{DESTINATIONS}"), POLICIES)
@@ -116,7 +113,8 @@ async fn impatient() -> World {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_says_nothing_is_closed() {
-    let world = impatient().await;
+    const HEAD: Duration = Duration::from_secs(2);
+    let world = impatient(HEAD).await;
     let seen = world.plain_api.seen().len();
     let proxy = world.target("proxy");
     let mut waiting = Vec::new();
@@ -131,30 +129,33 @@ async fn whoever_says_nothing_is_closed() {
         "GET http://plain.example.test/v1/orders HTTP/1.1\r\n",
         "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\nX: ",
     ] {
+        let began = Instant::now();
         let mut io = TcpStream::connect(&proxy).await.unwrap();
         io.write_all(said.as_bytes()).await.unwrap();
-        waiting.push(tokio::spawn(closed(io)));
+        waiting.push((began, tokio::spawn(closed(io))));
     }
     // One that drips: every byte is new, and the head never whole.
+    let began = Instant::now();
     let mut io = TcpStream::connect(&proxy).await.unwrap();
     io.write_all(b"GET http://plain.example.test/ HTTP/1.1\r\nX: ")
         .await
         .unwrap();
-    waiting.push(tokio::spawn(async move {
-        let began = Instant::now();
+    let dripping = async move {
         while io.write_all(b"x").await.is_ok() {
             assert!(began.elapsed() < SOON, "the connection is closed");
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        began.elapsed()
-    }));
+        Instant::now()
+    };
+    waiting.push((began, tokio::spawn(dripping)));
     // And one that is idle between two requests.
+    let began = Instant::now();
     let mut io = TcpStream::connect(&proxy).await.unwrap();
     exchange(&mut io, PLAIN).await.expect(200);
-    waiting.push(tokio::spawn(closed(io)));
+    waiting.push((began, tokio::spawn(closed(io))));
     let mut silent = 0;
-    for waited in waiting {
-        let waited = waited.await.unwrap();
+    for (began, closed) in waiting {
+        let waited = closed.await.unwrap() - began;
         // Not at once either.
         assert!(waited > HEAD / 2, "{waited:?}");
         silent += 1;
@@ -215,7 +216,7 @@ async fn only_so_many_wait_to_be_attested() {
 /// Whoever asks only what is refused before the caller is attested has no more time than who asks nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_is_not_attested_keeps_no_connection() {
-    let world = impatient().await;
+    let world = impatient(Duration::from_secs(2)).await;
     let proxy = TcpStream::connect(world.target("proxy")).await.unwrap();
     let (mut sender, ended) = http2(proxy).await;
     let trace = asked(Method::TRACE, "http://plain.example.test/v1/orders");
@@ -229,15 +230,15 @@ async fn who_is_not_attested_keeps_no_connection() {
 async fn a_connection_stays_for_the_tunnels_in_it() {
     const INSIDE: &str = "GET /v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
     /// Longer than a connection that is cut has to end.
-    const LONG: Duration = Duration::from_secs(10);
-    let world = impatient().await;
+    const LONG: Duration = Duration::from_secs(12);
+    let world = impatient(Duration::from_secs(4)).await;
     let proxy = TcpStream::connect(world.target("proxy")).await.unwrap();
     let (mut sender, ended) = http2(proxy).await;
     let mut inside = tunnel(&mut sender).await;
     let began = Instant::now();
     while began.elapsed() < LONG {
         exchange(&mut inside, INSIDE).await.expect(200);
-        tokio::time::sleep(HEAD / 4).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
     }
     assert!(!ended.is_finished());
     drop(inside);
@@ -258,7 +259,7 @@ async fn a_tunnel_has_a_place_until_somebody_in_it_is_attested() {
             .await
             .unwrap();
     }
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
     closed(proxy.connect().await).await;
     // The connection's place, and that of one tunnel.
     let rest = "x\r\nHost: plain.example.test\r\n\r\n";

@@ -388,7 +388,7 @@ async fn the_answer_arrives_though_the_caller_goes_on_sending() {
         io.write_all(head.as_bytes()).await.unwrap();
         for _ in 0..8 {
             io.write_all(&[b'x'; 64 * 1024]).await.unwrap();
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
         read_response(&mut io).await.expect(status);
         io.shutdown().await.unwrap();

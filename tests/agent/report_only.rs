@@ -6,12 +6,12 @@ use countersign::policy::{Revocation, Revoked};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::support::Stalls;
 use crate::support::counts::reached;
 use crate::support::origin::Origin;
 use crate::support::puppet::Puppet;
 use crate::support::raw::{Response, exchange, read_head};
 use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World};
+use crate::support::{Stalls, a_second};
 
 const WATCHED: &str = r#"
   - {name: watched, hosts: [watched.example.test], scheme: http, mode: report_only, credentials: [{name: billing-api}], connect_to: "{origin}"}
@@ -299,6 +299,6 @@ async fn what_passes_although_denied_ends_when_its_workload_is_revoked() {
         .unwrap()
         .ok();
     let took = revoked.elapsed();
-    assert!(took < stalls.allow(Duration::from_secs(1)), "{took:?}");
+    assert!(took < stalls.allow(a_second()), "{took:?}");
     reached("reported_then_revoked", 1);
 }

@@ -57,7 +57,7 @@ fn configure(world: &World, drain: &str, extra: &str) {
     let common = common.replace("workers: 2", &format!("workers: 2, drain: {drain}"));
     assert!(common.contains(drain));
     // On a machine with other things to do a token takes its time, which is not what is tested here.
-    let common = common.replace("timeout: 2s", "timeout: 60s");
+    let common = common.replace("timeout: 20s", "timeout: 60s");
     let admin = "admin: {socket: admin.sock}\n";
     let configuration = format!("{common}{admin}{DESTINATIONS}{extra}");
     world.write("countersign.yaml", &world.fill(&configuration));
@@ -440,14 +440,14 @@ fn recorded_with_200(world: &World) -> usize {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn tunnels_live_through_the_drain_window_and_then_are_cut() {
-    const WINDOW: Duration = Duration::from_secs(4);
+    const WINDOW: Duration = Duration::from_secs(7);
     let echo = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let mut servers = World::servers().await;
     servers
         .origins
         .push(("tunnel".to_owned(), echo.local_addr().unwrap()));
     let world = servers;
-    configure(&world, "4s", TUNNELLED);
+    configure(&world, "7s", TUNNELLED);
     world.write_policies(&format!("{POLICIES}{CONNECTS}"));
     tokio::spawn(async move {
         while let Ok((stream, _)) = echo.accept().await {

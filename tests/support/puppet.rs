@@ -138,15 +138,15 @@ pub struct Departed {
 
 /// Runs a process as `uid` that connects and takes `steps`: what it sends, and the end of what it then
 /// waits for, nothing being the end of a whole response. It departs; whoever has the connection then
-/// sends `second` and listens until the connection closes, or is silent for two seconds.
+/// sends `second` and listens until the connection closes, or nothing came for as long as `silence`.
 pub async fn depart(
     departure: Departure,
     target: &str,
     uid: Option<u32>,
     steps: &[(&str, &str)],
     second: &str,
+    silence: Duration,
 ) -> Departed {
-    const SILENCE: Duration = Duration::from_secs(2);
     let script = serde_json::json!({
         "steps": steps,
         "second": second,
@@ -167,7 +167,7 @@ pub async fn depart(
     let closed = loop {
         let has_departed = output.windows(DEPARTS.len()).any(|part| part == DEPARTS);
         let patience = match has_departed {
-            true => SILENCE,
+            true => silence,
             false => Duration::from_secs(30),
         };
         match tokio::time::timeout(patience, stdout.read(&mut buffer)).await {
@@ -304,10 +304,16 @@ fn depart_as_told(target: &str) {
         println!("{received}");
     }
     let exits = script["exits"].as_bool().unwrap();
-    // The heir of one that exits waits until it has.
+    // The heir of one that exits waits until it has another parent.
+    const HEIR: &str = r#"
+while [ "$(cut -d ' ' -f 4 /proc/$$/stat)" = "$PARENT" ]; do sleep 0.1; done
+printf %s "$SECOND" >&0
+exec cat
+"#;
+    let parent = if exits { std::process::id() } else { 0 };
     let mut heir = std::process::Command::new("/bin/sh");
-    heir.args(["-c", "sleep $WAIT; printf %s \"$SECOND\" >&0; exec cat"])
-        .env("WAIT", if exits { "0.1" } else { "0" })
+    heir.args(["-c", HEIR])
+        .env("PARENT", parent.to_string())
         .env("SECOND", script["second"].as_str().unwrap())
         .stdin(OwnedFd::from(stream));
     let mut stdout = std::io::stdout();

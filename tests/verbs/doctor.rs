@@ -186,7 +186,7 @@ pub fn configuration(audit: &str) -> String {
     let usual = usual.replacen("listeners:\n", api, 1);
     let usual = usual.replacen("path: audit.jsonl", &format!("path: {audit}"), 1);
     // A busy machine is no fault.
-    let usual = usual.replace("timeout: 2s", "timeout: 60s");
+    let usual = usual.replace("timeout: 20s", "timeout: 60s");
     format!("{usual}admin: {{socket: admin.sock}}\n")
 }
 

@@ -53,6 +53,7 @@ destinations:
 interception: {ca: {source: memory}}
 policies: {directory: policies}
 audit:
+  on_failure: degrade
   sinks: [{type: file, path: audit.jsonl}]
 "#;
 

@@ -17,9 +17,9 @@ use crate::support::world::{assert_issued, audit_lines};
 use crate::support::{eventually, has_program, unprivileged};
 
 /// How long the job's tokens live, and those that it gets for them.
-const LIFETIME: Duration = Duration::from_secs(6);
+const LIFETIME: Duration = Duration::from_secs(8);
 /// How long the job runs: more than two lives of a token.
-const RUNS_FOR: Duration = Duration::from_secs(15);
+const RUNS_FOR: Duration = Duration::from_secs(20);
 
 /// What a job does in Python, with nothing but the standard library.
 const PYTHON: &str = r#"

@@ -35,7 +35,7 @@ destinations:
 unmatched: tunnel
 interception: {ca: {source: memory}}
 policies: {directory: policies}
-audit: {sinks: [{type: file, path: audit.jsonl}]}
+audit: {on_failure: degrade, sinks: [{type: file, path: audit.jsonl}]}
 "#;
 
 const POLICIES: &str = r#"

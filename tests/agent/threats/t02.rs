@@ -1,5 +1,7 @@
 //! T2: a permitted process that becomes another program, and one whose path or cgroup somebody forged.
 
+use std::time::Duration;
+
 use tokio::process::Command;
 
 use crate::cgroups::Cgroups;
@@ -88,7 +90,8 @@ async fn t02_neither_an_exec_nor_a_forged_path_or_cgroup_makes_a_caller_another(
         let before = world.plain_api.seen().len();
         let target = world.target(listener);
         let steps = [(REQUEST, "")];
-        let departed = depart(Departure::Exec, &target, Some(NOBODY), &steps, REQUEST).await;
+        let (exec, silence) = (Departure::Exec, Duration::from_secs(30));
+        let departed = depart(exec, &target, Some(NOBODY), &steps, REQUEST, silence).await;
         assert!(departed.before.contains("\"verified\""), "{departed:#?}");
         assert!(!departed.after.contains("\"verified\""), "{departed:#?}");
         assert_eq!(world.plain_api.seen().len(), before + 1, "{departed:#?}");

@@ -29,7 +29,7 @@ const PAUSE: Duration = Duration::from_millis(250);
 const SLOW_HEADS: usize = 256;
 const REQUESTS: usize = 60;
 /// A machine that is busy with something else may spoil a comparison.
-const ATTEMPTS: usize = 3;
+const ATTEMPTS: usize = 10;
 
 const DESTINATION: &str = "  - {name: slow, hosts: [slow.example.test], scheme: http, credentials: [{name: orders-api}], connect_to: \"{slow}\"}\n";
 
