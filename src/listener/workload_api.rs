@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -95,13 +95,13 @@ where
         let caller = Arc::clone(&caller);
         async move {
             let agent = Arc::clone(&caller.agent);
-            let mut response = caller.answer(request).await;
+            let mut response = Arc::clone(&caller).answer(request).await;
             // What has a record or is refused has its id already.
             response
                 .headers_mut()
                 .entry(REQUEST_ID_HEADER)
                 .or_insert_with(|| RequestId::new(agent.clock.wall()).to_header_value());
-            if agent.has_come_to(Phase::LastAnswers) {
+            if agent.has_come_to(Phase::LastAnswers) || caller.is_unattested() {
                 say_last(&mut response);
             }
             Ok::<_, Infallible>(response.map(Full::new))
@@ -220,11 +220,20 @@ impl Caller {
 
     /// Has the connection count for an identity, if it does for none.
     fn count_for(&self, holding: &Arc<Holding>, limits: &Limits) -> Result<(), Refusal> {
-        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counted = self.counted();
         if matches!(*counted, Counted::Unattested(_)) {
             *counted = Counted::Attested(holding.connection(limits)?);
         }
         Ok(())
+    }
+
+    /// Whether the connection keeps a place among those of whom nothing is known.
+    fn is_unattested(&self) -> bool {
+        matches!(*self.counted(), Counted::Unattested(_))
+    }
+
+    fn counted(&self) -> MutexGuard<'_, Counted> {
+        self.counted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn whoami(&self, headers: &HeaderMap) -> Response<Bytes> {

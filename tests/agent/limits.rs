@@ -256,16 +256,21 @@ async fn connections_to_the_workload_api_count_for_their_identity() {
     );
     world.start_agent(&configuration, POLICIES).await;
     let connect = || TcpStream::connect(world.target("api"));
+    // Who asks for nothing that is the caller's keeps no place.
+    let mut unknown = connect().await.unwrap();
+    let ready = WHOAMI.replace("whoami", "proxy");
+    let answer = exchange(&mut unknown, &ready).await.expect(200);
+    assert_eq!(answer.headers("connection"), ["close"]);
     let mut first = connect().await.unwrap();
-    let mut second = connect().await.unwrap();
     for _ in 0..2 {
         exchange(&mut first, WHOAMI).await.expect(200);
+        let mut second = connect().await.unwrap();
         let refused = exchange(&mut second, WHOAMI).await.expect(429);
         assert_eq!(refused.code(), "too_many_requests");
     }
     drop(first);
     let began = Instant::now();
-    while exchange(&mut second, WHOAMI).await.status != 200 {
+    while exchange(&mut connect().await.unwrap(), WHOAMI).await.status != 200 {
         assert!(began.elapsed() < SOON);
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
