@@ -185,6 +185,11 @@ pub fn configuration(audit: &str) -> String {
     let usual = format!("{COMMON}{DESTINATIONS}");
     let usual = usual.replacen("listeners:\n", api, 1);
     let usual = usual.replacen("path: audit.jsonl", &format!("path: {audit}"), 1);
+    // Where nothing fits, requests are refused.
+    let usual = match audit {
+        "/dev/full" => usual.replace("on_failure: degrade", "on_failure: block"),
+        _ => usual,
+    };
     // A busy machine is no fault.
     let usual = usual.replace("timeout: 20s", "timeout: 60s");
     format!("{usual}admin: {{socket: admin.sock}}\n")
