@@ -59,8 +59,7 @@ impl Called {
     }
 
     pub fn evidence(&self) -> Fallible<PeerEvidence> {
-        let (local, peer) = (self.stream.local_addr()?, self.stream.peer_addr()?);
-        Ok(look_here(PeerEvidence::of_loopback_tcp(local, peer))?)
+        Ok(look_here(PeerEvidence::of_loopback_tcp(&self.stream))?)
     }
 }
 
