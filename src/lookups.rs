@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use countersign_attestors::IsolationKey;
 use tokio::runtime::Handle;
@@ -15,6 +16,9 @@ use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore, watch};
 
 /// How many names are looked up at once for each of: the agent itself, destinations, all identities.
 const MOST: usize = 64;
+/// How long a lookup is joined that has begun. Of one that takes longer a packet may be lost, which another is
+/// spared.
+const JOINED_FOR: Duration = Duration::from_secs(2);
 /// How many of one identity.
 const MOST_OF_IDENTITY: usize = 8;
 
@@ -27,6 +31,16 @@ pub enum Asker {
     Destinations,
     /// An identity that chose the name: unmatched traffic.
     Identity(IsolationKey),
+}
+
+impl Asker {
+    /// How many of its lookups may be under way.
+    fn most(&self) -> usize {
+        match self {
+            Self::Agent | Self::Destinations => MOST,
+            Self::Identity(_) => MOST_OF_IDENTITY,
+        }
+    }
 }
 
 /// The addresses of a host, or the resolver's words.
@@ -59,6 +73,7 @@ struct Lookup {
     asker: Asker,
     name: Name,
     turns: Arc<Semaphore>,
+    began: OnceLock<Instant>,
     answer: OnceCell<watch::Receiver<Option<Addresses>>>,
 }
 
@@ -101,25 +116,25 @@ impl Lookups {
 
     /// The lookup under way, or a new one.
     fn join(&self, asker: Asker, name: Name) -> Arc<Lookup> {
+        // Dropped after the lock, which a lookup takes when it ends.
+        let known;
         let mut queues = self.0.queues();
-        let queue = queues.entry(asker.clone()).or_insert_with(|| {
-            let turns = match asker {
-                Asker::Agent | Asker::Destinations => MOST,
-                Asker::Identity(_) => MOST_OF_IDENTITY,
-            };
-            Queue {
-                turns: Arc::new(Semaphore::new(turns)),
-                lookups: HashMap::new(),
-            }
+        let queue = queues.entry(asker.clone()).or_insert_with(|| Queue {
+            turns: Arc::new(Semaphore::new(asker.most())),
+            lookups: HashMap::new(),
         });
-        if let Some(lookup) = queue.lookups.get(&name).and_then(Weak::upgrade) {
-            return lookup;
+        known = queue.lookups.get(&name).and_then(Weak::upgrade);
+        if let Some(lookup) = &known
+            && lookup.is_joined()
+        {
+            return Arc::clone(lookup);
         }
         let lookup = Arc::new(Lookup {
             all: Arc::clone(&self.0),
             asker,
             name: name.clone(),
             turns: Arc::clone(&queue.turns),
+            began: OnceLock::new(),
             answer: OnceCell::new(),
         });
         queue.lookups.insert(name, Arc::downgrade(&lookup));
@@ -143,6 +158,7 @@ impl Lookup {
                 Asker::Identity(_) => turn(&self.all.identities).await,
             },
         ];
+        let _ = self.began.set(Instant::now());
         let (sender, answer) = watch::channel(None);
         let lookup = Arc::clone(self);
         runtime.spawn_blocking(move || {
@@ -152,6 +168,11 @@ impl Lookup {
             sender.send_replace(Some(found));
         });
         answer
+    }
+
+    fn is_joined(&self) -> bool {
+        let began = self.began.get();
+        began.is_none_or(|began| began.elapsed() < JOINED_FOR)
     }
 
     /// Who comes now looks the name up anew.
@@ -164,7 +185,8 @@ impl Lookup {
         if known.is_some_and(|known| std::ptr::eq(known.as_ptr(), self)) {
             queue.lookups.remove(&self.name);
         }
-        if queue.lookups.is_empty() {
+        let is_idle = queue.turns.available_permits() == self.asker.most();
+        if queue.lookups.is_empty() && is_idle {
             queues.remove(&self.asker);
         }
     }
@@ -185,7 +207,6 @@ async fn turn(turns: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::sync::mpsc;
-    use std::time::Duration;
 
     use futures_util::future::join_all;
     use tokio::time::timeout;
@@ -265,6 +286,16 @@ mod tests {
         assert_eq!(fixture.resolve(&asker, "live").await, Some(FOUND));
         assert_eq!(fixture.resolve(&asker, "live").await, Some(FOUND));
         assert_eq!((fixture.begun(), fixture.known()), (3, 0));
+    }
+
+    #[tokio::test]
+    async fn a_lookup_that_takes_long_is_not_joined() {
+        let fixture = Fixture::new();
+        let asker = Asker::Destinations;
+        fixture.ask_in_vain(&asker, 1).await;
+        tokio::time::sleep(JOINED_FOR).await;
+        fixture.ask_in_vain(&asker, 2).await;
+        assert_eq!((fixture.begun(), fixture.known()), (3, 2));
     }
 
     #[tokio::test]
