@@ -51,8 +51,8 @@ const IDLE: Duration = Duration::from_secs(30);
 const MAXIMUM_AGE: Duration = Duration::from_secs(300);
 /// Spread of the maximum age, so that connections opened together are not replaced together.
 const AGE_JITTER: Duration = Duration::from_secs(60);
-/// How many HTTP/2 connections a pool has before those who find no free stream no longer wait for each other's.
-const OPENED_IN_TURN: usize = 4;
+/// So many streams make a connection worth waiting for to those who find none free.
+const WORTH_SHARING: usize = 10;
 /// How long a connection that was given back may take to be free.
 const READY: Duration = Duration::from_millis(100);
 /// How long a request waits for a free descriptor at most, and how often it looks.
@@ -180,6 +180,14 @@ impl Http2Connection {
     /// there with its token, and leave also after it was refused.
     fn has_free_stream(&self) -> bool {
         Rc::strong_count(&self.stream.0) <= self.settings.max_concurrent_streams()
+    }
+}
+
+impl Pool {
+    fn is_worth_sharing(&self) -> bool {
+        let http2 = self.http2.borrow();
+        let last = http2.last();
+        last.is_some_and(|last| last.settings.max_concurrent_streams() >= WORTH_SHARING)
     }
 }
 
@@ -315,9 +323,9 @@ impl Upstreams {
                     Err(Unanswered::Failed(error)) => return Err(protocol_refusal(way, &error)),
                 }
             }
-            // Where that brought no connection to share, or HTTP/1 is spoken, the rest go each their own way.
+            // Where that brought no streams to share, or HTTP/1 is spoken, the rest go each their own way.
             let now_shared = pool.http2.borrow().len();
-            let one_more = shared < now_shared && now_shared < OPENED_IN_TURN;
+            let one_more = shared < now_shared && pool.is_worth_sharing();
             looks_in_pool = (connecting.is_none() || one_more)
                 && self.may_be_shared(way, http2_by_prior_knowledge);
             shared = now_shared;
