@@ -178,6 +178,11 @@ impl Listeners {
         for acceptor in self.acceptors.values_mut() {
             let _ = (&mut acceptor.task).await;
         }
+        self.release();
+    }
+
+    /// Closes the sockets that do not outlive this agent, once nobody is let in there.
+    pub(super) fn release(&mut self) {
         self.acceptors
             .retain(|_, acceptor| acceptor.bound.outlives_us());
     }

@@ -412,6 +412,9 @@ impl App {
         let _ = timeout_at(closing, close).await;
         self.until_closed(closing).await;
         self.agent.phase.send_replace(Phase::Closing);
+        if let Ok(mut listeners) = self.listeners.try_lock() {
+            listeners.release();
+        }
         self.until_closed(began + window).await;
     }
 
