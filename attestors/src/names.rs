@@ -1,14 +1,16 @@
 //! The names of users and groups, as the host's name service says them (nsswitch.conf(5)).
 //!
 //! A name is asked for with every connection, and may come from a directory on the network: what was said
-//! is remembered for ten seconds. The host's own caches (nscd, sssd) remember for minutes.
+//! is remembered for ten seconds, and that it said nothing for one, so that who asks together waits together.
+//! The host's own caches (nscd, sssd) remember for minutes.
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 const REMEMBERED_FOR: Duration = Duration::from_secs(10);
+const FAILURE_REMEMBERED_FOR: Duration = Duration::from_secs(1);
 
 /// Above this many, all are forgotten.
 const MOST: usize = 4096;
@@ -60,9 +62,12 @@ mod service {
     }
 }
 
-/// What was said of each id, and when.
+/// What was said of each id, and until when that is remembered.
 #[derive(Default)]
-struct Names(Mutex<HashMap<u32, (Instant, Option<String>)>>);
+struct Names(Mutex<HashMap<u32, (Instant, Said)>>);
+
+/// A name, or why it could not be said.
+type Said = Result<Option<String>, Arc<io::Error>>;
 
 impl Names {
     fn get(
@@ -71,19 +76,28 @@ impl Names {
         ask: impl FnOnce(u32) -> io::Result<Option<String>>,
     ) -> io::Result<Option<String>> {
         let lock = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((asked_at, name)) = lock().get(&id)
-            && asked_at.elapsed() < REMEMBERED_FOR
+        let again = |said: &Said| {
+            said.clone()
+                .map_err(|error| io::Error::new(error.kind(), error))
+        };
+        if let Some((until, said)) = lock().get(&id)
+            && Instant::now() < *until
         {
-            return Ok(name.clone());
+            return again(said);
         }
         let asked_at = Instant::now();
-        let name = ask(id)?;
+        let said = ask(id).map_err(Arc::new);
+        let until = match said {
+            Ok(_) => asked_at + REMEMBERED_FOR,
+            Err(_) => Instant::now() + FAILURE_REMEMBERED_FOR,
+        };
         let mut known = lock();
         if known.len() >= MOST {
             known.clear();
         }
-        known.insert(id, (asked_at, name.clone()));
-        Ok(name)
+        let outcome = again(&said);
+        known.insert(id, (until, said));
+        outcome
     }
 }
 
@@ -95,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_is_asked_for_once_and_a_failure_again() {
+    fn a_name_is_asked_for_once_and_after_a_failure_again() {
         let names = Names::default();
         let asked = Cell::new(0);
         let ask = |outcome: io::Result<Option<String>>| {
@@ -105,8 +119,16 @@ mod tests {
             })
         };
         ask(Err(io::Error::other("the directory is away"))).unwrap_err();
+        let began = Instant::now();
+        // At once without being asked.
+        while let Err(error) = ask(Ok(Some("orders".to_owned()))) {
+            assert_eq!(error.to_string(), "the directory is away");
+            assert_eq!(asked.get(), 1);
+            assert!(began.elapsed() < Duration::from_secs(20));
+        }
+        assert!(began.elapsed() > FAILURE_REMEMBERED_FOR / 2);
         for _ in 0..3 {
-            let name = ask(Ok(Some("orders".to_owned()))).unwrap();
+            let name = ask(Ok(None)).unwrap();
             assert_eq!(name.as_deref(), Some("orders"));
         }
         assert_eq!(asked.get(), 2);
@@ -115,12 +137,8 @@ mod tests {
     #[test]
     fn an_old_name_is_asked_for_again_and_there_are_not_more_than_may_be() {
         let names = Names::default();
-        let long_ago = Instant::now().checked_sub(REMEMBERED_FOR).unwrap();
-        names
-            .0
-            .lock()
-            .unwrap()
-            .insert(7, (long_ago, Some("before".to_owned())));
+        let before = Ok(Some("before".to_owned()));
+        names.0.lock().unwrap().insert(7, (Instant::now(), before));
         let name = names.get(7, |_| Ok(None)).unwrap();
         assert_eq!(name, None);
         for id in 0..2 * u32::try_from(MOST).unwrap() {

@@ -84,7 +84,7 @@ pub(super) fn sha256(file: File) -> io::Result<Option<[u8; 32]>> {
     if identity.size > LARGEST_EXECUTABLE {
         return Ok(None);
     }
-    let hash = match identity.is_older_than(A_TICK, SystemTime::now()) {
+    let hash = match identity.shows_changes(A_TICK, SystemTime::now()) {
         true => HASHES.get_or_insert_with(&identity, || digest(file, &identity)),
         false => digest(file, &identity),
     };

@@ -23,13 +23,12 @@ pub(crate) struct FileIdentity {
 }
 
 impl FileIdentity {
-    /// Whether it was changed last at least `age` before `now`.
-    pub(crate) fn is_older_than(&self, age: Duration, now: SystemTime) -> bool {
+    /// Whether a change at about `now` would show, as the last one was at least `apart` from that.
+    pub(crate) fn shows_changes(&self, apart: Duration, now: SystemTime) -> bool {
         let (seconds, nanoseconds) = self.changed;
         let since_epoch = now.duration_since(UNIX_EPOCH).unwrap_or_default();
-        u64::try_from(seconds).is_ok_and(|seconds| {
-            since_epoch.saturating_sub(Duration::new(seconds, nanoseconds)) >= age
-        })
+        u64::try_from(seconds)
+            .is_ok_and(|seconds| since_epoch.abs_diff(Duration::new(seconds, nanoseconds)) >= apart)
     }
 
     /// True when both are the same file at the same mount, whatever its content has become.
