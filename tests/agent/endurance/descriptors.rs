@@ -28,6 +28,18 @@ pub(super) fn descriptors(pid: u32) -> usize {
         .count()
 }
 
+/// Lets an agent open so many more descriptors than it has; how many that are in all.
+fn leave_descriptors(agent: &Agent, more: u64) -> u64 {
+    let limit = descriptors(agent.pid()) as u64 + more;
+    let pid = Pid::from_raw(agent.pid().try_into().unwrap());
+    let limits = Rlimit {
+        current: Some(limit),
+        maximum: Some(limit),
+    };
+    prlimit(pid, Resource::Nofile, limits).unwrap();
+    limit
+}
+
 /// The processor time that a process has used (proc_pid_stat(5): utime and stime).
 fn processor_time(pid: u32) -> Duration {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
@@ -65,13 +77,7 @@ async fn an_agent_without_descriptors_rests_answers_probes_and_recovers() {
     let mut served = UnixStream::connect(&proxy).await.unwrap();
     exchange(&mut served, PLAIN).await.expect(200);
 
-    let limit = descriptors(agent.pid()) as u64 + 150;
-    let pid = Pid::from_raw(agent.pid().try_into().unwrap());
-    let limits = Rlimit {
-        current: Some(limit),
-        maximum: Some(limit),
-    };
-    prlimit(pid, Resource::Nofile, limits).unwrap();
+    let limit = leave_descriptors(&agent, 150);
     // They stay open, or are closed by the agent; who finds no place waits.
     let mut callers = Vec::new();
     for _ in 0..CALLERS {
@@ -113,13 +119,7 @@ async fn an_agent_without_descriptors_ends_in_time() {
     const WAITING: usize = 900;
     let mut agent = Agent::start(None, DESTINATIONS, POLICIES).await;
     agent.good(None).await;
-    let limit = descriptors(agent.pid()) as u64 + 20;
-    let pid = Pid::from_raw(agent.pid().try_into().unwrap());
-    let limits = Rlimit {
-        current: Some(limit),
-        maximum: Some(limit),
-    };
-    prlimit(pid, Resource::Nofile, limits).unwrap();
+    leave_descriptors(&agent, 20);
     let mut callers = Vec::new();
     for _ in 0..WAITING {
         let proxy = agent.world.path("proxy.sock");
@@ -187,13 +187,7 @@ async fn requests_wait_for_the_descriptors_of_others() {
         callers.push(io);
     }
     // Too few for every caller to have a connection to the destination.
-    let limit = descriptors(agent.pid()) as u64 + CALLERS as u64 / 4;
-    let pid = Pid::from_raw(agent.pid().try_into().unwrap());
-    let limits = Rlimit {
-        current: Some(limit),
-        maximum: Some(limit),
-    };
-    prlimit(pid, Resource::Nofile, limits).unwrap();
+    let limit = leave_descriptors(&agent, CALLERS as u64 / 4);
 
     let begun = Instant::now();
     let answered = until_served(&mut callers, Duration::from_millis(60)).await;
