@@ -2,8 +2,6 @@
 //! that it may be inside of.
 
 use std::cell::{Cell, RefCell};
-use std::future::Future;
-use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -12,7 +10,8 @@ use countersign_attestors::evidence::EvidenceError;
 use countersign_attestors::{
     AttestedWorkload, Catalog, ConnectionAttestation, Generation, PresentedToken,
 };
-
+use futures_util::FutureExt;
+use futures_util::future::{LocalBoxFuture, Shared};
 use http::{Request, Version};
 
 use crate::agent::Agent;
@@ -30,7 +29,7 @@ use crate::request_id::SessionId;
 use crate::streams::{RequestBody, Stream};
 
 /// What a connection was accepted on.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Entry {
     /// The listener's name.
     pub listener: Arc<str>,
@@ -52,10 +51,19 @@ pub struct Tunnel {
     pub valid_until: Cell<Option<SystemTime>>,
     /// Whether it has taken over its connection, and is counted as that.
     pub is_alone: bool,
-    /// Held until a request in it is attested.
-    pub place: RefCell<Option<Place>>,
-    /// Held from then on, where other tunnels share the connection.
-    pub held: RefCell<Option<Held>>,
+    /// What it counts as.
+    pub counted: RefCell<Counted>,
+}
+
+/// What a tunnel counts as.
+#[derive(Debug)]
+pub enum Counted {
+    /// One of those of whom nothing is known: until a request in it is attested.
+    Unattested(Place),
+    /// A connection of the identity that asks in it, where other tunnels share that which it is inside of.
+    Connection(Held),
+    /// The connection that it has taken over.
+    Alone,
 }
 
 impl Tunnel {
@@ -65,11 +73,13 @@ impl Tunnel {
     /// # Errors
     /// When the identity holds too many connections.
     pub fn count(&self, holding: &Arc<Holding>, limits: &Limits) -> Result<(), Refusal> {
-        let mut held = self.held.borrow_mut();
-        if held.is_none() && !self.is_alone {
-            *held = Some(holding.connection(limits)?);
+        let mut counted = self.counted.borrow_mut();
+        if matches!(*counted, Counted::Unattested(_)) {
+            *counted = match self.is_alone {
+                true => Counted::Alone,
+                false => Counted::Connection(holding.connection(limits)?),
+            };
         }
-        self.place.take();
         Ok(())
     }
 }
@@ -79,15 +89,17 @@ pub struct Connection {
     /// The worker that serves it.
     pub worker: Rc<Worker>,
     /// What it was accepted on.
-    pub entry: Entry,
+    pub entry: Arc<Entry>,
     /// Who is at the other end; shared by a connection and the tunnels inside it.
     pub caller: Rc<Caller>,
     /// The tunnel, for what came through one.
-    pub tunnel: Option<Tunnel>,
+    pub tunnel: Option<Box<Tunnel>>,
     /// Takes interim responses, where the connection is HTTP/1.
     pub interim: Option<Arc<Interim>>,
     /// What cuts it, when it is idle or may not go on.
     pub stream: Rc<Stream>,
+    /// Whether a request came.
+    pub is_used: Cell<bool>,
 }
 
 impl Connection {
@@ -98,11 +110,10 @@ impl Connection {
 
     /// Whether no request of it was attested: then it keeps a place among those of whom nothing is known.
     pub fn is_unattested(&self) -> bool {
-        let place = match &self.tunnel {
-            Some(tunnel) => &tunnel.place,
-            None => &self.caller.place,
-        };
-        place.borrow().is_some()
+        match &self.tunnel {
+            Some(tunnel) => matches!(*tunnel.counted.borrow(), Counted::Unattested(_)),
+            None => self.caller.place.borrow().is_some(),
+        }
     }
 
     /// Has the destination's interim responses passed on. HTTP/1.0 knows none.
@@ -273,14 +284,16 @@ pub type CallerAttestation = Result<ConnectionAttestation, EvidenceError>;
 struct Renewed {
     last: RefCell<Rc<CallerAttestation>>,
     /// The one that is being made. Whoever needs it goes on with it, also where who began it went away.
-    next: tokio::sync::Mutex<Option<Pin<Box<dyn Future<Output = ConnectionAttestation>>>>>,
+    next: RefCell<Option<Renewal>>,
 }
+
+type Renewal = Shared<LocalBoxFuture<'static, Rc<CallerAttestation>>>;
 
 impl Renewed {
     fn new(attestation: CallerAttestation) -> Self {
         Self {
             last: RefCell::new(Rc::new(attestation)),
-            next: tokio::sync::Mutex::default(),
+            next: RefCell::default(),
         }
     }
 
@@ -290,25 +303,30 @@ impl Renewed {
 
     /// The attestation by `catalog`. Whoever asks while one is made waits for that one.
     async fn under(&self, catalog: &Arc<Catalog>) -> Rc<CallerAttestation> {
-        if self.renewal(catalog).is_none() {
-            return self.last();
-        }
-        let mut next = self.next.lock().await;
         while let Some(renewal) = self.renewal(catalog) {
-            let renewed = next.get_or_insert_with(|| Box::pin(renewal)).await;
-            *next = None;
-            *self.last.borrow_mut() = Rc::new(Ok(renewed));
+            let next = self.next.borrow_mut().get_or_insert(renewal).clone();
+            let renewed = next.clone().await;
+            // Not where another waiter has done so.
+            let is_next = |known: &mut Renewal| known.ptr_eq(&next);
+            if self.next.borrow_mut().take_if(is_next).is_some() {
+                *self.last.borrow_mut() = renewed;
+            }
         }
         self.last()
     }
 
     /// Makes one by `catalog`, where the last one is not current.
-    fn renewal(
-        &self,
-        catalog: &Arc<Catalog>,
-    ) -> Option<impl Future<Output = ConnectionAttestation> + use<>> {
+    fn renewal(&self, catalog: &Arc<Catalog>) -> Option<Renewal> {
         match self.last().as_ref() {
-            Ok(last) if !last.is_current(catalog) => Some(last.under(Arc::clone(catalog))),
+            Ok(last) if !last.is_current(catalog) => {
+                let renewed = last.under(Arc::clone(catalog));
+                Some(
+                    renewed
+                        .map(|renewed| Rc::new(Ok(renewed)))
+                        .boxed_local()
+                        .shared(),
+                )
+            }
             _ => None,
         }
     }

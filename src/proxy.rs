@@ -703,12 +703,14 @@ async fn connect(
         .any(|destination| !destination.credentials.is_empty());
     if intercepted {
         // Clients hide the body of a refused CONNECT: every refusal is made inside.
-        let connection = Rc::clone(connection);
-        spawn_local(async move {
-            if let Ok(upgraded) = hyper::upgrade::on(request).await {
-                serve_tunnel(connection, upgraded, asked.target.clone(), presented).await;
-            }
-        });
+        let upgrade = hyper::upgrade::on(request);
+        let target = asked.target.clone();
+        spawn_local(serve_tunnel(
+            Rc::clone(connection),
+            upgrade,
+            target,
+            presented,
+        ));
         return Ok(Answer::Unrecorded(Response::new(ResponseBody::whole(
             Vec::new(),
         ))));

@@ -178,7 +178,7 @@ fn restrict(path: &Path, access: &SocketAccess) -> io::Result<()> {
 /// A connection on its way to a data worker.
 pub struct Accepted {
     socket: Socket,
-    entry: Entry,
+    entry: Arc<Entry>,
     attestation: CallerAttestation,
     place: Place,
     open: Open,
@@ -343,14 +343,14 @@ pub async fn accept(
 ) {
     let name: Arc<str> = Arc::from(listener.name.as_str());
     let metrics = agent.metrics.listener(&name);
-    let entry = Entry {
+    let entry = Arc::new(Entry {
         listener: Arc::clone(&name),
         gateway: match &listener.kind {
             ListenerKind::Gateway { destination } => Some(Arc::clone(&destination.name)),
             ListenerKind::ForwardProxy | ListenerKind::WorkloadApi => None,
         },
         places: Places::new(unattested, metrics.clone()),
-    };
+    });
     let mut phases = agent.phase.subscribe();
     loop {
         // Who waits for a socket that nobody else has is let in before it closes, while there is time; who
@@ -392,7 +392,7 @@ pub async fn accept(
         let arriving = Load::on(&workers.elsewhere);
         let agent = Arc::clone(&agent);
         let workers = workers.clone();
-        let entry = entry.clone();
+        let entry = Arc::clone(&entry);
         let is_workload_api = listener.kind == ListenerKind::WorkloadApi;
         tokio::spawn(async move {
             let catalog = Arc::clone(&agent.snapshot.load().catalog);
@@ -403,8 +403,8 @@ pub async fn accept(
             };
             if is_workload_api {
                 if let Some(stream) = socket {
-                    workload_api::serve(agent, entry.listener, attestation, stream, place, open)
-                        .await;
+                    let name = Arc::clone(&entry.listener);
+                    workload_api::serve(agent, name, attestation, stream, place, open).await;
                 }
                 drop(arriving);
                 return;

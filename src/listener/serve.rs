@@ -13,7 +13,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
-use hyper::upgrade::Upgraded;
+use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
@@ -25,7 +25,7 @@ use super::sniff::{Prefixed, Protocol, sniff};
 use super::unreadable::Unreadable;
 use crate::agent::{Agent, Phase, until};
 use crate::config::{Limits, Scheme};
-use crate::connection::{Caller, Connection, Entry, Tunnel};
+use crate::connection::{Caller, Connection, Counted, Entry, Tunnel};
 use crate::local::LocalExecutor;
 use crate::proxy::{Worker, answer};
 use crate::request::Target;
@@ -46,15 +46,44 @@ const CONNECTION_IDLE: Duration = Duration::from_secs(3600);
 /// How long a connection that was cut may take to end in good order. What is open on it is cut by itself.
 const FAREWELL: Duration = Duration::from_secs(5);
 
+/// What serves a connection until it closes.
+type Serving = Pin<Box<dyn Future<Output = ()>>>;
+
 /// Serves an accepted connection until it closes.
-pub async fn serve_connection<Io>(worker: Rc<Worker>, entry: Entry, caller: Rc<Caller>, io: Io)
+pub fn serve_connection<Io>(
+    worker: Rc<Worker>,
+    entry: Arc<Entry>,
+    caller: Rc<Caller>,
+    io: Io,
+) -> impl Future<Output = ()>
 where
     Io: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    // Boxed: a connection keeps nothing of how it began.
-    let Some((protocol, io)) = Box::pin(first_bytes(&worker.agent, io)).await else {
-        return;
-    };
+    serve_once_begun(begin_connection(worker, entry, caller, io))
+}
+
+/// A connection keeps nothing of how it began, but for what serves it.
+fn serve_once_begun(
+    begun: impl Future<Output = Option<Serving>> + 'static,
+) -> impl Future<Output = ()> {
+    let begun = Box::pin(begun);
+    async {
+        if let Some(serving) = begun.await {
+            serving.await;
+        }
+    }
+}
+
+async fn begin_connection<Io>(
+    worker: Rc<Worker>,
+    entry: Arc<Entry>,
+    caller: Rc<Caller>,
+    io: Io,
+) -> Option<Serving>
+where
+    Io: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (protocol, io) = first_bytes(&worker.agent, io).await?;
     let connection = Rc::new(Connection {
         stream: Stream::new(head_timeout(&worker.agent), Weak::new()),
         worker,
@@ -62,12 +91,13 @@ where
         caller,
         tunnel: None,
         interim: interim_for(protocol == Protocol::Http1),
+        is_used: Cell::new(false),
     });
     match protocol {
         // The proxy itself is spoken to in plain HTTP on loopback or a Unix socket.
-        Protocol::Tls => {}
-        Protocol::Http1 => serve(connection, io, false).await,
-        Protocol::Http2 => serve(connection, io, true).await,
+        Protocol::Tls => None,
+        Protocol::Http1 => Some(serve(connection, io, false)),
+        Protocol::Http2 => Some(serve(connection, io, true)),
     }
 }
 
@@ -91,53 +121,55 @@ fn head_timeout(agent: &Agent) -> Duration {
 }
 
 /// Serves the inside of an intercepted tunnel: TLS under a leaf for its host, or plain HTTP.
-pub async fn serve_tunnel(
+pub fn serve_tunnel(
     outer: Rc<Connection>,
-    upgraded: Upgraded,
+    upgrade: OnUpgrade,
     target: Target,
     presented: Option<PresentedToken>,
-) {
-    // Until a request in it is attested: what it asks is its identity's.
-    let Some(place) = outer.entry.places.take() else {
-        return;
-    };
-    let Ok(Ok((protocol, io))) = timeout(SNIFF_TIMEOUT, sniff(TokioIo::new(upgraded))).await else {
-        return;
-    };
+) -> impl Future<Output = ()> {
+    serve_once_begun(begin_tunnel(outer, upgrade, target, presented))
+}
+
+async fn begin_tunnel(
+    outer: Rc<Connection>,
+    upgrade: OnUpgrade,
+    target: Target,
+    presented: Option<PresentedToken>,
+) -> Option<Serving> {
+    let upgraded = upgrade.await.ok()?;
     let worker = Rc::clone(&outer.worker);
+    // Until a request in it is attested: what it asks is its identity's.
+    let place = outer.entry.places.take()?;
+    let sniffed = timeout(SNIFF_TIMEOUT, sniff(TokioIo::new(upgraded))).await;
+    let (protocol, io) = sniffed.ok()?.ok()?;
     // The tunnel keeps nothing of the connection that it has taken over.
     let inside = move |scheme, target, http1| {
         Rc::new(Connection {
             stream: outer.open(head_timeout(&outer.worker.agent)),
             worker: Rc::clone(&outer.worker),
-            entry: outer.entry.clone(),
+            entry: Arc::clone(&outer.entry),
             caller: Rc::clone(&outer.caller),
-            tunnel: Some(Tunnel {
+            tunnel: Some(Box::new(Tunnel {
                 target,
                 scheme,
                 presented,
                 valid_until: Cell::new(None),
                 // HTTP/1 has no other request on a connection that is a tunnel.
                 is_alone: outer.interim.is_some(),
-                place: RefCell::new(Some(place)),
-                held: RefCell::default(),
-            }),
+                counted: RefCell::new(Counted::Unattested(place)),
+            })),
             interim: interim_for(http1),
+            is_used: Cell::new(false),
         })
     };
     match protocol {
-        Protocol::Http1 => serve(inside(Scheme::Http, target, true), io, false).await,
-        Protocol::Http2 => serve(inside(Scheme::Http, target, false), io, true).await,
+        Protocol::Http1 => Some(serve(inside(Scheme::Http, target, true), io, false)),
+        Protocol::Http2 => Some(serve(inside(Scheme::Http, target, false), io, true)),
         Protocol::Tls => {
-            // Boxed: the tunnel keeps nothing of its handshake.
-            let accepted = Box::pin(timeout(
-                HANDSHAKE_TIMEOUT,
-                accept_intercepted(&worker, &target, io),
-            ))
-            .await;
-            match accepted {
+            let shaken = accept_intercepted(&worker, &target, io);
+            match timeout(HANDSHAKE_TIMEOUT, shaken).await {
                 Ok(Ok((stream, http2))) => {
-                    serve(inside(Scheme::Https, target, !http2), stream, http2).await;
+                    Some(serve(inside(Scheme::Https, target, !http2), stream, http2))
                 }
                 Ok(Err(detail)) => {
                     tracing::debug!(
@@ -145,11 +177,15 @@ pub async fn serve_tunnel(
                         detail,
                         "an intercepted handshake failed"
                     );
+                    None
                 }
-                Err(_) => tracing::debug!(
-                    host = target.host(),
-                    "an intercepted handshake took too long"
-                ),
+                Err(_) => {
+                    tracing::debug!(
+                        host = target.host(),
+                        "an intercepted handshake took too long"
+                    );
+                    None
+                }
             }
         }
     }
@@ -206,25 +242,21 @@ struct CallerLives {
     /// The phase of the agent in which it ends.
     ends_in: Phase,
     began: Instant,
-    /// Whether a request came.
-    is_used: Rc<Cell<bool>>,
 }
 
 impl CallerLives {
     /// Whether the connection's place in the agent's end is now. One that has just been opened is owed
     /// its first request: the client has no reason to send that one twice.
-    fn is_to_end(&self, agent: &Agent) -> bool {
-        agent.has_come_to(self.ends_in)
-            && (self.is_used.get() || self.began.elapsed() >= FIRST_REQUEST)
+    fn is_to_end(&self, connection: &Connection) -> bool {
+        connection.worker.agent.has_come_to(self.ends_in)
+            && (connection.is_used.get() || self.began.elapsed() >= FIRST_REQUEST)
     }
 }
 
 impl Permission for CallerLives {
     fn check(&self) -> Result<(), CutReason> {
         match self.connection.upgrade() {
-            Some(connection) if self.is_to_end(&connection.worker.agent) => {
-                Err(CutReason::ShuttingDown)
-            }
+            Some(connection) if self.is_to_end(&connection) => Err(CutReason::ShuttingDown),
             Some(connection) if connection.is_permitted() => Ok(()),
             _ => Err(CutReason::PermissionEnded),
         }
@@ -240,7 +272,7 @@ pub(super) fn say_last<Body>(response: &mut Response<Body>) {
     }
 }
 
-async fn serve<Io>(connection: Rc<Connection>, io: Io, http2: bool)
+fn serve<Io>(connection: Rc<Connection>, io: Io, http2: bool) -> Serving
 where
     Io: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -253,7 +285,6 @@ where
     let interim = connection.interim.clone().unwrap_or_default();
     let unreadable = Unreadable::of(&connection);
     let stream = Rc::clone(&connection.stream);
-    let is_used = Rc::new(Cell::new(false));
     worker.open_streams.watch(
         &stream,
         Rc::new(CallerLives {
@@ -265,20 +296,19 @@ where
                 Phase::Closing
             },
             began: Instant::now(),
-            is_used: Rc::clone(&is_used),
         }),
     );
     let service = service_fn(move |request: Request<Incoming>| {
         connection.stream.touch();
         connection.stream.may_idle(CONNECTION_IDLE);
-        is_used.set(true);
+        connection.is_used.set(true);
         let connection = Rc::clone(&connection);
-        async move {
+        // Boxed: idle connections keep none of its state.
+        Box::pin(async move {
             let owed = connection.interim.as_ref().map(Owed::on);
             let agent = Arc::clone(&connection.worker.agent);
             let is_connect = request.method() == Method::CONNECT;
-            // Boxed: idle connections keep none of its state.
-            let mut response = Box::pin(answer(Rc::clone(&connection), request)).await;
+            let mut response = answer(Rc::clone(&connection), request).await;
             connection
                 .stream
                 .may_idle(match connection.is_unattested() {
@@ -292,10 +322,9 @@ where
                 say_last(&mut response);
             }
             Ok::<_, Infallible>(response.map(|body| OwedBody { body, _owed: owed }))
-        }
+        })
     });
-    // Boxed: a connection keeps the state of what it speaks, and not the room for all that it might.
-    let ended = if http2 {
+    if http2 {
         let served = http2::Builder::new(LocalExecutor)
             .timer(TokioTimer::new())
             .max_concurrent_streams(MAXIMUM_STREAMS)
@@ -303,7 +332,7 @@ where
             .adaptive_window(true)
             .serve_connection(TokioIo::new(io), service);
         let ending = http2::Connection::graceful_shutdown;
-        until_ended(Box::pin(served), ending, &stream).await
+        Box::pin(until_ended(Box::pin(served), ending, stream))
     } else {
         let io = WithInterim {
             io: Lingering::new(io, Arc::clone(&worker.agent), Arc::clone(&interim)),
@@ -320,10 +349,7 @@ where
             .serve_connection(TokioIo::new(io), service)
             .with_upgrades();
         let ending = http1::UpgradeableConnection::graceful_shutdown;
-        until_ended(Box::pin(served), ending, &stream).await
-    };
-    if let Err(error) = ended {
-        tracing::debug!(%error, "a workload's connection ended");
+        Box::pin(until_ended(Box::pin(served), ending, stream))
     }
 }
 
@@ -332,22 +358,29 @@ where
 async fn until_ended<Served>(
     mut served: Pin<Box<Served>>,
     graceful_shutdown: impl FnOnce(Pin<&mut Served>),
-    stream: &Stream,
-) -> hyper::Result<()>
-where
+    stream: Rc<Stream>,
+) where
     Served: Future<Output = hyper::Result<()>>,
 {
     let reason = tokio::select! {
         biased;
-        ended = served.as_mut() => return ended,
+        ended = served.as_mut() => return note_end(ended),
         reason = stream.until_cut() => reason,
     };
     graceful_shutdown(served.as_mut());
-    match reason {
+    note_end(match reason {
         CutReason::ShuttingDown => served.await,
         CutReason::PermissionEnded | CutReason::NoResponse | CutReason::Idle => {
-            timeout(FAREWELL, served).await.unwrap_or(Ok(()))
+            // Boxed: no connection keeps room for the timer.
+            let farewell = Box::pin(timeout(FAREWELL, served));
+            farewell.await.unwrap_or(Ok(()))
         }
+    });
+}
+
+fn note_end(ended: hyper::Result<()>) {
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a workload's connection ended");
     }
 }
 

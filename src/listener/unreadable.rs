@@ -10,7 +10,7 @@ use http::{Response, StatusCode, Version};
 
 use crate::agent::Agent;
 use crate::audit::{Record, RequestRecord};
-use crate::connection::{Connection, Known};
+use crate::connection::{Connection, Entry, Known};
 use crate::problem::{self, Surface};
 use crate::proxy::audit_refusal;
 use crate::refusal::{Refusal, RefusalCode};
@@ -19,8 +19,7 @@ use crate::request_id::RequestId;
 /// Refuses what cannot be read on one connection.
 pub struct Unreadable {
     agent: Arc<Agent>,
-    listener: Arc<str>,
-    surface: Surface,
+    entry: Arc<Entry>,
     known: Arc<Mutex<Option<Known>>>,
 }
 
@@ -29,11 +28,7 @@ impl Unreadable {
     pub fn of(connection: &Connection) -> Self {
         Self {
             agent: Arc::clone(&connection.worker.agent),
-            listener: Arc::clone(&connection.entry.listener),
-            surface: match connection.entry.gateway {
-                Some(_) => Surface::Gateway,
-                None => Surface::Proxy,
-            },
+            entry: Arc::clone(&connection.entry),
             known: connection.caller.known(),
         }
     }
@@ -47,7 +42,7 @@ impl Unreadable {
         let mut record = RequestRecord::begun(
             time,
             request_id,
-            Arc::clone(&self.listener),
+            Arc::clone(&self.entry.listener),
             None,
             Version::HTTP_11,
         );
@@ -62,7 +57,11 @@ impl Unreadable {
             refusal = audit_refusal();
         }
         self.agent.metrics.refusal(refusal.code);
-        as_http1(&problem::response(&refusal, request_id, self.surface), time)
+        let surface = match self.entry.gateway {
+            Some(_) => Surface::Gateway,
+            None => Surface::Proxy,
+        };
+        as_http1(&problem::response(&refusal, request_id, surface), time)
     }
 }
 
