@@ -192,6 +192,11 @@ impl Caller {
         Arc::clone(&self.known)
     }
 
+    /// Takes a place for a tunnel inside the connection, if the caller may have one more.
+    pub fn take_place(&self, places: &Places, agent: &Agent) -> Option<Place> {
+        places.attribute(places.take()?, &self.attestation.last(), agent)
+    }
+
     /// Whether the process at the other end still is what was attested: a system call for each process that holds
     /// the connection, at most once in a millisecond.
     pub fn is_still_attested(&self) -> bool {

@@ -28,6 +28,7 @@ pub struct IdentityLimits {
 pub struct Holding {
     connections: AtomicUsize,
     requests: AtomicUsize,
+    unattested: AtomicUsize,
     /// Monotonic nanoseconds at which everything that it asked would be done at its rate.
     asked_until: AtomicU64,
 }
@@ -43,6 +44,7 @@ pub struct Held {
 enum Kind {
     Connection,
     Request,
+    Unattested,
 }
 
 impl IdentityLimits {
@@ -135,25 +137,34 @@ impl Holding {
         ))
     }
 
+    /// Takes one connection or tunnel in which no request was attested yet; `None` where `most` are held.
+    pub fn unattested(self: &Arc<Self>, most: usize) -> Option<Held> {
+        self.try_take(Kind::Unattested, most)
+    }
+
     fn take(self: &Arc<Self>, kind: Kind, most: usize, setting: &str) -> Result<Held, Refusal> {
+        self.try_take(kind, most).ok_or_else(|| {
+            Refusal::new(
+                RefusalCode::TooManyRequests,
+                format!("this identity holds its {most} `limits.per_identity.{setting}`"),
+            )
+        })
+    }
+
+    fn try_take(self: &Arc<Self>, kind: Kind, most: usize) -> Option<Held> {
         // Counted first: two that arrive at once must not both take the last place.
         let held = Held {
             holding: Arc::clone(self),
             kind,
         };
-        match self.counter(kind).fetch_add(1, Ordering::Relaxed) < most {
-            true => Ok(held),
-            false => Err(Refusal::new(
-                RefusalCode::TooManyRequests,
-                format!("this identity holds its {most} `limits.per_identity.{setting}`"),
-            )),
-        }
+        (self.counter(kind).fetch_add(1, Ordering::Relaxed) < most).then_some(held)
     }
 
     fn counter(&self, kind: Kind) -> &AtomicUsize {
         match kind {
             Kind::Connection => &self.connections,
             Kind::Request => &self.requests,
+            Kind::Unattested => &self.unattested,
         }
     }
 }

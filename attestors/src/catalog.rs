@@ -12,7 +12,8 @@ use crate::evidence::{PeerEvidence, PresentedToken};
 use crate::observers::{self, Turn};
 use crate::oidc;
 use crate::workload::{
-    AttestationEnded, AttestedWorkload, Established, FailedAttestor, FailureKind, WorkloadFacts,
+    AttestationEnded, AttestedWorkload, Established, FailedAttestor, FailureKind, IsolationKey,
+    WorkloadFacts,
 };
 
 /// How many verified tokens are remembered, and how many sets of facts.
@@ -251,6 +252,11 @@ impl ConnectionAttestation {
             incomplete_since,
             last: ArcSwapOption::empty(),
         }
+    }
+
+    /// Whom the kernel shows, without any token; `None` where it knows nothing of the caller.
+    pub fn kernel_identity(&self) -> Option<&IsolationKey> {
+        self.peer.process().map(|_| self.kernel.isolation_key())
     }
 
     /// Checks that the process at the other end lives and runs what was attested.

@@ -401,6 +401,10 @@ pub async fn accept(
                 Ok(evidence) => Ok(ConnectionAttestation::new(catalog, evidence).await),
                 Err(error) => Err(error),
             };
+            let Some(place) = entry.places.attribute(place, &attestation, &agent) else {
+                tracing::debug!(listener = %entry.listener, "too many connections of one identity wait to be attested");
+                return;
+            };
             if is_workload_api {
                 if let Some(stream) = socket {
                     let name = Arc::clone(&entry.listener);

@@ -139,7 +139,9 @@ async fn begin_tunnel(
     let upgraded = upgrade.await.ok()?;
     let worker = Rc::clone(&outer.worker);
     // Until a request in it is attested: what it asks is its identity's.
-    let place = outer.entry.places.take()?;
+    let place = outer
+        .caller
+        .take_place(&outer.entry.places, &worker.agent)?;
     let sniffed = timeout(SNIFF_TIMEOUT, sniff(TokioIo::new(upgraded))).await;
     let (protocol, io) = sniffed.ok()?.ok()?;
     // The tunnel keeps nothing of the connection that it has taken over.

@@ -16,9 +16,10 @@ use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
 use crate::support::counts::reached;
-use crate::support::eventually;
+use crate::support::puppet::Puppet;
 use crate::support::raw::{exchange, open_tunnel};
 use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World};
+use crate::support::{NOBODY, eventually, is_root};
 
 const PLAIN: &str =
     "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
@@ -168,7 +169,8 @@ async fn whoever_says_nothing_is_closed() {
 async fn only_so_many_wait_to_be_attested() {
     let world = World::start().await;
     world.good().await;
-    let proxy = Proxy::start(&world, 2).await;
+    // A quarter of them is one identity's.
+    let proxy = Proxy::start(&world, 8).await;
     let refused = || {
         let metrics = world.app().agent().metrics.encode();
         metrics
@@ -213,6 +215,31 @@ async fn only_so_many_wait_to_be_attested() {
     reached("refused_places", 3);
 }
 
+/// Tunnels in one connection cost whoever opens them next to nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_identity_does_not_take_the_places_of_others() {
+    const PLACES: usize = 40;
+    if !is_root("one_identity_does_not_take_the_places_of_others") {
+        return;
+    }
+    let world = World::start().await;
+    world.good().await;
+    let proxy = Proxy::start(&world, PLACES).await;
+    let other = Puppet::start(&proxy.address.to_string(), Some(NOBODY)).await;
+    let (mut sender, _) = http2(proxy.connect().await).await;
+    let mut tunnels = Vec::new();
+    for _ in 0..2 * PLACES {
+        let mut inside = tunnel(&mut sender).await;
+        // It may be closed by now.
+        let _ = inside.write_all(b"G").await;
+        tunnels.push(inside);
+    }
+    closed(proxy.connect().await).await;
+    exchange(&mut other.connect().await, PLAIN)
+        .await
+        .expect(200);
+}
+
 /// Whoever asks only what is refused before the caller is attested has no more time than who asks nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_is_not_attested_keeps_no_connection() {
@@ -250,7 +277,7 @@ async fn a_connection_stays_for_the_tunnels_in_it() {
 async fn a_tunnel_has_a_place_until_somebody_in_it_is_attested() {
     let world = World::start().await;
     world.good().await;
-    let proxy = Proxy::start(&world, 3).await;
+    let proxy = Proxy::start(&world, 12).await;
     let (mut sender, _) = http2(proxy.connect().await).await;
     let mut tunnels = [tunnel(&mut sender).await, tunnel(&mut sender).await];
     for inside in &mut tunnels {
