@@ -393,8 +393,8 @@ pub(super) struct Destination {
 pub(super) struct CredentialUse {
     /// The credential.
     pub(super) name: Text,
-    /// The scopes asked for, some of the credential's. Default: all of them.
-    pub(super) scopes: Option<Vec<Text>>,
+    /// The scopes asked for: one of the credential's at least. Default: all of them.
+    pub(super) scopes: Option<Located<Vec<Text>>>,
     /// How it is put on the request.
     pub(super) inject: Option<Located<Inject>>,
 }

@@ -545,6 +545,12 @@ fn resolve<'a>(
             if asked.len() < scopes.len() {
                 return Err(malformed("a scope is asked for twice".to_owned()));
             }
+            if scopes.is_empty() && !settings.scopes.is_empty() {
+                // The server would grant its default (RFC 6749 section 3.3), which may be more.
+                return Err(malformed(format!(
+                    "`scopes` is empty: leave it out for all scopes of credential `{name}`, or name at least one"
+                )));
+            }
             let configured = settings.scopes.iter();
             configured
                 .filter(|scope| asked.contains(scope))

@@ -69,6 +69,12 @@ async fn tokens_are_handed_out_where_policy_permits_and_recorded() {
             "malformed_request",
         ),
         (
+            r#"{"credential": "orders-api", "scopes": []}"#,
+            &[],
+            400,
+            "malformed_request",
+        ),
+        (
             r#"{"credential": "orders-api", "scopes": ["orders.read", "orders.read"]}"#,
             &[],
             400,

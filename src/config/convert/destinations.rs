@@ -48,12 +48,7 @@ impl Converter<'_> {
         written: raw::Destination,
         credentials: &ByName<Arc<CredentialConfig>>,
     ) -> Option<Destination> {
-        if written.hosts.value.is_empty()
-            && !self
-                .misfits
-                .iter()
-                .any(|misfit| written.hosts.place.encloses(*misfit))
-        {
+        if self.is_empty_list(&written.hosts) {
             self.error(
                 "empty_list",
                 written.hosts.place,
@@ -181,7 +176,7 @@ impl Converter<'_> {
             let scopes = written
                 .scopes
                 .as_ref()
-                .map(|scopes| self.parse_all(Some(scopes), text::scope));
+                .map(|scopes| self.parse_all(Some(&scopes.value), text::scope));
             let inject = self.injection(written.inject);
             let Some(credential) = credentials.get(&written.name.value) else {
                 if self.is_unknown(&written.name.value, &self.credential_names) {
@@ -214,7 +209,21 @@ impl Converter<'_> {
                 continue;
             }
             let TokenSource::OauthClientCredentials(source) = &credential.source;
-            for scope in written.scopes.iter().flatten() {
+            if let Some(scopes) = &written.scopes
+                && !source.scopes.is_empty()
+                && self.is_empty_list(scopes)
+            {
+                self.error(
+                    "empty_list",
+                    scopes.place,
+                    format!(
+                        "`scopes` is empty: the authorization server would choose, and not among those of credential `{}`",
+                        credential.name
+                    ),
+                    "remove it for all of the credential's scopes, or write at least one",
+                );
+            }
+            for scope in written.scopes.iter().flat_map(|scopes| &scopes.value) {
                 if !source.scopes.contains(&scope.value) && text::scope(&scope.value).is_ok() {
                     let next = suggestion(&scope.value, source.scopes.iter().map(String::as_str));
                     self.error(

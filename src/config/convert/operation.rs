@@ -103,12 +103,7 @@ impl Converter<'_> {
             audit.on_failure = on_failure.value;
         }
         if let Some(sinks) = written.sinks {
-            if sinks.value.is_empty()
-                && !self
-                    .misfits
-                    .iter()
-                    .any(|misfit| sinks.place.encloses(*misfit))
-            {
+            if self.is_empty_list(&sinks) {
                 self.error(
                     "empty_list",
                     sinks.place,

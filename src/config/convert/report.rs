@@ -57,6 +57,15 @@ impl Converter<'_> {
         }
     }
 
+    /// Whether a list has nothing in it; where something did not fit, that is reported already.
+    pub(super) fn is_empty_list<T>(&self, written: &Located<Vec<T>>) -> bool {
+        written.value.is_empty()
+            && !self
+                .misfits
+                .iter()
+                .any(|misfit| written.place.encloses(*misfit))
+    }
+
     pub(super) fn not_applicable<T>(
         &mut self,
         key: &str,
