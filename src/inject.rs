@@ -13,7 +13,7 @@
 //!
 //! ```compile_fail,E0451
 //! // Nothing reaches an upstream without a decision: the fields are private.
-//! let request = countersign::inject::UpstreamRequest { request: todo!(), upgrade: false };
+//! let request = countersign::inject::UpstreamRequest { request: todo!(), upgrade: false, usable_until: None };
 //! ```
 
 use std::sync::Arc;
@@ -37,6 +37,8 @@ use crate::streams::RequestBody;
 pub struct UpstreamRequest {
     request: Box<Request<RequestBody>>,
     upgrade: bool,
+    /// Until when (monotonic) what was injected may be sent; without a credential for ever.
+    usable_until: Option<Duration>,
 }
 
 impl UpstreamRequest {
@@ -53,6 +55,11 @@ impl UpstreamRequest {
     /// Its headers, as they leave.
     pub fn headers(&self) -> &HeaderMap {
         self.request.headers()
+    }
+
+    /// Until when (monotonic) it may be sent; `None` for ever.
+    pub fn usable_until(&self) -> Option<Duration> {
+        self.usable_until
     }
 
     /// The request, for the one place that sends it.
@@ -90,15 +97,8 @@ pub fn inject(
 ) -> Result<UpstreamRequest, NotInjected> {
     let grant = credential.grant();
     request = check_lease(grant, request, current, wall)?;
-    if !credential.is_usable(monotonic) {
-        return Err(NotInjected::Refused(
-            Refusal::new(
-                RefusalCode::CredentialExpired,
-                "the token expired before it could be used",
-            )
-            .with_retry_after(Duration::from_secs(1)),
-        ));
-    }
+    let usable_until = Some(credential.usable_until());
+    check_expiry(usable_until, monotonic).map_err(NotInjected::Refused)?;
     if let Some(revocation) = current
         .revocations()
         .token_is_revoked(credential.token_sha256())
@@ -121,7 +121,26 @@ pub fn inject(
         header,
         credential.header_value(),
     );
-    Ok(UpstreamRequest { request, upgrade })
+    Ok(UpstreamRequest {
+        request,
+        upgrade,
+        usable_until,
+    })
+}
+
+/// Refuses what may no longer be sent at the monotonic time `now`.
+///
+/// # Errors
+/// [`RefusalCode::CredentialExpired`] from `usable_until` on.
+pub fn check_expiry(usable_until: Option<Duration>, now: Duration) -> Result<(), Refusal> {
+    if usable_until.is_none_or(|until| now < until) {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        RefusalCode::CredentialExpired,
+        "the token expired before it could be used",
+    )
+    .with_retry_after(Duration::from_secs(1)))
 }
 
 /// What is answered to a request whose token an operator revoked.
@@ -161,7 +180,11 @@ pub fn pass(
     }
     request = check_lease(grant, request, current, wall)?;
     let upgrade = strip_hop_by_hop(request.headers_mut());
-    Ok(UpstreamRequest { request, upgrade })
+    Ok(UpstreamRequest {
+        request,
+        upgrade,
+        usable_until: None,
+    })
 }
 
 /// Gives the request back while the grant's lease holds.
@@ -201,7 +224,11 @@ pub fn report(
         )));
     }
     let upgrade = strip_hop_by_hop(request.headers_mut());
-    Ok(UpstreamRequest { request, upgrade })
+    Ok(UpstreamRequest {
+        request,
+        upgrade,
+        usable_until: None,
+    })
 }
 
 /// The header in which a destination takes the granted credential.

@@ -61,7 +61,7 @@ pub struct Worker {
 impl Worker {
     /// A worker without connections.
     pub fn new(agent: Arc<Agent>) -> Rc<Self> {
-        let upstreams = Upstreams::new(agent.control.clone());
+        let upstreams = Upstreams::new(agent.control.clone(), Arc::clone(&agent.clock));
         Rc::new(Self {
             agent,
             upstreams,

@@ -35,10 +35,11 @@ use tokio::time::{sleep, timeout, timeout_at};
 use tokio_rustls::TlsConnector;
 
 use crate::address::AddressGuard;
+use crate::clock::Clock;
 use crate::config::{Destination, Scheme};
 use crate::descriptors::{few_are_left, is_out_of_descriptors};
 use crate::diagnostics::system_words;
-use crate::inject::UpstreamRequest;
+use crate::inject::{UpstreamRequest, check_expiry};
 use crate::local::LocalExecutor;
 use crate::lookups::{Asker, lookups};
 use crate::refusal::{Refusal, RefusalCode};
@@ -229,6 +230,7 @@ pub struct Upstreams {
     /// Held by the request that looks for a free descriptor; the others wait in the order in which they came.
     waiting: Mutex<()>,
     control: tokio::runtime::Handle,
+    clock: Arc<dyn Clock>,
 }
 
 /// How often a request of any worker looked for a free descriptor in vain: the process has one table of
@@ -280,8 +282,8 @@ enum Unanswered {
 }
 
 impl Upstreams {
-    /// No connections yet. Names are resolved on `control`.
-    pub fn new(control: tokio::runtime::Handle) -> Self {
+    /// No connections yet. Names are resolved on `control`; by `clock` tokens expire.
+    pub fn new(control: tokio::runtime::Handle, clock: Arc<dyn Clock>) -> Self {
         Self {
             pools: RefCell::default(),
             swept_at: Cell::new(Instant::now()),
@@ -289,10 +291,15 @@ impl Upstreams {
             shortages_seen: Cell::default(),
             waiting: Mutex::default(),
             control,
+            clock,
         }
     }
 
     /// Sends a request and waits for the response head.
+    ///
+    /// # Errors
+    /// [`RefusalCode::CredentialExpired`] where the token expired while a connection was waited for; the
+    /// connection is there for those that come after. Else what is wrong with the destination.
     pub async fn send(
         &self,
         request: UpstreamRequest,
@@ -311,17 +318,25 @@ impl Upstreams {
         };
         let http2_by_prior_knowledge = key.http2_by_prior_knowledge;
         let pool = self.pool(key, way);
+        let usable_until = request.usable_until();
         let mut request = request.into_http();
+        // The token was checked just now.
+        let mut has_waited = false;
         let mut connecting = None;
         let mut shared = 0;
         let mut looks_in_pool = !upgrade;
         while looks_in_pool {
-            while let Some(connection) = self.pooled(&pool).await {
+            while let Some(connection) = self.pooled(&pool, &mut has_waited).await {
+                let connection = match has_waited {
+                    true => self.check_expiry(usable_until, connection, Some(&pool))?,
+                    false => connection,
+                };
                 match attempt(connection, &pool, way, request).await {
                     Ok(response) => return Ok(response),
                     Err(Unanswered::NotSent(returned)) => request = returned,
                     Err(Unanswered::Failed(error)) => return Err(protocol_refusal(way, &error)),
                 }
+                has_waited = true;
             }
             // Where that brought no streams to share, or HTTP/1 is spoken, the rest go each their own way.
             let now_shared = pool.http2.borrow().len();
@@ -331,6 +346,7 @@ impl Upstreams {
             shared = now_shared;
             if looks_in_pool {
                 connecting = Some(connect_or_wait(&pool).await);
+                has_waited = true;
                 looks_in_pool = matches!(connecting, Some(None));
             }
         }
@@ -342,6 +358,9 @@ impl Upstreams {
             http2.push(connection.clone());
         }
         drop(connecting);
+        // One that was made for an upgrade speaks less than others may need.
+        let keeper = (!upgrade).then_some(&pool);
+        let connection = self.check_expiry(usable_until, connection, keeper)?;
         match attempt(connection, &pool, way, request).await {
             Ok(mut response) => {
                 if upgrade {
@@ -382,8 +401,29 @@ impl Upstreams {
         }
     }
 
-    /// A connection that this identity used before and that is still usable.
-    async fn pooled(&self, pool: &Pool) -> Option<Connected> {
+    /// Refuses a request whose token expired while `connection` was waited for, which `keeper` then gets; one
+    /// of HTTP/2 it has.
+    fn check_expiry(
+        &self,
+        usable_until: Option<Duration>,
+        connection: Connected,
+        keeper: Option<&Rc<Pool>>,
+    ) -> Result<Connected, Refusal> {
+        let checked = check_expiry(usable_until, self.clock.monotonic());
+        match (checked, connection, keeper) {
+            (Ok(()), connection, _) => Ok(connection),
+            (Err(refusal), Connected::Http1(connection), Some(pool)) => {
+                let pool = Rc::clone(pool);
+                Lent { connection, pool }.give_back();
+                Err(refusal)
+            }
+            (Err(refusal), ..) => Err(refusal),
+        }
+    }
+
+    /// A connection that this identity used before and that is still usable. Sets `has_waited` where it was
+    /// not free at once.
+    async fn pooled(&self, pool: &Pool, has_waited: &mut bool) -> Option<Connected> {
         let now = self.swept_at.get();
         let is_free =
             |known: &&mut Http2Connection| known.is_usable(now) && known.has_free_stream();
@@ -400,6 +440,7 @@ impl Upstreams {
                 return Some(Connected::Http1(candidate));
             }
             // One that answered before it had the whole request is busy until the rest is sent.
+            *has_waited = true;
             if let Ok(Ok(())) = timeout(READY, candidate.sender.ready()).await {
                 return Some(Connected::Http1(candidate));
             }
@@ -824,7 +865,10 @@ mod tests {
 
     #[tokio::test]
     async fn nothing_is_remembered_of_where_unmatched_traffic_goes() {
-        let upstreams = Upstreams::new(tokio::runtime::Handle::current());
+        let upstreams = Upstreams::new(
+            tokio::runtime::Handle::current(),
+            Arc::new(crate::clock::SystemClock::new()),
+        );
         let target = Target::parse("any.example.test:443", None).unwrap();
         let way = Way {
             isolation: &IsolationKey("one".into()),

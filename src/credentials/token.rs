@@ -209,9 +209,9 @@ impl Credential {
         self.token.scopes()
     }
 
-    /// Whether it may still be sent at the monotonic time `now`.
-    pub fn is_usable(&self, now: Duration) -> bool {
-        self.token.is_usable(now)
+    /// Until when (monotonic) it may be sent.
+    pub fn usable_until(&self) -> Duration {
+        self.token.usable_until
     }
 
     /// How it came about.

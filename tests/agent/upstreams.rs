@@ -1,13 +1,17 @@
 //! Destinations in trouble: what the caller is told, when, and what of the request reached them.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use countersign::clock::Clock;
 use futures_util::future::join_all;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
+use crate::support::clock::MovedClock;
 use crate::support::counts::reached;
+use crate::support::gate::Gate;
 use crate::support::name_server::{Addresses, with_name_server};
 use crate::support::origin::Origin;
 use crate::support::puppet::Puppet;
@@ -434,4 +438,54 @@ async fn no_request_waits_for_a_stream_where_it_could_leave_after_its_refusal() 
     let seen = origin.take();
     assert_eq!(seen.len(), 1 + 3 * WAITING, "{seen:?}");
     reached("asked_beside_waiting", WAITING);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_expires_while_a_connection_is_made_is_not_sent() {
+    const LIFETIME: Duration = Duration::from_secs(300);
+    let mut world = World::servers().await;
+    let clock = MovedClock::new();
+    world.clock = Arc::clone(&clock) as Arc<dyn Clock>;
+    let certificate = world.authority.issue(&["origin.example.test"]).unwrap();
+    let origin = Origin::start(Some(&certificate), |_| vec![ANSWER.to_owned()]).await;
+    // HTTP/2 and HTTP/1.1.
+    let gates = [
+        ("orders", Gate::before(world.api.address()).await),
+        ("origin", Gate::before(origin.address).await),
+    ];
+    let mut configuration = COMMON.replace("workers: 2", "workers: 1") + "destinations:\n";
+    for (name, gate) in &gates {
+        configuration.push_str(&format!(
+            "  - {{name: {name}, hosts: [{name}.example.test], credentials: [{{name: orders-api}}], ca_file: servers.pem, connect_to: \"{}\", timeouts: {{connect: 60s}}}}\n",
+            gate.address
+        ));
+    }
+    world.start_agent(&configuration, POLICIES).await;
+    let sent = || world.api.seen().len() + origin.heads().len();
+    let server = Arc::clone(world.authorization_server.state());
+    let mut refused = 0;
+    for (name, gate) in &gates {
+        let before = sent();
+        let url = format!("https://{name}.example.test/v1/orders");
+        let arguments = [url.as_str()];
+        let (answer, ()) = tokio::join!(world.curl(&arguments), async {
+            gate.is_waited_at().await;
+            clock.pass(LIFETIME);
+            gate.open();
+        });
+        assert_eq!(
+            (answer.status, answer.code().as_str()),
+            (503, "credential_expired"),
+            "{answer:#?}"
+        );
+        assert_eq!(answer.header("retry-after").as_deref(), Some("1"));
+        assert_eq!(sent(), before, "{name}");
+        refused += 1;
+        // The connection is there for the next, which has a token of its own.
+        let tokens = server.token_requests();
+        world.curl(&arguments).await.expect(200);
+        assert_eq!(server.token_requests(), tokens + 1);
+        assert_eq!((sent(), gate.connections()), (before + 1, 1), "{name}");
+    }
+    reached("expired_while_connecting", refused);
 }

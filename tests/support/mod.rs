@@ -14,11 +14,13 @@
 
 pub mod agent;
 pub mod client;
+pub mod clock;
 pub mod collector;
 pub mod counts;
 pub mod curl;
 pub mod faults;
 pub mod faulty_authorization_server;
+pub mod gate;
 pub mod http2_frames;
 pub mod manager;
 pub mod name_server;

@@ -1,11 +1,11 @@
 //! Clocks that are wrong, are set, and stand still while the machine sleeps.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use countersign::clock::{Clock, SystemClock};
+use countersign::clock::Clock;
 
+use crate::support::clock::MovedClock;
 use crate::support::counts::reached;
 use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World};
 
@@ -15,52 +15,13 @@ const LIFETIME: Duration = Duration::from_secs(300);
 /// How long the agent leaves a server alone that refused it.
 const BACKOFF: Duration = Duration::from_secs(31);
 
-/// A clock that the test moves.
-#[derive(Debug)]
-struct MovedClock {
-    system: SystemClock,
-    /// How many seconds the time of day is off.
-    off: AtomicI64,
-    /// How many seconds have passed that nobody waited for.
-    passed: AtomicU64,
-}
-
-impl MovedClock {
-    fn set(&self, off: i64) {
-        self.off.store(off, Ordering::SeqCst);
-    }
-
-    fn pass(&self, duration: Duration) {
-        self.passed.fetch_add(duration.as_secs(), Ordering::SeqCst);
-    }
-}
-
-impl Clock for MovedClock {
-    fn monotonic(&self) -> Duration {
-        self.system.monotonic() + Duration::from_secs(self.passed.load(Ordering::SeqCst))
-    }
-
-    fn wall(&self) -> SystemTime {
-        let off = self.off.load(Ordering::SeqCst);
-        let by = Duration::from_secs(off.unsigned_abs());
-        match off < 0 {
-            true => self.system.wall() - by,
-            false => self.system.wall() + by,
-        }
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_clock_that_is_set_expires_nothing_and_one_that_is_far_off_is_named() {
     const MINUTE: i64 = 60;
     const HOUR: i64 = 60 * MINUTE;
     const DAY: i64 = 24 * HOUR;
     let mut world = World::servers().await;
-    let clock = Arc::new(MovedClock {
-        system: SystemClock::new(),
-        off: AtomicI64::new(0),
-        passed: AtomicU64::new(0),
-    });
+    let clock = MovedClock::new();
     world.clock = Arc::clone(&clock) as Arc<dyn Clock>;
     world
         .start_agent(&format!("{COMMON}{DESTINATIONS}"), POLICIES)
