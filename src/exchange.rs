@@ -252,9 +252,12 @@ impl Exchange {
                 let traced = self.span.as_ref().and(grant.credential()).map(Arc::clone);
                 let obtained = agent.credentials.obtain(grant).await;
                 self.token_requested(traced.as_ref(), &obtained);
-                let credential = obtained.map_err(|failed| NotInjected::Refused(failed.refusal))?;
-                self.obtained(&credential);
                 let current = agent.snapshot.load();
+                let credential = match obtained {
+                    Ok(credential) => credential,
+                    Err(failed) => return Err(self.not_obtained(failed, request, &current)),
+                };
+                self.obtained(&credential);
                 let upstream = inject(
                     &credential,
                     asked,
@@ -273,6 +276,21 @@ impl Exchange {
             Verdict::Reported(denial, destination) => {
                 Ok((report(&denial, &destination, request)?, None))
             }
+        }
+    }
+
+    /// Gives the request back where a reload may have replaced what there was no token for.
+    fn not_obtained(
+        &self,
+        failed: NotObtained,
+        request: Box<Request<RequestBody>>,
+        current: &Snapshot,
+    ) -> NotInjected {
+        match &self.lease {
+            Some(lease) if lease.is_superseded(&current.policy) => {
+                NotInjected::DecideAgain(request)
+            }
+            _ => NotInjected::Refused(failed.refusal),
         }
     }
 

@@ -336,6 +336,7 @@ impl App {
         self.agent
             .snapshot
             .rcu(|current| snapshot.with_revocations(Arc::clone(current.policy.revocations())));
+        self.agent.credentials.retire(&config);
         drop(revoking);
         self.agent
             .bound_listeners

@@ -80,7 +80,7 @@ pub struct Credentials {
     clock: Arc<dyn Clock>,
     metrics: Arc<Metrics>,
     events: TokenEvents,
-    entries: ArcSwap<HashMap<Arc<str>, Arc<Entry>, RandomState>>,
+    entries: ArcSwap<Entries>,
     hasher: RandomState,
     shards: Vec<Shard>,
     /// What was minted and has not expired, whether it is in the cache, was replaced there or was
@@ -106,6 +106,9 @@ struct Entry {
     provider: Arc<dyn Provider>,
     metrics: CredentialMetrics,
 }
+
+/// By the credential's name.
+type Entries = HashMap<Arc<str>, Arc<Entry>, RandomState>;
 
 type Slots = HashMap<u64, Vec<Arc<Slot>>, RandomState>;
 
@@ -271,9 +274,15 @@ impl Credentials {
 
     /// Takes a configuration in, with what the files of roots that its credentials name hold. Tokens of
     /// credentials that did not change are kept; what failed may be tried again. `own_listeners` are the
-    /// agent's own addresses, which no server may have.
+    /// agent's own addresses, which no server may have. Credentials that are gone can be had until
+    /// [`Self::retire`]: requests are decided by the configuration before, until this one is in force.
     pub fn configure(&self, config: &Config, roots: &Roots, own_listeners: &Arc<[SocketAddr]>) {
         self.configure_credentials(&config.credentials, roots, own_listeners);
+    }
+
+    /// Forgets the credentials that are not in the configuration in force, and their tokens.
+    pub fn retire(&self, config: &Config) {
+        self.retire_others(&config.credentials);
     }
 
     fn configure_credentials(
@@ -283,7 +292,7 @@ impl Credentials {
         own_listeners: &Arc<[SocketAddr]>,
     ) {
         let known = self.entries.load_full();
-        let mut entries = HashMap::default();
+        let mut entries = HashMap::clone(&known);
         let mut shared = SharedParts::new(Arc::clone(own_listeners), self.runtime.clone());
         for credential in credentials {
             let roots_sha256 = credential.ca_file().and_then(|path| roots.get(path));
@@ -304,16 +313,25 @@ impl Credentials {
             };
             entries.insert(credential.name.clone(), entry);
         }
+        self.replace_entries(entries);
+        for slot in self.all_slots() {
+            slot.flight.forget_failures();
+        }
+    }
+
+    fn retire_others(&self, credentials: &[Arc<CredentialConfig>]) {
+        let mut entries = HashMap::clone(&self.entries.load());
+        entries.retain(|name, _| credentials.iter().any(|kept| kept.name == *name));
+        self.replace_entries(entries);
+    }
+
+    /// Puts `entries` in force, and drops the slots that are of none of them.
+    fn replace_entries(&self, entries: Entries) {
         let entries = Arc::new(entries);
         self.entries.store(Arc::clone(&entries));
         self.retain(|slot| {
-            let is_kept = entries
-                .get(&*slot.credential)
-                .is_some_and(|entry| slot.is_of(entry));
-            if is_kept {
-                slot.flight.forget_failures();
-            }
-            is_kept
+            let entry = entries.get(&*slot.credential);
+            entry.is_some_and(|entry| slot.is_of(entry))
         });
     }
 

@@ -119,6 +119,7 @@ impl Bench {
     fn configure(&self, credentials: &[Arc<CredentialConfig>]) {
         self.credentials
             .configure_credentials(credentials, &self.roots(), &Arc::default());
+        self.credentials.retire_others(credentials);
     }
 
     fn roots(&self) -> Roots {
@@ -890,6 +891,24 @@ async fn each_credential_tells_of_a_key_that_was_replaced() {
     }
     let expected = ["orders", "other"].map(|name| format!("{name} {}", key.key_id()));
     assert_eq!(*told.lock().unwrap(), expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_credential_that_is_gone_can_be_had_until_it_is_retired() {
+    let bench = Bench::start().await;
+    bench.token().await.unwrap();
+    let renamed = [bench.credential("other", bench.settings())];
+    bench
+        .credentials
+        .configure_credentials(&renamed, &bench.roots(), &Arc::default());
+    bench.token().await.unwrap();
+    bench.token_of("other").await.unwrap();
+    assert_eq!(bench.credentials.list().len(), 2);
+    bench.credentials.retire_others(&renamed);
+    let refusal = bench.token().await.unwrap_err();
+    assert_eq!(refusal.code, RefusalCode::PolicyDenied);
+    bench.token_of("other").await.unwrap();
+    assert_eq!(bench.credentials.list().len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

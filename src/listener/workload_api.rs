@@ -388,9 +388,9 @@ impl Caller {
         }
     }
 
-    /// Attests, decides, mints; decides and mints again where policies were replaced meanwhile, and attests
-    /// again where attestors were. Where the decision expired meanwhile, another lets the token out if it
-    /// grants the same.
+    /// Attests, decides, mints; decides and mints again where policies were replaced meanwhile, also where
+    /// nothing was minted, and attests again where attestors were. Where the decision expired meanwhile,
+    /// another lets the token out if it grants the same.
     async fn issue(
         &self,
         headers: &HeaderMap,
@@ -444,7 +444,17 @@ impl Caller {
             let lease = grant.lease().clone();
             let issued = match minted.take() {
                 Some(issued) if issued.grant.grants_as(&grant) => IssuedToken { grant, ..issued },
-                _ => agent.credentials.issue(grant).await?,
+                _ => match agent.credentials.issue(grant).await {
+                    Ok(issued) => issued,
+                    Err(refusal) => {
+                        let current = agent.snapshot.load_full();
+                        if !lease.is_superseded(&current.policy) {
+                            return Err(refusal);
+                        }
+                        snapshot = current;
+                        continue;
+                    }
+                },
             };
             let current = agent.snapshot.load_full();
             match lease.check(&current.policy, agent.clock.wall()) {
@@ -493,7 +503,8 @@ impl Caller {
 struct Ask {
     /// A configured credential.
     credential: String,
-    /// Scopes, each one of the credential's, none twice; all of them where absent.
+    /// Scopes, each one of the credential's, none twice, one at least where it has any; all of them where
+    /// absent.
     scopes: Option<Vec<String>>,
     /// The audience that the credential is configured for. One of several `resources` cannot be asked
     /// for alone: the token would be good for all of them.
@@ -534,6 +545,12 @@ fn resolve<'a>(
     let scopes = match &asked.scopes {
         None => Arc::clone(&settings.scopes),
         Some(scopes) => {
+            if scopes.is_empty() && !settings.scopes.is_empty() {
+                // The server would grant its default (RFC 6749 section 3.3), which may be more.
+                return Err(malformed(format!(
+                    "`scopes` is empty: leave it out for all scopes of credential `{name}`, or name at least one"
+                )));
+            }
             if let Some(scope) = scopes.iter().find(|scope| !settings.scopes.contains(scope)) {
                 let scope = crate::request::printable(scope);
                 return Err(malformed(format!(
@@ -544,12 +561,6 @@ fn resolve<'a>(
             let asked: BTreeSet<&String> = scopes.iter().collect();
             if asked.len() < scopes.len() {
                 return Err(malformed("a scope is asked for twice".to_owned()));
-            }
-            if scopes.is_empty() && !settings.scopes.is_empty() {
-                // The server would grant its default (RFC 6749 section 3.3), which may be more.
-                return Err(malformed(format!(
-                    "`scopes` is empty: leave it out for all scopes of credential `{name}`, or name at least one"
-                )));
             }
             let configured = settings.scopes.iter();
             configured

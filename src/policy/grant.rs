@@ -170,7 +170,7 @@ pub struct Lease {
 impl Lease {
     /// Checks the lease against the snapshot in force and the wall-clock time `now`.
     pub fn check(&self, current: &Arc<PolicySnapshot>, now: SystemTime) -> Result<(), LeaseEnded> {
-        if !Arc::ptr_eq(&self.permitted.snapshot, current) {
+        if self.is_superseded(current) {
             return Err(LeaseEnded::SnapshotReplaced);
         }
         if !self.permitted.holds_at(now) {
@@ -179,6 +179,11 @@ impl Lease {
         self.workload
             .check_liveness(now)
             .map_err(LeaseEnded::Attestation)
+    }
+
+    /// Whether policies were reloaded, or something was revoked, since the decision.
+    pub fn is_superseded(&self, current: &Arc<PolicySnapshot>) -> bool {
+        !Arc::ptr_eq(&self.permitted.snapshot, current)
     }
 
     /// The workload that it was given to.

@@ -12,6 +12,7 @@ use tokio::net::{TcpStream, UnixStream};
 
 use crate::support::counts::reached;
 use crate::support::eventually;
+use crate::support::gate::Gate;
 use crate::support::origin::Origin;
 use crate::support::puppet::Puppet;
 use crate::support::raw::{exchange, open_tunnel};
@@ -252,6 +253,55 @@ async fn what_is_revoked_while_a_reload_is_under_way_stays_revoked() {
         .replace_revocations(|revocations| revocations.without("r1"));
     world.good().await;
     reached("revoked_meanwhile", held);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_waits_while_its_credential_is_renamed_is_decided_again() {
+    let mut world = World::servers().await;
+    let gate = Gate::before(world.issuer.address()).await;
+    world.origins.push(("issuer".to_owned(), gate.address));
+    let common = COMMON.replace(
+        "listeners:\n",
+        "listeners:\n  - {name: api, type: workload_api, bind: \"127.0.0.1:0\"}\n",
+    );
+    let configuration = format!("{common}{DESTINATIONS}");
+    let all = "@id(\"all\") permit (principal, action, resource) when { principal has unix };";
+    world.start_agent(&configuration, all).await;
+    world.good().await;
+    let claims = serde_json::json!({"repository": "acme/orders"});
+    let lifetime = Duration::from_secs(300);
+    let token = world.issuer.mint("job", "countersign", lifetime, &claims);
+    let token = token.unwrap();
+    let send = |listener: &str, request: String| {
+        let address = world.address(listener);
+        tokio::spawn(async move {
+            let mut io = TcpStream::connect(address).await.unwrap();
+            exchange(&mut io, &request).await
+        })
+    };
+    // To know whose they are, the issuer's keys are fetched.
+    let host = "plain.example.test";
+    let injected = format!(
+        "GET http://{host}/v1/orders HTTP/1.1\r\nHost: {host}\r\nProxy-Authorization: Bearer {token}\r\n\r\n"
+    );
+    let ask = r#"{"credential": "orders-api"}"#;
+    let length = ask.len();
+    let issued = format!(
+        "POST /v1/token HTTP/1.1\r\nHost: agent\r\nAuthorization: Bearer {token}\r\nContent-Length: {length}\r\n\r\n{ask}"
+    );
+    let (injected, issued) = (send("proxy", injected), send("api", issued));
+    gate.is_waited_at().await;
+    let renamed = configuration.replace("orders-api", "orders-v2");
+    world.write("countersign.yaml", &world.fill(&renamed));
+    world.app().reload().await.unwrap();
+    gate.open();
+
+    injected.await.unwrap().expect(200);
+    // What is asked for by its name is not there any more.
+    let answer = issued.await.unwrap();
+    assert_eq!(answer.code(), "malformed_request", "{answer:#?}");
+    world.good().await;
+    reached("renamed_meanwhile", 2);
 }
 
 /// An authority's certificate and key in PEM.
