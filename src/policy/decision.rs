@@ -34,7 +34,12 @@ pub struct Permission {
     pub environment: Arc<str>,
     /// `GROUP.NAME=VALUE` of the attributes that the deciding policies read.
     pub attributes_read: Arc<[String]>,
-    /// When the last of the satisfied permits expires by `@expires`; `None` if one of them does not.
+    /// Since when the policies have read the same time, and the same of them have expired; `None` if they read
+    /// no time, and none has. A clock that is set back before that makes another decision.
+    #[serde(skip)]
+    pub valid_from: Option<SystemTime>,
+    /// When the last of the satisfied permits expires by `@expires`, or the policies read another time; `None`
+    /// if one of them does not, and they read no time.
     #[serde(skip)]
     pub valid_until: Option<SystemTime>,
 }

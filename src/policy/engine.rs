@@ -1,6 +1,7 @@
 //! A loaded set of policies: immutable, sliced by resource and action, and asked questions.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -123,6 +124,14 @@ impl Slice {
     /// How many of its policies have expired at `now`.
     pub(super) fn expired(&self, now: SystemTime) -> usize {
         self.expiries.partition_point(|expires| *expires <= now)
+    }
+
+    /// When the last of its policies that have expired at `now` did.
+    fn last_expiry(&self, now: SystemTime) -> Option<SystemTime> {
+        self.expiries
+            .iter()
+            .rfind(|expires| **expires <= now)
+            .copied()
     }
 
     /// Those of its policies that have not expired.
@@ -531,11 +540,12 @@ impl PolicyEngine {
             return match permission(&deciding, question, principal) {
                 Some(mut permission) => {
                     permission.attributes_read = self.values_read(facts, &deciding);
-                    permission.valid_until = permission
-                        .valid_until
-                        .into_iter()
-                        .chain(self.same_time_until(&slice.reads, question.wall))
-                        .min();
+                    let same_time = self.same_time(&slice.reads, question.wall);
+                    let (from, until) = same_time.map(|time| (time.start, time.end)).unzip();
+                    let last_expiry = slice.last_expiry(question.wall);
+                    permission.valid_from = from.max(last_expiry);
+                    let ends = [permission.valid_until, until];
+                    permission.valid_until = ends.into_iter().flatten().min();
                     Decision::Allow(Arc::new(permission))
                 }
                 None => deny(DenialKind::NoPermit, &[]),
@@ -725,22 +735,23 @@ impl PolicyEngine {
         Context::from_pairs(pairs).map_err(|error| error.to_string())
     }
 
-    /// Until when the policies that read the time read the same: the end of the second where one reads
-    /// `context.time`, else of the hour where one reads `context.local`.
-    fn same_time_until(&self, reads: &Reads, wall: SystemTime) -> Option<SystemTime> {
-        let left = match (reads.time, reads.local) {
-            (true, _) => 1,
+    /// When the policies that read the time read the same as at `wall`: in that second where one reads
+    /// `context.time`, else in that hour where one reads `context.local`.
+    fn same_time(&self, reads: &Reads, wall: SystemTime) -> Option<Range<SystemTime>> {
+        let (past, whole) = match (reads.time, reads.local) {
+            (true, _) => (0, 1),
             (false, true) => {
                 let instant = jiff::Timestamp::try_from(wall).ok()?;
                 let local = instant.to_zoned(self.time_zone.clone());
                 let past =
                     u64::try_from(i32::from(local.minute()) * 60 + i32::from(local.second()));
-                3600_u64.saturating_sub(past.ok()?)
+                (past.ok()?, 3600)
             }
             (false, false) => return None,
         };
         let seconds = wall.duration_since(SystemTime::UNIX_EPOCH).ok()?.as_secs();
-        SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds + left))
+        let at = |seconds| SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds));
+        Some(at(seconds.saturating_sub(past))?..at(seconds + whole - past)?)
     }
 
     /// Weekday (Monday is 1) and hour on the node's clock.
@@ -932,6 +943,7 @@ fn permission(
         audience,
         environment: Arc::clone(&principal.environment),
         attributes_read: Arc::default(),
+        valid_from: None,
         valid_until: permits.iter().map(expires).reduce(later).flatten(),
     })
 }

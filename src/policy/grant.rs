@@ -66,9 +66,12 @@ impl Permitted {
         })
     }
 
-    /// Whether its policies permit it still, and read the same time, at the wall-clock time `now`.
+    /// Whether its policies permit it still, and read the same time, at the wall-clock time `now`, which may have
+    /// been set back since.
     pub(super) fn holds_at(&self, now: SystemTime) -> bool {
-        self.permission.valid_until.is_none_or(|until| now < until)
+        let permission = &self.permission;
+        permission.valid_from.is_none_or(|from| from <= now)
+            && permission.valid_until.is_none_or(|until| now < until)
     }
 }
 
@@ -198,7 +201,7 @@ pub enum LeaseEnded {
     /// Policies were reloaded, or something was revoked: decide again.
     #[error("the policies were replaced since the decision")]
     SnapshotReplaced,
-    /// The permits that allowed it expired, or read a time that has passed: decide again.
+    /// The permits that allowed it expired, or it is another time than they read: decide again.
     #[error("the policies that allowed this have expired, or read the time")]
     PolicyExpired,
     /// The workload is no longer what was attested.

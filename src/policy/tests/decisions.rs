@@ -645,11 +645,11 @@ fn a_lease_under_policies_that_read_the_time_ends_with_what_they_read() {
         ("context has request", None),
         (
             r#"context.time < datetime("2027-01-01")"#,
-            Some(Duration::from_secs(20 * 60 + 1)),
+            Some((20 * 60, 20 * 60 + 1)),
         ),
-        ("context.local.hour < 18", Some(Duration::from_secs(3600))),
+        ("context.local.hour < 18", Some((0, 3600))),
     ];
-    for (condition, until) in rows {
+    for (condition, period) in rows {
         let policies = format!(
             r#"@id("timed") permit (principal, action, resource) when {{ principal has unix && {condition} }};"#
         );
@@ -663,18 +663,42 @@ fn a_lease_under_policies_that_read_the_time_ends_with_what_they_read() {
             .lease()
             .clone();
         let day = noon() + Duration::from_secs(24 * 3600);
-        let Some(until) = until else {
+        let Some((from, until)) = period else {
             assert_eq!(lease.check(&snapshot, day), Ok(()), "{condition}");
             continue;
         };
-        let just_before = noon() + until - Duration::from_millis(1);
-        assert_eq!(lease.check(&snapshot, just_before), Ok(()), "{condition}");
-        assert_eq!(
-            lease.check(&snapshot, noon() + until),
-            Err(LeaseEnded::PolicyExpired),
-            "{condition}"
-        );
+        let [from, until] = [from, until].map(|seconds| noon() + Duration::from_secs(seconds));
+        let moment = Duration::from_millis(1);
+        for (at, outcome) in [
+            // The clock was set back.
+            (from - moment, Err(LeaseEnded::PolicyExpired)),
+            (from, Ok(())),
+            (until - moment, Ok(())),
+            (until, Err(LeaseEnded::PolicyExpired)),
+        ] {
+            assert_eq!(lease.check(&snapshot, at), outcome, "{condition}");
+        }
     }
+}
+
+#[test]
+fn a_lease_does_not_outlast_a_clock_that_is_set_back_to_before_a_forbid_expired() {
+    let fixture = Fixture::new();
+    let snapshot = fixture.snapshot(
+        r#"@id("a") permit (principal, action, resource) when { principal has unix };
+           @id("b") @expires("2026-11-18T11:00:00Z") forbid (principal, action, resource);
+           @id("c") @expires("2026-11-18T13:00:00Z") permit (principal, action, resource) when { principal has unix };"#,
+    );
+    let request = request(GET);
+    let question = fixture.inject("orders-api", &[], &request);
+    let grant = snapshot.decide(&attested(orders()), &question).unwrap();
+    let an_hour_ago = noon() - Duration::from_secs(3600);
+    let at = |time| grant.lease().check(&snapshot, time);
+    assert_eq!(at(an_hour_ago), Ok(()));
+    assert_eq!(
+        at(an_hour_ago - Duration::from_millis(1)),
+        Err(LeaseEnded::PolicyExpired)
+    );
 }
 
 #[test]
