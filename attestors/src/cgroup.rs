@@ -4,7 +4,8 @@
 //! unit, `user@UID.service`) and give the directories in it any name. A path is therefore read from
 //! the root downwards, one component after the other, and never searched for something that looks
 //! like a container or a unit. Reading stops at the first container, or at the first unit: what is
-//! below was named by whoever owns that, and belongs to it.
+//! below was named by whoever owns that, and belongs to it, also where the name is not UTF-8 or ends in
+//! ` (deleted)`, as the kernel writes of a directory that was removed, in which no process lives.
 
 #[cfg(test)]
 mod tests;
@@ -16,7 +17,8 @@ use std::fmt;
 pub(crate) struct Cgroups {
     /// The file, byte for byte.
     pub(crate) text: Box<[u8]>,
-    /// The path that stands for the process.
+    /// The path that stands for the process. U+FFFD stands for bytes that are not UTF-8: whoever named a
+    /// directory so could have named it with U+FFFD as well.
     pub(crate) path: Option<String>,
     pub(crate) container: Result<Option<Container>, Contradiction>,
     pub(crate) units: Units,
@@ -24,7 +26,9 @@ pub(crate) struct Cgroups {
 
 impl Cgroups {
     pub(crate) fn read(text: &[u8]) -> Self {
-        let memberships = memberships(text);
+        // No name of a unit, a slice or a container has a character beyond ASCII.
+        let file = String::from_utf8_lossy(text);
+        let memberships = memberships(&file);
         Self {
             text: text.into(),
             path: path(&memberships).map(str::to_owned),
@@ -94,22 +98,20 @@ pub(crate) struct Units {
 #[error("the cgroup hierarchies name different containers")]
 pub(crate) struct Contradiction;
 
-/// The lines that can be believed. Skipped: what is not UTF-8, what lies outside this agent's cgroup
-/// namespace (`/../`), and directories that were removed.
-fn memberships(file: &[u8]) -> Vec<Membership<'_>> {
-    file.split(|byte| *byte == b'\n')
+/// The lines that can be believed. Skipped: what lies outside this agent's cgroup namespace (`/../`).
+fn memberships(file: &str) -> Vec<Membership<'_>> {
+    file.split('\n')
         .filter_map(|line| {
             // The path may hold colons; what is before it may not.
-            let mut fields = std::str::from_utf8(line).ok()?.splitn(3, ':');
+            let mut fields = line.splitn(3, ':');
             let (number, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
             let hierarchy = match (number, controllers) {
                 ("0", "") => Hierarchy::Unified,
                 (_, "name=systemd") => Hierarchy::Systemd,
                 _ => Hierarchy::Controllers,
             };
-            let believable = path.starts_with('/')
-                && !path.split('/').any(|component| component == "..")
-                && !path.ends_with(" (deleted)");
+            let believable =
+                path.starts_with('/') && !path.split('/').any(|component| component == "..");
             believable.then_some(Membership { hierarchy, path })
         })
         .collect()

@@ -1,5 +1,7 @@
 //! Cgroups that a user names like something of the host's.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -13,13 +15,17 @@ use crate::support::world::{COMMON, DESTINATIONS, World};
 use crate::support::{NOBODY, has_program, is_root};
 
 /// Names below a user's own cgroup, one to a line.
-const HOSTILE: &str = include_str!("../../attestors/src/linux/hostile-cgroups.txt");
+const HOSTILE: &[u8] = include_bytes!("../../attestors/src/linux/hostile-cgroups.txt");
 
-/// Permits each workload that one of the names is meant to be taken for.
+/// Permits each workload that one of the names is meant to be taken for, and the user in no unit.
 const PERMITS: &str = r#"
 @id("root")
 permit (principal, action == Action::"inject", resource == Credential::"orders-api")
 when { principal has unix && principal.unix.uid == {uid} };
+@id("no-unit")
+permit (principal, action == Action::"inject", resource == Credential::"orders-api")
+when { principal has unix && principal.unix.uid == 65534 }
+unless { principal has systemd.system_unit && principal.systemd.system_unit == "user@65534.service" };
 @id("unit")
 permit (principal, action == Action::"inject", resource == Credential::"orders-api")
 when { principal has systemd.system_unit && ["orders.service", "init.scope", "{unit}"].contains(principal.systemd.system_unit) };
@@ -48,9 +54,9 @@ impl Cgroups {
         })
     }
 
-    pub(crate) fn make(&mut self, below: &Path, name: &str) -> PathBuf {
+    pub(crate) fn make(&mut self, below: &Path, name: impl AsRef<Path>) -> PathBuf {
         let mut directory = below.to_owned();
-        for component in Path::new(name) {
+        for component in name.as_ref() {
             directory.push(component);
             if !directory.exists() {
                 std::fs::create_dir(&directory).unwrap();
@@ -79,13 +85,12 @@ impl Drop for Cgroups {
 /// code, and whether the origin saw it.
 async fn ask(world: &World, listener: &str, cgroup: &Path) -> (u16, String, bool) {
     let script = format!(
-        "echo $$ > '{}/cgroup.procs' && exec setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups {} {}",
-        cgroup.display(),
+        "echo $$ > \"$1/cgroup.procs\" && exec setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups {} {}",
         program().display(),
         ARGUMENTS.join(" "),
     );
     let mut command = Command::new("/bin/sh");
-    command.args(["-c", &script]);
+    command.args(["-c", &script, "sh"]).arg(cgroup);
     let mut puppet = Puppet::start_by(command, &world.target(listener), None).await;
     let request =
         "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
@@ -97,8 +102,8 @@ async fn ask(world: &World, listener: &str, cgroup: &Path) -> (u16, String, bool
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_name_of_a_cgroup_gets_a_user_the_hosts_credential() {
-    let test = "no_name_of_a_cgroup_gets_a_user_the_hosts_credential";
+async fn no_name_of_a_cgroup_gets_a_user_anothers_credential() {
+    let test = "no_name_of_a_cgroup_gets_a_user_anothers_credential";
     if !is_root(test) || !has_program(test, "setpriv") {
         return;
     }
@@ -116,15 +121,16 @@ async fn no_name_of_a_cgroup_gets_a_user_the_hosts_credential() {
         )
         .await;
     let mount = cgroups.mount.clone();
-    let real = cgroups.make(&mount, &format!("system.slice/{unit}"));
+    let real = cgroups.make(&mount, format!("system.slice/{unit}"));
     let own = cgroups.make(&mount, "user.slice/user-65534.slice/user@65534.service");
     let mut refused = 0;
     world.good().await;
     for listener in ["proxy", "local"] {
         let served = (200, String::new(), true);
         assert_eq!(ask(&world, listener, &real).await, served, "{listener}");
-        for name in HOSTILE.lines() {
-            let cgroup = cgroups.make(&own, name);
+        for name in HOSTILE.trim_ascii_end().split(|byte| *byte == b'\n') {
+            let cgroup = cgroups.make(&own, OsStr::from_bytes(name));
+            let name = String::from_utf8_lossy(name);
             chown(&cgroup, Some(NOBODY.into()), Some(NOBODY.into())).unwrap();
             let answer = ask(&world, listener, &cgroup).await;
             let denied = (403, "policy_denied".to_owned(), false);

@@ -11,8 +11,8 @@ const B: &str = "b1b2b3b4b5b6b7b8b9b0b1b2b3b4b5b6b7b8b9b0b1b2b3b4b5b6b7b8b9b0b1b
 const POD: &str = "12345678-1234-1234-1234-123456789abc";
 const POD_: &str = "12345678_1234_1234_1234_123456789abc";
 
-/// Lines of the file (`|` between them, `A`, `B`, `POD` and `POD_` in braces), the container, the
-/// system unit, the user unit; `-` for none.
+/// Lines of the file (`|` between them, `A`, `B`, `POD` and `POD_` in braces, U+FFFD for a byte that is
+/// not UTF-8), the container, the system unit, the user unit; `-` for none.
 type Fixture = (&'static str, &'static str, &'static str, &'static str);
 
 /// What runtimes and systemd really make.
@@ -251,7 +251,7 @@ const ORDINARY: [Fixture; 50] = [
 ];
 
 /// What somebody without root can have made below what is delegated, or would like to be read as.
-const HOSTILE: [Fixture; 45] = [
+const HOSTILE: [Fixture; 57] = [
     // below a user's own manager
     (
         "0::/user.slice/user-1000.slice/user@1000.service/system.slice/orders.service",
@@ -344,6 +344,44 @@ const HOSTILE: [Fixture; 45] = [
         "build.service",
         "-",
     ),
+    // below what is owned, to be taken for nothing
+    (
+        "0::/system.slice/build.service/x (deleted)",
+        "-",
+        "build.service",
+        "-",
+    ),
+    (
+        "0::/system.slice/build.service/x\u{fffd}",
+        "-",
+        "build.service",
+        "-",
+    ),
+    (
+        "0::/user.slice/user-1000.slice/user@1000.service/vim.service (deleted)",
+        "-",
+        "user@1000.service",
+        "-",
+    ),
+    (
+        "0::/user.slice/user-1000.slice/user@1000.service/vim\u{fffd}.service",
+        "-",
+        "user@1000.service",
+        "-",
+    ),
+    (
+        "1:name=systemd:/system.slice/build.service/x (deleted)|0::/",
+        "-",
+        "build.service",
+        "-",
+    ),
+    ("0::/docker/{A}/x (deleted)", "docker:A", "-", "-"),
+    (
+        "0::/system.slice/docker-{A}.scope/x\u{fffd}",
+        "docker:A",
+        "docker-{A}.scope",
+        "-",
+    ),
     // below a container
     (
         "0::/docker/{A}/system.slice/orders.service",
@@ -427,6 +465,10 @@ const HOSTILE: [Fixture; 45] = [
     ("0::/docker/buildx", "-", "-", "-"),
     ("0::/system.slice/docker-{A}", "-", "-", "-"),
     ("0::/system.slice/docker-{A}.scope.d", "-", "-", "-"),
+    ("0::/docker/{A}\u{fffd}", "-", "-", "-"),
+    ("0::/system.slice/orders\u{fffd}.service", "-", "-", "-"),
+    ("0::/system.slice/orders.service\u{fffd}", "-", "-", "-"),
+    ("0::/system\u{fffd}.slice/orders.service", "-", "-", "-"),
     ("0::/kubepods/pod../{A}", "-", "-", "-"),
     ("0::/kubepods/podx/{A}", "-", "-", "-"),
     ("0::/kubepods/guaranteed/pod{POD}/{A}", "-", "-", "-"),
@@ -442,6 +484,7 @@ const HOSTILE: [Fixture; 45] = [
     ),
     ("0::/system.slice//orders.service", "-", "-", "-"),
     ("0::/system.slice/orders.service (deleted)", "-", "-", "-"),
+    ("0::/docker/{A} (deleted)", "-", "-", "-"),
     ("0::system.slice/orders.service", "-", "-", "-"),
 ];
 
@@ -453,8 +496,13 @@ fn spell(text: &str) -> String {
         .replace("{POD_}", POD_)
 }
 
-fn container_in_words(file: &str) -> String {
-    match container(&memberships(file.as_bytes())) {
+fn read(text: &str) -> Cgroups {
+    let parts: Vec<&[u8]> = text.split('\u{fffd}').map(str::as_bytes).collect();
+    Cgroups::read(&parts.join(&0xff))
+}
+
+fn container_in_words(cgroups: Cgroups) -> String {
+    match cgroups.container {
         Ok(None) => "-".to_owned(),
         Ok(Some(container)) => {
             let id = container.id.replace(A, "A").replace(B, "B");
@@ -470,18 +518,21 @@ fn container_in_words(file: &str) -> String {
 #[test]
 fn every_fixture_is_read_as_written_down() {
     for (file, container, system_unit, user_unit) in ORDINARY.iter().chain(&HOSTILE) {
-        let text = spell(file);
-        assert_eq!(container_in_words(&text), *container, "container of {file}");
-        let units = units(&memberships(text.as_bytes()));
+        let cgroups = read(&spell(file));
         assert_eq!(
-            units.system.unwrap_or("-".to_owned()),
+            cgroups.units.system.as_deref().unwrap_or("-"),
             spell(system_unit),
             "system unit of {file}"
         );
         assert_eq!(
-            units.user.unwrap_or("-".to_owned()),
+            cgroups.units.user.as_deref().unwrap_or("-"),
             spell(user_unit),
             "user unit of {file}"
+        );
+        assert_eq!(
+            container_in_words(cgroups),
+            *container,
+            "container of {file}"
         );
     }
     counts::expect("cgroup-fixtures", ORDINARY.len() + HOSTILE.len());
@@ -495,31 +546,25 @@ fn hierarchies_that_disagree_are_not_believed() {
         "2:memory:/docker/{A}|0::/system.slice/docker-{B}.scope",
         "2:memory:/docker/{A}|0::/machine.slice/libpod-{A}.scope",
     ] {
-        assert_eq!(container_in_words(&spell(file)), "contradiction", "{file}");
+        let container = container_in_words(read(&spell(file)));
+        assert_eq!(container, "contradiction", "{file}");
     }
 }
 
 #[test]
-fn names_that_are_not_text_say_nothing() {
-    let mut file = b"0::/docker/".to_vec();
-    file.extend(A.as_bytes());
-    assert_eq!(memberships(&file).len(), 1);
-    file.push(0xff);
-    assert_eq!(memberships(&file), []);
-}
-
-#[test]
 fn the_path_is_that_of_the_hierarchy_in_use() {
-    let path_of = |file: &'static str| path(&memberships(file.as_bytes()));
-    assert_eq!(path_of("0::/a.slice"), Some("/a.slice"));
-    assert_eq!(path_of("1:name=systemd:/a.slice\n0::/"), Some("/a.slice"));
-    assert_eq!(
-        path_of("1:name=systemd:/a.slice\n0::/b.slice"),
-        Some("/b.slice")
-    );
-    assert_eq!(path_of("2:memory:/a\n1:name=systemd:/b:c"), Some("/b:c"));
-    assert_eq!(path_of("2:memory:/a"), None);
-    assert_eq!(path_of(""), None);
+    for (file, path) in [
+        ("0::/a.slice", Some("/a.slice")),
+        ("1:name=systemd:/a.slice\n0::/", Some("/a.slice")),
+        ("1:name=systemd:/a.slice\n0::/b.slice", Some("/b.slice")),
+        ("2:memory:/a\n1:name=systemd:/b:c", Some("/b:c")),
+        ("0::/a.service/x\u{fffd}", Some("/a.service/x\u{fffd}")),
+        ("0::/a.service (deleted)", Some("/a.service (deleted)")),
+        ("2:memory:/a", None),
+        ("", None),
+    ] {
+        assert_eq!(read(file).path.as_deref(), path, "{file}");
+    }
 }
 
 /// Directory names as a user would choose them.
@@ -538,6 +583,8 @@ fn tempting() -> impl Strategy<Value = String> {
         Just(format!("cri-containerd-{B}.scope")),
         Just("orders.service".to_owned()),
         Just("user@0.service".to_owned()),
+        Just("x (deleted)".to_owned()),
+        Just("x\u{fffd}".to_owned()),
         "[^\n/]{1,20}",
     ]
 }
@@ -547,25 +594,27 @@ proptest! {
     #[test]
     fn below_what_is_delegated_no_name_counts(names in prop::collection::vec(tempting(), 0..6)) {
         let below = names.join("/");
+        // No directory can have these names: a path with them says nothing at all.
+        let leads_elsewhere = names.iter().any(|name| matches!(name.as_str(), "." | ".."));
         for (owned, container, unit) in [
             ("/user.slice/user-1000.slice/user@1000.service", "-".to_owned(), "user@1000.service".to_owned()),
             ("/system.slice/build.service", "-".to_owned(), "build.service".to_owned()),
             (&format!("/docker/{A}"), "docker:A".to_owned(), "-".to_owned()),
         ] {
             let file = format!("0::{owned}/{below}");
-            let file = file.trim_end_matches('/');
-            let memberships = memberships(file.as_bytes());
-            // A path with empty or leading-elsewhere components says nothing at all.
-            let told = container_in_words(file);
-            prop_assert!(told == container || told == "-", "{file}: {told}");
-            let system = units(&memberships).system.unwrap_or("-".to_owned());
-            prop_assert!(system == unit || system == "-", "{file}: {system}");
+            let mut cgroups = read(file.trim_end_matches('/'));
+            let system = cgroups.units.system.take().unwrap_or("-".to_owned());
+            let told = (container_in_words(cgroups), system);
+            let expected = match leads_elsewhere {
+                true => ("-".to_owned(), "-".to_owned()),
+                false => (container, unit),
+            };
+            prop_assert_eq!(told, expected, "{}", file);
         }
     }
 
     #[test]
     fn no_file_makes_it_panic(file in prop::collection::vec(any::<u8>(), 0..300)) {
-        let memberships = memberships(&file);
-        let _ = (path(&memberships), container(&memberships), units(&memberships));
+        let _ = Cgroups::read(&file);
     }
 }

@@ -77,9 +77,9 @@ async fn t02_neither_an_exec_nor_a_forged_path_or_cgroup_makes_a_caller_another(
             cgroup.display()
         )
     };
-    let real = in_cgroup(&cgroups.make(&mount, &format!("system.slice/{unit}")));
+    let real = in_cgroup(&cgroups.make(&mount, format!("system.slice/{unit}")));
     let own = "user.slice/user-65534.slice/user@65534.service";
-    let forged = in_cgroup(&cgroups.make(&mount, &format!("{own}/system.slice/{unit}")));
+    let forged = in_cgroup(&cgroups.make(&mount, format!("{own}/system.slice/{unit}")));
     world.good().await;
     let mut refused = 0;
     for listener in ["proxy", "local"] {
