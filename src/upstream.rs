@@ -19,9 +19,9 @@ use std::time::{Duration, Instant};
 
 use countersign_attestors::IsolationKey;
 use foldhash::fast::RandomState;
-use http::header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
+use http::header::{CONTENT_LENGTH, COOKIE, HOST, TRANSFER_ENCODING};
 use http::uri::PathAndQuery;
-use http::{HeaderValue, Method, Request, Response, Uri, Version};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri, Version};
 use hyper::body::{Body as _, Incoming};
 use hyper::client::conn::{TrySendError, http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -761,7 +761,7 @@ fn rand_fraction(now: Instant) -> f32 {
     (RandomState::new().hash_one(now) >> 40) as f32 / (1_u64 << 24) as f32
 }
 
-/// Origin-form target and `Host` (RFC 9112 section 3.2).
+/// Origin-form target and `Host` (RFC 9112 section 3.2), and one `Cookie`.
 fn as_http1(mut request: Box<Request<RequestBody>>, way: &Way<'_>) -> Box<Request<RequestBody>> {
     *request.version_mut() = Version::HTTP_11;
     // Never the caller's spelling: a gateway's own name, for one, means nothing to the destination.
@@ -777,6 +777,7 @@ fn as_http1(mut request: Box<Request<RequestBody>>, way: &Way<'_>) -> Box<Reques
         let path_and_query = path_and_query(request.uri());
         *request.uri_mut() = Uri::from(path_and_query);
     }
+    join_cookies(request.headers_mut());
     // The client takes it that these methods have no body, and leaves out one that has no length.
     if matches!(*request.method(), Method::GET | Method::HEAD)
         && !request.body().is_end_stream()
@@ -786,6 +787,20 @@ fn as_http1(mut request: Box<Request<RequestBody>>, way: &Way<'_>) -> Box<Reques
         request.headers_mut().insert(TRANSFER_ENCODING, chunked);
     }
     request
+}
+
+/// Makes one field of a `Cookie` that HTTP/2 has split into several (RFC 9113 section 8.2.3).
+fn join_cookies(fields: &mut HeaderMap) {
+    let cookies = fields.get_all(COOKIE);
+    if cookies.iter().nth(1).is_none() {
+        return;
+    }
+    let is_sensitive = cookies.iter().any(HeaderValue::is_sensitive);
+    let values: Vec<&[u8]> = cookies.iter().map(HeaderValue::as_bytes).collect();
+    if let Ok(mut joined) = HeaderValue::from_bytes(&values.join(b"; ".as_slice())) {
+        joined.set_sensitive(is_sensitive);
+        fields.insert(COOKIE, joined);
+    }
 }
 
 /// `:scheme`, `:authority` and `:path` (RFC 9113 section 8.3.1).

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
+use http::header::COOKIE;
 use http::{HeaderMap, HeaderValue, Request, Version};
 use http_body::Frame;
 use http_body_util::{BodyExt, Empty, StreamBody};
@@ -23,6 +24,9 @@ const MEBIBYTE: usize = 1 << 20;
 const LARGE: usize = 64;
 
 type Frames = StreamBody<frames_of::Frames>;
+
+/// Fields of one name, and the one in which they are to arrive, if any.
+type SentAndArrived<'a> = (&'a [&'a [u8]], Option<&'a [u8]>);
 
 /// A channel as a body.
 mod frames_of {
@@ -289,6 +293,51 @@ async fn http2_callers_reach_http1_destinations() {
     let seen = world.plain_api.seen();
     assert_eq!(seen.len(), answered);
     assert!(seen.iter().all(|seen| seen.version == Version::HTTP_11));
+    world.good().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cookies_that_http2_splits_reach_http1_in_one_field() {
+    let world = World::start().await;
+    let puppet = Puppet::start(&world.target("proxy"), None).await;
+    world.good().await;
+    let mut io = puppet.connect().await;
+    open_tunnel(&mut io, "plain.example.test:80")
+        .await
+        .expect(200);
+    let (mut sender, connection) = http2::Builder::new(TokioExecutor::new())
+        .handshake::<_, Empty<Bytes>>(TokioIo::new(io))
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    let cases: [SentAndArrived<'_>; 4] = [
+        (&[], None),
+        (&[b"a=1; b=2"], Some(b"a=1; b=2")),
+        (&[b"a=1", b"b=2", b"c=3"], Some(b"a=1; b=2; c=3")),
+        (&[b"a=\xff", b"b=\"x y\""], Some(b"a=\xff; b=\"x y\"")),
+    ];
+    for (sent, expected) in cases {
+        let mut request = Request::get("http://plain.example.test/v1/orders")
+            .body(Empty::new())
+            .unwrap();
+        for cookie in sent {
+            let mut cookie = HeaderValue::from_bytes(cookie).unwrap();
+            cookie.set_sensitive(true);
+            request.headers_mut().append(COOKIE, cookie);
+        }
+        let response = sender.send_request(request).await.unwrap();
+        assert_eq!(response.status(), 200);
+        response.into_body().collect().await.unwrap();
+        let seen = world.plain_api.seen().pop().unwrap();
+        assert_eq!(seen.version, Version::HTTP_11);
+        let arrived: Vec<&[u8]> = seen
+            .headers
+            .get_all(COOKIE)
+            .iter()
+            .map(HeaderValue::as_bytes)
+            .collect();
+        assert_eq!(arrived, Vec::from_iter(expected));
+    }
     world.good().await;
 }
 
