@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use listenfd::ListenFd;
 use nix::sys::socket::{getsockopt, sockopt};
+use nix::sys::stat::fstat;
 use sd_notify::NotifyState;
 
 use crate::config::Bind;
@@ -103,7 +104,8 @@ impl ServiceManager {
     }
 
     /// Takes the socket for the listener `name`, which is to be bound to `bind`: one that is bound there,
-    /// else one of that name, wherever it is bound.
+    /// else one of that name, wherever it is bound. Copies of it are dropped: one that the agent had stored
+    /// comes beside that of the socket unit.
     ///
     /// # Errors
     /// `handed_over_socket_unusable` where that socket is of the other kind (TCP, Unix), or its file is gone.
@@ -117,6 +119,7 @@ impl ServiceManager {
             return Ok(None);
         };
         let socket = self.sockets.swap_remove(index).socket;
+        self.sockets.retain(|known| !known.socket.is(&socket));
         let unusable = |message: String, next: &str| {
             Err(Diagnostic::error("handed_over_socket_unusable", SOURCE, message).next(next))
         };
@@ -245,7 +248,22 @@ impl HandedOver {
     }
 }
 
+impl AsFd for ListeningSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(socket) => socket.as_fd(),
+            Self::Unix(socket, _) => socket.as_fd(),
+        }
+    }
+}
+
 impl ListeningSocket {
+    /// Whether both are descriptors of one socket.
+    fn is(&self, other: &Self) -> bool {
+        let inode = |socket: &Self| fstat(socket).map(|found| (found.st_dev, found.st_ino));
+        matches!((inode(self), inode(other)), (Ok(one), Ok(other)) if one == other)
+    }
+
     fn address(&self) -> String {
         match self {
             Self::Tcp(socket) => socket
@@ -272,11 +290,7 @@ fn listening_socket(descriptors: &mut ListenFd, index: usize) -> io::Result<List
             ListeningSocket::Tcp(socket)
         }
     };
-    let descriptor = match &socket {
-        ListeningSocket::Tcp(socket) => socket.as_fd(),
-        ListeningSocket::Unix(socket, _) => socket.as_fd(),
-    };
-    if !getsockopt(&descriptor, sockopt::AcceptConn)? {
+    if !getsockopt(&socket, sockopt::AcceptConn)? {
         return Err(io::Error::other("it does not listen"));
     }
     match &socket {

@@ -121,6 +121,14 @@ async fn status(world: &World) -> Value {
     admin(world, "/v1/status").await.expect(200).json()
 }
 
+/// Where the agent's `proxy` listens.
+async fn proxy_address(world: &World) -> SocketAddr {
+    let status = status(world).await;
+    let mut listeners = status["listeners"].as_array().unwrap().iter();
+    let proxy = listeners.find(|known| known["name"] == "proxy").unwrap();
+    proxy["bind"].as_str().unwrap().parse().unwrap()
+}
+
 // --- Clients that go on.
 
 /// How clients get to the API.
@@ -542,12 +550,7 @@ async fn the_service_manager_is_told_and_keeps_sockets() {
     let mut agent = Service::start(world.directory.path(), Vec::new());
     let ready = agent.says("READY=1").await;
     assert!(ready.contains("\nSTATUS=serving; policies "), "{ready}");
-    let address = |status: &Value| -> SocketAddr {
-        let listeners = status["listeners"].as_array().unwrap();
-        let proxy = listeners.iter().find(|known| known["name"] == "proxy");
-        proxy.unwrap()["bind"].as_str().unwrap().parse().unwrap()
-    };
-    let proxy = address(&status(&world).await);
+    let proxy = proxy_address(&world).await;
     good(&world, proxy).await;
 
     // A reload that fails, and one that succeeds: each begins and ends.
@@ -591,7 +594,7 @@ async fn the_service_manager_is_told_and_keeps_sockets() {
         .collect();
     let mut next = Service::start(world.directory.path(), handed_over);
     next.says("READY=1").await;
-    assert_eq!(address(&status(&world).await), proxy);
+    assert_eq!(proxy_address(&world).await, proxy);
     exchange(&mut tcp, asked).await.expect(200);
     exchange(&mut unix, asked).await.expect(200);
     assert!(next.kept().is_empty(), "it has them already");
@@ -599,6 +602,42 @@ async fn the_service_manager_is_told_and_keeps_sockets() {
     next.signal(Signal::SIGTERM);
     assert!(next.ended().await.success(), "{}", next.log());
     assert!(socket.exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_socket_that_is_handed_over_twice_is_taken_once() {
+    let world = world("10s").await;
+    let sockets = Sockets::listen(&world);
+    let [_, local] = sockets.handed_over().try_into().unwrap();
+    let mut agent = Service::start(world.directory.path(), vec![local]);
+    agent.says("READY=1").await;
+    let proxy = proxy_address(&world).await;
+    good(&world, proxy).await;
+    // Under its new name the listener's socket is stored, beside the socket unit's.
+    let configuration = std::fs::read_to_string(world.path("countersign.yaml")).unwrap();
+    world.write(
+        "countersign.yaml",
+        &configuration.replace("name: local,", "name: renamed,"),
+    );
+    agent.signal(Signal::SIGHUP);
+    let renamed = eventually(Duration::from_secs(30), || async {
+        let mut kept = agent.kept().into_iter();
+        kept.find(|(name, _)| name == "renamed")
+    })
+    .await;
+    good(&world, proxy).await;
+    agent.signal(Signal::SIGTERM);
+    assert!(agent.ended().await.success(), "{}", agent.log());
+
+    let [_, local] = sockets.handed_over().try_into().unwrap();
+    let handed_over = vec![local, ("renamed", renamed.1)];
+    let mut next = Service::start(world.directory.path(), handed_over);
+    next.says("READY=1").await;
+    let asked =
+        "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
+    let mut unix = UnixStream::connect(world.path("proxy.sock")).await.unwrap();
+    exchange(&mut unix, asked).await.expect(200);
+    good(&world, proxy_address(&world).await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
