@@ -31,6 +31,8 @@ const AFTER_THE_DRAIN: Duration = Duration::from_secs(10);
 pub struct ServiceManager {
     /// Whether it is told anything: of an agent in a process with other ends it is not.
     is_told: bool,
+    /// Whether it keeps sockets that it is given (`FileDescriptorStoreMax=`).
+    keeps_sockets: bool,
     /// Whether it handed sockets over at the start: another agent may be using them still.
     has_handed_over: bool,
     /// What it handed over and nobody has taken.
@@ -91,6 +93,7 @@ impl ServiceManager {
             true => Err(problems),
             false => Ok(Self {
                 is_told: true,
+                keeps_sockets: has_descriptor_store(),
                 has_handed_over: !sockets.is_empty(),
                 sockets,
             }),
@@ -177,10 +180,10 @@ impl ServiceManager {
         }
     }
 
-    /// Has it keep a listening socket for the next agent, under `name`. Whether it does is its
-    /// configuration's (`FileDescriptorStoreMax=`). Returns whether it was asked to.
+    /// Has it keep a listening socket for the next agent, under `name`. Returns whether it was given the
+    /// socket: never where it keeps none.
     pub fn keep(&self, name: &str, socket: BorrowedFd<'_>) -> bool {
-        if !self.is_told || std::env::var_os("NOTIFY_SOCKET").is_none() {
+        if !self.keeps_sockets {
             return false;
         }
         // It is not to be dropped because of what happens on it.
@@ -196,9 +199,12 @@ impl ServiceManager {
         kept.is_ok()
     }
 
-    /// Has it forget what it keeps under `name`.
-    pub fn forget(&self, name: &str) {
-        self.tell(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)]);
+    /// Has it forget what it keeps under `name`. Returns whether it keeps any sockets.
+    pub fn forget(&self, name: &str) -> bool {
+        if self.keeps_sockets {
+            self.tell(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)]);
+        }
+        self.keeps_sockets
     }
 
     /// Says that the agent serves, and how.
@@ -272,6 +278,14 @@ impl ListeningSocket {
             Self::Unix(_, path) => format!("unix:{}", path.display()),
         }
     }
+}
+
+/// Whether the service manager says that it stores descriptors: `FDSTORE` is how many at most
+/// (systemd.exec(5)). Without it they are sent in vain, and nobody is told.
+fn has_descriptor_store() -> bool {
+    let stored = std::env::var("FDSTORE").ok();
+    let most: Option<u32> = stored.and_then(|stored| stored.parse().ok());
+    most.is_some_and(|most| most > 0) && std::env::var_os("NOTIFY_SOCKET").is_some()
 }
 
 /// Takes a descriptor for what it is.

@@ -162,9 +162,8 @@ impl Listeners {
             let keep = prepared.0.iter().any(is_wanted);
             if !keep {
                 acceptor.task.abort();
-                if acceptor.bound.outlives_us() {
-                    manager.forget(name);
-                    // Under another name it is kept again.
+                // Under another name it is kept again.
+                if acceptor.bound.outlives_us() && manager.forget(name) {
                     acceptor.bound.kept(false);
                 }
             }

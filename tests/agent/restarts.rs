@@ -2,6 +2,7 @@
 //! sockets, starts agents on them and ends agents, one over the other and one after the other, while
 //! clients go on.
 
+use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
@@ -641,6 +642,36 @@ async fn a_socket_that_is_handed_over_twice_is_taken_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn sockets_that_nobody_keeps_are_closed_when_the_agent_ends() {
+    let world = world("1h").await;
+    let mut agent = Service::start_without_store(world.directory.path(), Vec::new());
+    agent.says("READY=1").await;
+    let proxy = proxy_address(&world).await;
+    good(&world, proxy).await;
+    // Upgraded, so that nothing ends it but its client.
+    let mut upgraded = TcpStream::connect(proxy).await.unwrap();
+    let request = "GET http://plain.example.test/v1/echo HTTP/1.1\r\nHost: plain.example.test\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n";
+    upgraded.write_all(request.as_bytes()).await.unwrap();
+    let head = read_head(&mut upgraded).await;
+    assert!(head.starts_with("HTTP/1.1 101"), "{head}");
+    agent.signal(Signal::SIGTERM);
+    agent.says("STOPPING=1").await;
+    eventually(Duration::from_secs(30), || async {
+        let refused = TcpStream::connect(proxy).await.err()?;
+        (refused.kind() == ErrorKind::ConnectionRefused).then_some(())
+    })
+    .await;
+    assert!(!world.path("proxy.sock").exists());
+    let mut echoed = [0; 4];
+    upgraded.write_all(b"ping").await.unwrap();
+    upgraded.read_exact(&mut echoed).await.unwrap();
+    assert_eq!(&echoed, b"ping");
+    assert!(agent.kept().is_empty());
+    agent.signal(Signal::SIGTERM);
+    assert!(agent.ended().await.success(), "{}", agent.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn sockets_that_cannot_be_taken_keep_an_agent_from_starting() {
     let world = world("10s").await;
     let sockets = Sockets::listen(&world);
@@ -739,7 +770,9 @@ fn the_units_fit_each_other_and_the_example() {
     assert_eq!(one("Type"), "notify");
     assert_eq!(one("Requires"), "countersign.socket");
     assert!(one("ExecReload").contains("-HUP $MAINPID"));
-    assert!(one("FileDescriptorStoreMax").parse::<usize>().unwrap() >= listened.len());
+    let stored = one("FileDescriptorStoreMax");
+    assert!(stored.parse::<usize>().unwrap() >= listened.len());
+    assert_eq!(one("Environment"), format!("FDSTORE={stored}"));
     assert!(seconds(&one("TimeoutStopSec")) > seconds(drain.unwrap()));
     assert_eq!(one("RuntimeDirectoryPreserve"), "yes");
     assert_eq!(one("NoNewPrivileges"), "yes");

@@ -36,8 +36,22 @@ struct Told {
 }
 
 impl Service {
-    /// Starts `countersign run` with up to two sockets, in a directory where it finds its configuration.
+    /// Starts `countersign run` with up to two sockets, in a directory where it finds its configuration. It
+    /// may have sockets kept (`FileDescriptorStoreMax=64`).
     pub fn start(directory: &Path, sockets: Vec<(&str, OwnedFd)>) -> Self {
+        Self::start_by(
+            directory,
+            sockets,
+            Command::new("bash").env("FDSTORE", "64"),
+        )
+    }
+
+    /// As [`Service::start`], where nothing is kept (`FileDescriptorStoreMax=0`, the default).
+    pub fn start_without_store(directory: &Path, sockets: Vec<(&str, OwnedFd)>) -> Self {
+        Self::start_by(directory, sockets, &mut Command::new("bash"))
+    }
+
+    fn start_by(directory: &Path, sockets: Vec<(&str, OwnedFd)>, command: &mut Command) -> Self {
         static STARTED: AtomicUsize = AtomicUsize::new(0);
         let number = STARTED.fetch_add(1, Ordering::Relaxed);
         let notify = directory.join(format!("notify-{number}.sock"));
@@ -45,7 +59,6 @@ impl Service {
         listen(UnixDatagram::bind(&notify).unwrap(), &told);
         let log = directory.join(format!("agent-{number}.log"));
         let names: Vec<&str> = sockets.iter().map(|(name, _)| *name).collect();
-        let mut command = Command::new("bash");
         command
             .args([
                 "-c",
