@@ -720,7 +720,7 @@ async fn connect(
         .await?;
     let destination = destinations.first();
     exchange.destination(snapshot, destination);
-    let grant = permit_tunnel(worker, snapshot, &workload, &asked.target, Some(exchange))?;
+    let under = permit_tunnel(worker, snapshot, &workload, &asked.target, Some(exchange))?;
     let way = way_to(snapshot, destination, &workload, &asked);
     exchange.waits();
     let dialled = tokio::time::timeout(way.connect_timeout, worker.upstreams.dial(&way)).await;
@@ -740,7 +740,7 @@ async fn connect(
         &stream,
         Rc::new(Tunnelled {
             worker: Rc::downgrade(worker),
-            lease: RefCell::new(grant.lease().clone()),
+            under: RefCell::new(under),
             target: asked.target.clone(),
         }),
     );
@@ -757,14 +757,14 @@ async fn connect(
 }
 
 /// Decides on a blind tunnel: nobody sees which of the destinations at its host and port its requests
-/// are for, so `connect` must be permitted for each.
+/// are for, so `connect` must be permitted for each that does not only report its denial.
 fn permit_tunnel(
     worker: &Worker,
     snapshot: &Arc<Snapshot>,
     workload: &Arc<AttestedWorkload>,
     target: &Target,
     mut exchange: Option<&mut Exchange>,
-) -> Result<Grant, Refusal> {
+) -> Result<Under, Refusal> {
     let destinations = snapshot.routes.at(target.host(), target.port());
     let wall = worker.agent.clock.wall();
     let not_covered = |detail: String| Refusal::new(RefusalCode::DestinationNotConfigured, detail);
@@ -777,22 +777,29 @@ fn permit_tunnel(
             partial.name
         )));
     }
-    let mut all: Vec<Question<'_>> = destinations
+    let mut all: Vec<(Question<'_>, Option<&Arc<Destination>>)> = destinations
         .iter()
-        .flat_map(|destination| questions(destination, None, wall))
-        .map(|(question, _)| question)
+        .flat_map(|destination| {
+            questions(destination, None, wall)
+                .map(move |(question, _)| (question, Some(destination)))
+        })
         .collect();
     if all.is_empty() && snapshot.config.unmatched == Unmatched::Tunnel {
-        all.push(unmatched(None, wall));
+        all.push((unmatched(None, wall), None));
     }
-    let mut permitted = None;
-    for question in &all {
+    let (mut permitted, mut reported) = (None, None);
+    for (question, destination) in &all {
         match worker.ask(snapshot, workload, question) {
             Ok(grant) => {
                 if let Some(exchange) = exchange.as_deref_mut() {
                     exchange.granted(snapshot, &grant, question);
                 }
                 permitted = Some(grant);
+            }
+            Err(denial)
+                if destination.is_some_and(|destination| is_reported(&denial, destination)) =>
+            {
+                reported = Some((denial, question));
             }
             Err(denial) => {
                 if let Some(exchange) = exchange.as_deref_mut() {
@@ -802,7 +809,16 @@ fn permit_tunnel(
             }
         }
     }
-    permitted.ok_or_else(|| not_covered(format!("no destination is configured for `{target}`")))
+    if let (Some((denial, question)), Some(exchange)) = (&reported, exchange) {
+        exchange.denied(snapshot, workload, denial, question, true);
+    }
+    match (permitted, reported) {
+        (Some(grant), _) => Ok(Under::Lease(grant.lease().clone(), None)),
+        (None, Some(_)) => Ok(Under::report_only(snapshot, workload)),
+        (None, None) => Err(not_covered(format!(
+            "no destination is configured for `{target}`"
+        ))),
+    }
 }
 
 /// The permission of an open request, response stream or upgrade: decided again under each new
@@ -837,12 +853,37 @@ impl Under {
         };
         match lease {
             Some(lease) => Self::Lease(lease, credential.and_then(injected)),
-            None => Self::ReportOnly(Arc::clone(workload), Arc::clone(&snapshot.policy)),
+            None => Self::report_only(snapshot, workload),
+        }
+    }
+
+    fn report_only(snapshot: &Snapshot, workload: &Arc<AttestedWorkload>) -> Self {
+        Self::ReportOnly(Arc::clone(workload), Arc::clone(&snapshot.policy))
+    }
+
+    fn workload(&self) -> &Arc<AttestedWorkload> {
+        match self {
+            Self::Lease(lease, _) => lease.workload(),
+            Self::ReportOnly(workload, _) => workload,
+        }
+    }
+
+    /// Whether it holds under the policies in force and at the wall-clock time `now`.
+    fn check(&self, current: &Arc<PolicySnapshot>, now: SystemTime) -> Result<(), LeaseEnded> {
+        match self {
+            Self::Lease(lease, _) => lease.check(current, now),
+            Self::ReportOnly(_, denied_by) if !Arc::ptr_eq(denied_by, current) => {
+                Err(LeaseEnded::SnapshotReplaced)
+            }
+            Self::ReportOnly(workload, _) => workload
+                .check_liveness(now)
+                .map_err(LeaseEnded::Attestation),
         }
     }
 }
 
 /// A credential, and the SHA-256 of its token.
+#[derive(Clone)]
 struct Injected {
     credential: Arc<CredentialConfig>,
     token_sha256: Arc<str>,
@@ -860,6 +901,34 @@ impl OpenRequest {
 }
 
 impl OpenRequest {
+    /// Asks once more for what was granted.
+    fn grant_again(
+        &self,
+        worker: &Worker,
+        snapshot: &Arc<Snapshot>,
+        workload: &Arc<AttestedWorkload>,
+        injected: Option<&Injected>,
+        wall: SystemTime,
+    ) -> Option<Grant> {
+        let question = match route(&snapshot.routes, &self.asked) {
+            Route::Destination(destination) => {
+                let credential = injected.map(|injected| &injected.credential.name);
+                let mut questions = questions(destination, Some(&self.asked), wall);
+                let (question, _) = questions.find(|(_, credential_use)| {
+                    credential_use.map(|found| &found.credential.name) == credential
+                })?;
+                question
+            }
+            Route::NotCovered(_) | Route::Unmatched(_)
+                if snapshot.config.unmatched == Unmatched::Tunnel =>
+            {
+                unmatched(Some(&self.asked), wall)
+            }
+            Route::NotCovered(_) | Route::Unmatched(_) => return None,
+        };
+        worker.ask(snapshot, workload, &question).ok()
+    }
+
     /// Whether what was let through although it was denied is permitted, or is denied by what its
     /// destination only reports.
     fn still_passes(
@@ -874,13 +943,12 @@ impl OpenRequest {
         };
         let questions = questions(destination, Some(&self.asked), wall);
         let ask = |question: &Question<'_>| worker.ask(snapshot, workload, question);
-        workload.is_attested_by(&snapshot.catalog)
-            && match first_permitted(questions, ask) {
-                Ok(_) => true,
-                Err(refused) => {
-                    refused.is_some_and(|refused| is_reported(&refused.denial, destination))
-                }
+        match first_permitted(questions, ask) {
+            Ok(_) => true,
+            Err(refused) => {
+                refused.is_some_and(|refused| is_reported(&refused.denial, destination))
             }
+        }
     }
 }
 
@@ -889,51 +957,35 @@ impl Permission for OpenRequest {
         let worker = self.worker.upgrade().ok_or(CutReason::ShuttingDown)?;
         let snapshot = worker.agent.snapshot.load_full();
         let wall = worker.agent.clock.wall();
-        match self.under.borrow_mut().as_mut() {
-            None => Ok(()),
-            Some(Under::Lease(_, Some(injected)))
-                if snapshot
-                    .policy
-                    .revocations()
-                    .token_is_revoked(&injected.token_sha256)
-                    .is_some() =>
-            {
-                Err(CutReason::PermissionEnded)
-            }
-            Some(Under::Lease(lease, injected)) => renew(lease, &snapshot, wall, |workload| {
-                let destination = match route(&snapshot.routes, &self.asked) {
-                    Route::Destination(destination) => destination,
-                    Route::NotCovered(_) | Route::Unmatched(_) => {
-                        let question = unmatched(Some(&self.asked), wall);
-                        let permitted = snapshot.config.unmatched == Unmatched::Tunnel;
-                        return permitted
-                            .then(|| worker.ask(&snapshot, workload, &question).ok())
-                            .flatten();
-                    }
-                };
-                let (question, _) = questions(destination, Some(&self.asked), wall).find(
-                    |(_, credential_use)| {
-                        let name = credential_use.map(|found| &found.credential.name);
-                        name == injected.as_ref().map(|injected| &injected.credential.name)
-                    },
-                )?;
-                worker.ask(&snapshot, workload, &question).ok()
-            }),
-            Some(Under::ReportOnly(workload, policy)) => {
-                let passes = workload.check_liveness(wall).is_ok()
-                    && (Arc::ptr_eq(policy, &snapshot.policy)
-                        || self.still_passes(&worker, &snapshot, workload, wall));
-                *policy = Arc::clone(&snapshot.policy);
-                passes.then_some(()).ok_or(CutReason::PermissionEnded)
-            }
+        let mut under = self.under.borrow_mut();
+        let Some(under) = under.as_mut() else {
+            return Ok(());
+        };
+        let revocations = snapshot.policy.revocations();
+        if let Under::Lease(_, Some(injected)) = under
+            && revocations
+                .token_is_revoked(&injected.token_sha256)
+                .is_some()
+        {
+            return Err(CutReason::PermissionEnded);
         }
+        renew(under, &snapshot, wall, |before| match before {
+            Under::Lease(lease, injected) => {
+                let (workload, injected) = (lease.workload(), injected.as_ref());
+                let grant = self.grant_again(&worker, &snapshot, workload, injected, wall)?;
+                Some(Under::Lease(grant.lease().clone(), injected.cloned()))
+            }
+            Under::ReportOnly(workload, _) => self
+                .still_passes(&worker, &snapshot, workload, wall)
+                .then(|| Under::report_only(&snapshot, workload)),
+        })
     }
 }
 
 /// The permission of a blind tunnel.
 struct Tunnelled {
     worker: Weak<Worker>,
-    lease: RefCell<Lease>,
+    under: RefCell<Under>,
     target: Target,
 }
 
@@ -942,34 +994,34 @@ impl Permission for Tunnelled {
         let worker = self.worker.upgrade().ok_or(CutReason::ShuttingDown)?;
         let snapshot = worker.agent.snapshot.load_full();
         let wall = worker.agent.clock.wall();
-        renew(&mut self.lease.borrow_mut(), &snapshot, wall, |workload| {
-            permit_tunnel(&worker, &snapshot, workload, &self.target, None).ok()
+        renew(&mut self.under.borrow_mut(), &snapshot, wall, |before| {
+            permit_tunnel(&worker, &snapshot, before.workload(), &self.target, None).ok()
         })
     }
 }
 
-/// Checks a lease; decides again where policies were replaced since. Where attestors were replaced as
-/// well, what they would establish is not known, and a `forbid` may read it: the lease ends.
+/// Checks what a stream is held under; decides again where policies were replaced since. Where attestors
+/// were replaced as well, what they would establish is not known, and a `forbid` may read it: it ends.
 fn renew(
-    lease: &mut Lease,
+    under: &mut Under,
     snapshot: &Arc<Snapshot>,
     wall: SystemTime,
-    decide: impl FnOnce(&Arc<AttestedWorkload>) -> Option<Grant>,
+    decide: impl FnOnce(&Under) -> Option<Under>,
 ) -> Result<(), CutReason> {
-    match lease.check(&snapshot.policy, wall) {
-        Ok(()) => Ok(()),
-        Err(LeaseEnded::Attestation(_)) => Err(CutReason::PermissionEnded),
-        Err(LeaseEnded::SnapshotReplaced | LeaseEnded::PolicyExpired) => {
-            let workload = Arc::clone(lease.workload());
-            if !workload.is_attested_by(&snapshot.catalog) {
-                return Err(CutReason::PermissionEnded);
-            }
-            let grant = decide(&workload).ok_or(CutReason::PermissionEnded)?;
-            *lease = grant.lease().clone();
-            // A decision says nothing of whether the workload still is who it was.
-            lease
-                .check(&snapshot.policy, wall)
-                .map_err(|_| CutReason::PermissionEnded)
+    let ended = match under.check(&snapshot.policy, wall) {
+        Ok(()) => return Ok(()),
+        Err(ended) => ended,
+    };
+    let may_go_on = match ended {
+        LeaseEnded::Attestation(_) => false,
+        LeaseEnded::SnapshotReplaced | LeaseEnded::PolicyExpired => {
+            under.workload().is_attested_by(&snapshot.catalog)
         }
-    }
+    };
+    let decided = may_go_on.then(|| decide(under)).flatten();
+    *under = decided.ok_or(CutReason::PermissionEnded)?;
+    // A decision says nothing of whether the workload still is who it was.
+    under
+        .check(&snapshot.policy, wall)
+        .map_err(|_| CutReason::PermissionEnded)
 }

@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use crate::support::counts::reached;
 use crate::support::origin::Origin;
 use crate::support::puppet::Puppet;
-use crate::support::raw::{Response, exchange, read_head};
+use crate::support::raw::{Response, exchange, open_tunnel, read_head};
 use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World};
 use crate::support::{Stalls, a_second};
 
@@ -17,6 +17,8 @@ const WATCHED: &str = r#"
   - {name: watched, hosts: [watched.example.test], scheme: http, mode: report_only, credentials: [{name: billing-api}], connect_to: "{origin}"}
   - {name: enforced, hosts: [enforced.example.test], scheme: http, credentials: [{name: billing-api}], connect_to: "{origin}"}
   - {name: for-jobs, hosts: [for-jobs.example.test], scheme: http, mode: report_only, paths: ["/jobs/**"], credentials: [{name: jobs-api}], connect_to: "{origin}"}
+  - {name: tunnelled, hosts: [tunnelled.example.test], scheme: http, mode: report_only, connect_to: "{origin}"}
+  - {name: enforced-tunnel, hosts: [enforced-tunnel.example.test], scheme: http, connect_to: "{origin}"}
   - {name: guarded, hosts: ["127.0.0.2"], scheme: http, mode: report_only, credentials: [{name: billing-api}]}
 "#;
 
@@ -256,6 +258,65 @@ async fn what_is_no_denial_of_policy_is_refused_all_the_same() {
     assert!(arrived.unwrap().starts_with("Bearer ey"));
     setting.world.good().await;
     reached("refused_though_reporting", refused);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blind_tunnel_that_would_be_denied_passes_and_is_recorded() {
+    let setting = Setting::start().await;
+    let world = &setting.world;
+    world.good().await;
+    let last_decision = || async {
+        let record = world.audited_requests().await.pop().unwrap();
+        record["decision"].as_str().map(str::to_owned)
+    };
+    let mut refused = setting.caller.connect().await;
+    let answer = open_tunnel(&mut refused, "enforced-tunnel.example.test:80").await;
+    answer.expect(403);
+    assert_eq!(last_decision().await.as_deref(), Some("deny"));
+
+    let mut tunnel = setting.caller.connect().await;
+    let answer = open_tunnel(&mut tunnel, "tunnelled.example.test:80").await;
+    answer.expect(200);
+    assert_eq!(last_decision().await.as_deref(), Some("report_only"));
+    let request = "GET / HTTP/1.1\r\nHost: tunnelled.example.test\r\n\r\n";
+    exchange(&mut tunnel, request).await.expect(200);
+
+    // Permitted, and denied again: longer than what is open is looked at.
+    let permit = r#"@id("tunnels") permit (principal, action == Action::"connect", resource == Destination::"tunnelled");"#;
+    let mut permitted = None;
+    for policies in [format!("{POLICIES}{permit}"), POLICIES.to_owned()] {
+        world.write_policies(&policies);
+        world.app().reload().await.unwrap();
+        if permitted.is_none() {
+            let mut tunnel = setting.caller.connect().await;
+            let answer = open_tunnel(&mut tunnel, "tunnelled.example.test:80").await;
+            answer.expect(200);
+            assert_eq!(last_decision().await.as_deref(), Some("allow"));
+            permitted = Some(tunnel);
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        for tunnel in [&mut tunnel].into_iter().chain(&mut permitted) {
+            exchange(tunnel, request).await.expect(200);
+        }
+    }
+
+    // An operator's word is no policy.
+    let revocation = Revocation {
+        id: "r1".to_owned(),
+        what: Revoked::Workload(
+            format!("unix.uid={}", nix::unistd::geteuid())
+                .parse()
+                .unwrap(),
+        ),
+        until: None,
+    };
+    world
+        .app()
+        .replace_revocations(|revocations| Some(revocations.with(revocation.clone())));
+    for mut tunnel in [tunnel].into_iter().chain(permitted) {
+        let ended = tokio::time::timeout(Duration::from_secs(30), tunnel.read(&mut [0])).await;
+        assert_eq!(ended.expect("the tunnel ends").unwrap_or(0), 0);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
