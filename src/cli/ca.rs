@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::failure::Failure;
 use super::output::OutputFormat;
-use super::run::control_runtime;
+use super::run::on_control_runtime;
 use super::workload::Agent;
 use crate::client::AgentAddress;
 use crate::config::{CaSource, Config};
@@ -73,14 +73,14 @@ fn as_json(format: CertificateFormat, content: &[u8]) -> Value {
 fn certificates(arguments: &CaArguments) -> Result<Vec<u8>, Failure> {
     let root = match &arguments.config {
         Some(path) => root_of(&Config::load(path)?)?,
-        None => control_runtime()?.block_on(async {
+        None => on_control_runtime(async {
             let agent = Agent::named(arguments.agent.clone(), None).await?;
             agent.proxy().await?.ca_certificate.ok_or_else(|| {
                 Failure::unavailable(
                     "the agent intercepts nothing: it has no certificate authority",
                 )
             })
-        })?,
+        })??,
     };
     let bundled = || bundle_or_ours(&root).map_err(|error| Failure::unavailable(error.to_string()));
     match arguments.format {

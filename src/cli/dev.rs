@@ -12,7 +12,7 @@ use countersign_attestors::{ConnectionAttestation, PeerEvidence, WorkloadFacts, 
 use serde_json::{Value, json};
 
 use super::output::{EXIT_UNAVAILABLE, OutputFormat};
-use super::run::{Signals, control_runtime, refuse, serve_until_signal};
+use super::run::{Signals, on_control_runtime, refuse, serve_until_signal};
 use crate::app::{App, StartOptions};
 use crate::audit::tail;
 use crate::clock::SystemClock;
@@ -63,10 +63,8 @@ impl From<std::io::Error> for NotStarted {
 /// directory cannot be had.
 pub fn run(arguments: &DevArguments) -> ExitCode {
     let began = Instant::now();
-    let ended = prepare(arguments).and_then(|directory| {
-        let runtime = control_runtime()?;
-        runtime.block_on(serve(arguments, directory, began))
-    });
+    let ended = prepare(arguments)
+        .and_then(|directory| on_control_runtime(serve(arguments, directory, began))?);
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(NotStarted::Problems(diagnostics)) => refuse(&diagnostics),

@@ -4,6 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -57,8 +58,8 @@ pub fn run(arguments: &RunArguments) -> ExitCode {
     }
     // Before there is another thread.
     hardening::confine(&Needs::of(&config));
-    match control_runtime() {
-        Ok(runtime) => runtime.block_on(serve(config, watcher, service_manager, arguments.output)),
+    match on_control_runtime(serve(config, watcher, service_manager, arguments.output)) {
+        Ok(code) => code,
         Err(error) => Failure::unavailable(format!("the runtime could not be started: {error}"))
             .report(arguments.output, &mut std::io::stderr()),
     }
@@ -68,17 +69,27 @@ pub fn run(arguments: &RunArguments) -> ExitCode {
 /// of this, also where the code is not optimised.
 const STACK_BYTES: usize = 8 << 20;
 
-/// The runtime of everything that is not the data path. A second thread on one processor would only be woken in
-/// vain with each task that the first is given. What reads files or roots for the running agent does so on other
-/// threads; a decision of the workload API may wait here for an observer's word on its caller.
-pub fn control_runtime() -> std::io::Result<tokio::runtime::Runtime> {
+/// How long threads that are still at work when everything has ended are waited for: one that reads a file that
+/// hangs never comes back.
+const LEFT_BEHIND: Duration = Duration::from_secs(1);
+
+/// Runs `work` to its end on the runtime of everything that is not the data path. A second thread on one processor
+/// would only be woken in vain with each task that the first is given. What reads files or roots for the running
+/// agent does so on other threads; a decision of the workload API may wait here for an observer's word on its caller.
+///
+/// # Errors
+/// That of a runtime that cannot be started.
+pub fn on_control_runtime<T>(work: impl Future<Output = T>) -> std::io::Result<T> {
     let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
-    tokio::runtime::Builder::new_multi_thread()
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(processors.min(2))
         .thread_name("control")
         .thread_stack_size(STACK_BYTES)
         .enable_all()
-        .build()
+        .build()?;
+    let outcome = runtime.block_on(work);
+    runtime.shutdown_timeout(LEFT_BEHIND);
+    Ok(outcome)
 }
 
 /// Prints why an agent does not start.
@@ -121,8 +132,9 @@ impl Signals {
     }
 }
 
-/// Reloads on SIGHUP and on changed files, until SIGTERM or SIGINT; then drains, until a second one.
-pub async fn serve_until_signal(app: &App, mut watcher: Watcher, mut signals: Signals) {
+/// Reloads on SIGHUP and on changed files, until SIGTERM or SIGINT, which end a reload too; then drains, until a
+/// second one.
+pub async fn serve_until_signal(app: &Arc<App>, mut watcher: Watcher, mut signals: Signals) {
     loop {
         tokio::select! {
             _ = signals.terminate.recv() => break,
@@ -130,8 +142,11 @@ pub async fn serve_until_signal(app: &App, mut watcher: Watcher, mut signals: Si
             _ = signals.hangup.recv() => {}
             () = watcher.changed() => {}
         }
-        // A failure is logged, counted and audited; the last good configuration stays in force.
-        let _ = app.reload().await;
+        tokio::select! {
+            () = signals.end() => break,
+            // A failure is logged, counted and audited; the last good configuration stays in force.
+            _ = app.reload() => {}
+        }
     }
     tokio::select! {
         () = app.drain() => {}

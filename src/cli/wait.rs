@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::failure::Failure;
 use super::output::OutputFormat;
-use super::run::control_runtime;
+use super::run::on_control_runtime;
 use crate::client::{AgentAddress, ask};
 
 /// How often an agent that is not ready is asked again.
@@ -32,9 +32,9 @@ pub struct WaitArguments {
 /// Writes where the agent is to `out`. Exit code 0 once it is ready, 69 where it is not in time.
 pub fn run(arguments: &WaitArguments, out: &mut dyn Write) -> ExitCode {
     let began = Instant::now();
-    let waited = control_runtime()
+    let waited = on_control_runtime(until_ready(arguments))
         .map_err(Failure::from)
-        .and_then(|runtime| runtime.block_on(until_ready(arguments)));
+        .flatten();
     let address = match waited {
         Ok(address) => address,
         Err(failure) => return failure.report(arguments.output, out),

@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::failure::Failure;
 use super::own_agent::OwnAgent;
 use super::presented::{Issuer, Presenter};
-use super::run::control_runtime;
+use super::run::on_control_runtime;
 use crate::client::{AgentAddress, Answer, ask};
 
 /// Which agent, and which token.
@@ -136,7 +136,7 @@ pub fn ask_once(
     path: &str,
     body: Option<&Value>,
 ) -> Result<Value, Failure> {
-    control_runtime()?.block_on(async {
+    on_control_runtime(async {
         let agent = Agent::of(arguments).await?;
         let answered = async {
             let issuers = match Presenter::asks_for_issuers(arguments.token_file.as_deref()) {
@@ -150,5 +150,5 @@ pub fn ask_once(
         .await;
         agent.stop().await;
         answered
-    })
+    })?
 }

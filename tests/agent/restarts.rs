@@ -546,6 +546,33 @@ async fn a_second_signal_ends_the_drain() {
 // --- What the service manager is told, and what it keeps.
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_reload_that_hangs_does_not_keep_an_agent_from_ending() {
+    const WINDOW: Duration = Duration::from_secs(30);
+    // What is read before anything is bound anew, and what is read after.
+    for hangs in ["countersign.yaml", "servers.pem"] {
+        let world = world("30s").await;
+        let mut agent = Service::start(world.directory.path(), Vec::new());
+        agent.says("READY=1").await;
+        let (pipe, path) = (world.path("pipe"), world.path(hangs));
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        std::fs::rename(&pipe, &path).unwrap();
+        agent.signal(Signal::SIGHUP);
+        agent.says("RELOADING=1").await;
+        // Returns once it is read; nothing is ever written.
+        let opening = move || std::fs::File::options().write(true).open(path).unwrap();
+        let _writer = tokio::task::spawn_blocking(opening).await.unwrap();
+        let began = Instant::now();
+        agent.signal(Signal::SIGTERM);
+        agent.says("STOPPING=1").await;
+        assert!(agent.ended().await.success(), "{}", agent.log());
+        assert!(began.elapsed() < WINDOW, "{:?}", began.elapsed());
+        let records = audit_lines(&world.path("audit.jsonl"));
+        assert_eq!(records.last().unwrap()["event"], "stop", "{hangs}");
+        assert!(!world.path("admin.sock").exists(), "{hangs}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_service_manager_is_told_and_keeps_sockets() {
     let world = world("10s").await;
     let mut agent = Service::start(world.directory.path(), Vec::new());

@@ -22,7 +22,7 @@ use self::agent::Running;
 use self::finding::Finding;
 use super::failure::Failure;
 use super::output::OutputFormat;
-use super::run::control_runtime;
+use super::run::on_control_runtime;
 use crate::client::AgentAddress;
 use crate::diagnostics::Severity;
 
@@ -46,9 +46,9 @@ pub struct DoctorArguments {
 /// Writes what was found to `out`. Exit code 0 where nothing is wrong, 1 where something is; warnings
 /// alone are 0.
 pub fn run(arguments: &DoctorArguments, out: &mut dyn Write) -> ExitCode {
-    let examined = control_runtime()
+    let examined = on_control_runtime(examine(arguments))
         .map_err(Failure::from)
-        .and_then(|runtime| runtime.block_on(examine(arguments)));
+        .flatten();
     let report = match examined {
         Ok(report) => report,
         Err(failure) => return failure.report(arguments.output, out),

@@ -25,7 +25,7 @@ use super::failure::Failure;
 use super::output::OutputFormat;
 use super::own_agent::PrivateDirectory;
 use super::presented::Presenter;
-use super::run::control_runtime;
+use super::run::on_control_runtime;
 use super::workload::{Agent, WorkloadArguments};
 
 /// Exit codes of `env`(1): the command cannot be run, and is not found.
@@ -58,9 +58,8 @@ pub struct ExecArguments {
 /// Runs the command. The exit code is the command's, 128 and the signal's number where a signal ended
 /// it; 69 where no agent is reached, 78 where its configuration is wrong.
 pub fn run(arguments: &ExecArguments) -> ExitCode {
-    let ended = runtime::check(&arguments.command)
-        .and_then(|()| control_runtime().map_err(Failure::from))
-        .and_then(|runtime| runtime.block_on(supervise(arguments)));
+    let ended =
+        runtime::check(&arguments.command).and_then(|()| on_control_runtime(supervise(arguments))?);
     match ended {
         Ok(code) => ExitCode::from(code),
         Err(failure) => failure.report(arguments.output, &mut std::io::stderr()),
