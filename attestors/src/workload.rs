@@ -73,7 +73,7 @@ impl WorkloadFacts {
     }
 
     /// What connections and tokens of a workload with these facts are never shared across.
-    pub(crate) fn isolation_key(&self) -> IsolationKey {
+    pub fn isolation_key(&self) -> IsolationKey {
         let text = |group: &str, name: &str| Some(self.attribute(group, name)?.to_string());
         let container = || Some(format!("container {}", text("container", "id")?));
         // Not the unit of a user's manager: its processes go from one to another as they like.

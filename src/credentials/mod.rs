@@ -96,6 +96,26 @@ struct LiveToken {
     token: Arc<Token>,
     /// The workload that has it, where it was handed out.
     handed_to: Option<Arc<WorkloadFacts>>,
+    /// Whose it is; `None` where workloads share it.
+    counts_for: Option<IsolationKey>,
+}
+
+impl LiveToken {
+    fn new(
+        entry: &Arc<Entry>,
+        slot: &Arc<Slot>,
+        token: &Arc<Token>,
+        handed_to: Option<&WorkloadFacts>,
+    ) -> Self {
+        let holder = handed_to.or_else(|| (!is_shared(slot)).then_some(&slot.facts));
+        Self {
+            entry: Arc::clone(entry),
+            slot: Arc::clone(slot),
+            token: Arc::clone(token),
+            handed_to: handed_to.cloned().map(Arc::new),
+            counts_for: holder.map(WorkloadFacts::isolation_key),
+        }
+    }
 }
 
 /// A configured credential and its provider.
@@ -543,10 +563,16 @@ impl Credentials {
 
     /// Whom the token with this SHA-256 is for; `None` where no such token of ours lives.
     pub fn holder(&self, sha256: &str) -> Option<TokenHolder> {
+        let is_it = |token: &Token| token.sha256().eq_ignore_ascii_case(sha256);
         let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-        live.iter()
-            .find(|known| known.token.sha256().eq_ignore_ascii_case(sha256))
-            .map(|known| holder_of(&known.slot, known.handed_to.as_deref()))
+        if let Some(known) = live.iter().find(|known| is_it(&known.token)) {
+            return Some(holder_of(&known.slot, known.handed_to.as_deref()));
+        }
+        let slots = self.all_slots();
+        let slot = slots
+            .iter()
+            .find(|slot| slot.flight.token().is_some_and(|token| is_it(&token)))?;
+        Some(holder_of(slot, None))
     }
 
     /// Evicts tokens at once, and asks their authorization servers to revoke them: what was replaced or
@@ -596,16 +622,30 @@ impl Credentials {
         outcomes
     }
 
-    /// Takes the tokens that are meant out of the cache and out of what is known to live.
+    /// Takes the tokens that are meant out of what is known to live, and out of the cache.
     fn take_live(&self, revoked: &RevokedTokens) -> Vec<LiveToken> {
         let now = self.clock.monotonic();
         let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-        let meant: Vec<LiveToken> = live
-            .extract_if(.., |known| is_meant(revoked, known))
-            .filter(|known| now < known.token.lives_until())
+        let is_meant = |slot: &Slot, token: &Token, handed_to: Option<&WorkloadFacts>| {
+            now < token.lives_until() && is_meant(revoked, slot, token, handed_to)
+        };
+        let mut meant: Vec<LiveToken> = live
+            .extract_if(.., |known| {
+                is_meant(&known.slot, &known.token, known.handed_to.as_deref())
+            })
             .collect();
         for known in &meant {
             known.slot.flight.drop_token(&known.token);
+        }
+        // What had to give way to others is in the cache still, and what has just arrived is there first.
+        for slot in self.all_slots() {
+            if let Some(token) = slot.flight.token()
+                && is_meant(&slot, &token, None)
+                && let Some(entry) = self.entry_of(&slot)
+            {
+                slot.flight.drop_token(&token);
+                meant.push(LiveToken::new(&entry, &slot, &token, None));
+            }
         }
         meant
     }
@@ -637,10 +677,15 @@ impl Credentials {
     /// The one in force where its server and client are those that the token was minted by: its roots may be
     /// newer. Another server would say of a token that it does not know that it is revoked (RFC 7009 section 2.2).
     fn entry_to_revoke_by(&self, known: &LiveToken) -> Arc<Entry> {
+        let alike = self.entry_of(&known.slot);
+        alike.unwrap_or_else(|| Arc::clone(&known.entry))
+    }
+
+    /// The entry in force by which the slot's tokens are minted.
+    fn entry_of(&self, slot: &Slot) -> Option<Arc<Entry>> {
         let entries = self.entries.load();
-        let in_force = entries.get(&*known.slot.credential);
-        let alike = in_force.filter(|entry| known.slot.is_of(entry));
-        Arc::clone(alike.unwrap_or(&known.entry))
+        let entry = entries.get(&*slot.credential)?;
+        slot.is_of(entry).then(|| Arc::clone(entry))
     }
 
     /// Asks until the server has revoked the token or it has expired.
@@ -693,16 +738,9 @@ impl Credentials {
     ) {
         let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
         if live.len() >= LIVE_TOKENS {
-            // Those that go first would have lived shortest.
-            live.sort_by_key(|known| std::cmp::Reverse(known.token.lives_until()));
-            live.truncate(LIVE_TOKENS / 2);
+            make_room(&mut live);
         }
-        live.push(LiveToken {
-            entry: Arc::clone(entry),
-            slot: Arc::clone(slot),
-            token: Arc::clone(token),
-            handed_to: handed_to.cloned().map(Arc::new),
-        });
+        live.push(LiveToken::new(entry, slot, token, handed_to));
     }
 
     /// The slot of `ask`, made where there is none.
@@ -846,12 +884,9 @@ impl Credentials {
         if unused_for >= token.lifetime() / 2 || subject_has_expired {
             return;
         }
-        let Some(entry) = self.entries.load().get(&*slot.credential).cloned() else {
+        let Some(entry) = self.entry_of(slot) else {
             return;
         };
-        if !slot.is_of(&entry) {
-            return;
-        }
         let take_off = |departure| self.take_off(slot, &entry, departure);
         slot.flight.renew(&token, now, take_off);
     }
@@ -970,15 +1005,44 @@ impl std::fmt::Debug for Credentials {
     }
 }
 
-fn is_meant(revoked: &RevokedTokens, known: &LiveToken) -> bool {
+fn is_meant(
+    revoked: &RevokedTokens,
+    slot: &Slot,
+    token: &Token,
+    handed_to: Option<&WorkloadFacts>,
+) -> bool {
     match revoked {
-        RevokedTokens::Credential(name) => *known.slot.credential == **name,
-        RevokedTokens::TokenSha256(sha256) => known.token.sha256().eq_ignore_ascii_case(sha256),
-        RevokedTokens::Workload(selector) => match &known.handed_to {
+        RevokedTokens::Credential(name) => *slot.credential == **name,
+        RevokedTokens::TokenSha256(sha256) => token.sha256().eq_ignore_ascii_case(sha256),
+        RevokedTokens::Workload(selector) => match handed_to {
             Some(facts) => selector.matches(facts),
-            None => !is_shared(&known.slot) && selector.matches(&known.slot.facts),
+            None => !is_shared(slot) && selector.matches(&slot.facts),
         },
     }
+}
+
+/// Forgets half of the tokens that count for whom most do, first those that live shortest: nobody makes another's
+/// impossible to revoke.
+fn make_room(live: &mut Vec<LiveToken>) {
+    let mut counts: HashMap<&Option<IsolationKey>, usize> = HashMap::new();
+    for known in live.iter() {
+        *counts.entry(&known.counts_for).or_default() += 1;
+    }
+    let Some((most, count)) = counts.into_iter().max_by_key(|(_, count)| *count) else {
+        return;
+    };
+    let (most, mut surplus) = (most.clone(), count.div_ceil(2));
+    tracing::warn!(
+        identity = most.as_ref().map_or("shared", |identity| &*identity.0),
+        forgotten = surplus,
+        "too many tokens live at once: those that were handed out can no longer be revoked upstream"
+    );
+    live.sort_by_key(|known| known.token.lives_until());
+    live.retain(|known| {
+        let goes = surplus > 0 && known.counts_for == most;
+        surplus -= usize::from(goes);
+        !goes
+    });
 }
 
 /// Whether workloads share the slot's tokens.

@@ -1572,6 +1572,49 @@ async fn what_was_handed_to_a_workload_is_revoked_with_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn nobody_makes_the_tokens_of_others_impossible_to_revoke() {
+    let bench = Bench::start().await;
+    let scopes = ["orders.read".to_owned()];
+    let [modest, greedy] = [7, 8].map(|uid| facts(&[("unix", "uid", AttributeValue::Long(uid))]));
+    let asks = [&modest, &greedy].map(|caller| Ask {
+        purpose: Purpose::Issue,
+        ..orders(&scopes, caller)
+    });
+    let cached = bench.token().await.unwrap();
+    let handed_out = token_sha256(&bench.issue(&asks[0]).await.unwrap());
+    // What comes later lives longer.
+    bench.clock.advance(seconds(1));
+    bench.issue(&asks[1]).await.unwrap();
+    let known = |sha256: &str| bench.credentials.holder(sha256).is_some();
+    let live = || bench.credentials.live.lock().unwrap();
+    let of_greedy = live().last().unwrap().clone();
+    live().resize(LIVE_TOKENS, of_greedy);
+    bench.issue(&asks[1]).await.unwrap();
+    assert!(live().len() <= LIVE_TOKENS / 2 + 3);
+    assert!(known(&handed_out) && known(cached.sha256()));
+    let workload = RevokedTokens::Workload("unix.uid=7".parse().unwrap());
+    let revoked = bench.revoke(&workload).await;
+    assert_eq!(revoked.len(), 1, "{revoked:?}");
+    assert_eq!(revoked[0].token_sha256, handed_out);
+    assert_eq!(revoked[0].upstream, UpstreamRevocation::Revoked);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_in_the_cache_is_revoked_whatever_had_to_be_forgotten() {
+    let bench = Bench::start().await;
+    let token = bench.token().await.unwrap();
+    bench.credentials.live.lock().unwrap().clear();
+    assert!(bench.credentials.holder(token.sha256()).is_some());
+    let by_name = RevokedTokens::Credential("orders".to_owned());
+    let revoked = bench.revoke(&by_name).await;
+    assert_eq!(revoked.len(), 1, "{revoked:?}");
+    assert_eq!(revoked[0].upstream, UpstreamRevocation::Revoked);
+    assert!(bench.state.is_revoked(&jti_of(&token)));
+    assert!(bench.credentials.list()[0].token_sha256.is_none());
+    assert!(bench.revoke(&by_name).await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_server_in_trouble_is_asked_again_to_revoke() {
     let bench = Bench::start().await;
     let token = bench.token().await.unwrap();
