@@ -2,13 +2,10 @@
 
 use std::time::Duration;
 
-use crate::providers::Recovery;
+use crate::providers::{LONGEST_RETRY_AFTER, Recovery};
 
 /// How long a refused client or grant is left alone.
 pub(super) const HOLD: Duration = Duration::from_secs(30);
-
-/// The most that a server's `Retry-After` is obeyed.
-pub(super) const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(300);
 
 /// The first backoff's ceiling; it doubles with each failure.
 const FIRST_CEILING: Duration = Duration::from_millis(250);

@@ -22,13 +22,14 @@ use foldhash::fast::RandomState;
 use futures_util::StreamExt;
 use serde::Serialize;
 
-use self::single_flight::{Departure, Found, Outcome, Perishable, Rejection, wait};
+use self::single_flight::{Departure, Found, Outcome, Perishable, Rejection, SharedObstacle, wait};
 use self::slot::{Ask, Failure, Purpose, Slot};
 use self::token::{Token, sha256_hexadecimal};
 use crate::config::{Config, CredentialConfig};
 use crate::policy::{Action, Grant, Selector, TokenHolder};
 use crate::providers::{
-    Deadline, MintFailure, MintedToken, Provider, Recovery, SharedParts, TokenRequest, provider,
+    Deadline, LONGEST_RETRY_AFTER, MintFailure, MintedToken, Provider, Recovery, SharedParts,
+    TokenRequest, provider,
 };
 use crate::refusal::{Refusal, RefusalCode};
 use crate::snapshot::Roots;
@@ -107,7 +108,7 @@ impl LiveToken {
         token: &Arc<Token>,
         handed_to: Option<&WorkloadFacts>,
     ) -> Self {
-        let holder = handed_to.or_else(|| (!is_shared(slot)).then_some(&slot.facts));
+        let holder = handed_to.or_else(|| (!slot.is_shared()).then_some(&slot.facts));
         Self {
             entry: Arc::clone(entry),
             slot: Arc::clone(slot),
@@ -121,6 +122,8 @@ impl LiveToken {
 /// A configured credential and its provider.
 struct Entry {
     config: Arc<CredentialConfig>,
+    /// What forbids another attempt for any of its tokens.
+    obstacle: Arc<SharedObstacle<Failure>>,
     /// The SHA-256 of the file of roots: another content needs another client.
     roots_sha256: Option<Vec<u8>>,
     provider: Arc<dyn Provider>,
@@ -321,16 +324,23 @@ impl Credentials {
             });
             let entry = match unchanged {
                 Some(entry) => Arc::clone(entry),
-                None => Arc::new(Entry {
-                    config: match known.get(&credential.name) {
-                        Some(entry) if entry.config == *credential => Arc::clone(&entry.config),
-                        _ => Arc::clone(credential),
-                    },
-                    roots_sha256: roots_sha256.cloned(),
-                    provider: provider(credential, Arc::clone(&self.clock), &mut shared),
-                    metrics: self.metrics.credential(&credential.name),
-                }),
+                None => {
+                    let (config, obstacle) = match known.get(&credential.name) {
+                        Some(entry) if entry.config == *credential => {
+                            (Arc::clone(&entry.config), Arc::clone(&entry.obstacle))
+                        }
+                        _ => (Arc::clone(credential), Arc::new(SharedObstacle::new())),
+                    };
+                    Arc::new(Entry {
+                        config,
+                        obstacle,
+                        roots_sha256: roots_sha256.cloned(),
+                        provider: provider(credential, Arc::clone(&self.clock), &mut shared),
+                        metrics: self.metrics.credential(&credential.name),
+                    })
+                }
             };
+            entry.obstacle.forget();
             entries.insert(credential.name.clone(), entry);
         }
         self.replace_entries(entries);
@@ -694,7 +704,7 @@ impl Credentials {
         let (mut asked_for, mut ours) = (asked_for, REVOKE_AGAIN);
         loop {
             let pause = ours.mul_f64(0.5 + 0.5 * backoff::random_fraction());
-            let pause = pause.max(asked_for.min(backoff::LONGEST_RETRY_AFTER));
+            let pause = pause.max(asked_for.min(LONGEST_RETRY_AFTER));
             if self.clock.monotonic() + pause >= known.token.lives_until() {
                 tracing::warn!(
                     credential,
@@ -898,7 +908,11 @@ impl Credentials {
         self.runtime.spawn(async move {
             tokio::time::sleep(wait).await;
             if let (Some(credentials), Some(slot)) = (credentials.upgrade(), slot.upgrade()) {
-                credentials.refresh(&slot);
+                let shared = slot.flight.shared().at(credentials.clock.monotonic());
+                match shared.and_then(|obstacle| obstacle.until) {
+                    Some(until) => credentials.refresh_later(&slot, until),
+                    None => credentials.refresh(&slot),
+                }
             }
         });
     }
@@ -1016,7 +1030,7 @@ fn is_meant(
         RevokedTokens::TokenSha256(sha256) => token.sha256().eq_ignore_ascii_case(sha256),
         RevokedTokens::Workload(selector) => match handed_to {
             Some(facts) => selector.matches(facts),
-            None => !is_shared(slot) && selector.matches(&slot.facts),
+            None => !slot.is_shared() && selector.matches(&slot.facts),
         },
     }
 }
@@ -1043,12 +1057,6 @@ fn make_room(live: &mut Vec<LiveToken>) {
         surplus -= usize::from(goes);
         !goes
     });
-}
-
-/// Whether workloads share the slot's tokens.
-fn is_shared(slot: &Slot) -> bool {
-    let subject = &slot.request.subject;
-    subject.attributes.is_empty() && subject.presented.is_none()
 }
 
 /// Whom a slot's token is for: what makes its tokens differ from others', and, for one that is handed

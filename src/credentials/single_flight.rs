@@ -33,11 +33,44 @@ pub(super) type Landing<T, F> = watch::Receiver<Option<Outcome<T, F>>>;
 /// another.
 pub(super) struct Departure<T, F>(watch::Sender<Option<Outcome<T, F>>>);
 
+/// What forbids an attempt to all keys that share it.
+#[derive(Debug)]
+pub(super) struct SharedObstacle<F>(Mutex<Option<Arc<F>>>);
+
+impl<F: Obstacle> SharedObstacle<F> {
+    pub(super) fn new() -> Self {
+        Self(Mutex::new(None))
+    }
+
+    /// Takes in one that stands until `until`, on the monotonic clock, unless another stands longer.
+    pub(super) fn raise(&self, obstacle: &Arc<F>, until: Duration) {
+        let mut raised = self.raised();
+        if !raised.as_ref().is_some_and(|other| other.stands(until)) {
+            *raised = Some(Arc::clone(obstacle));
+        }
+    }
+
+    pub(super) fn forget(&self) {
+        *self.raised() = None;
+    }
+
+    /// The one that stands at `now`.
+    pub(super) fn at(&self, now: Duration) -> Option<Arc<F>> {
+        let raised = self.raised();
+        raised.as_ref().filter(|it| it.stands(now)).map(Arc::clone)
+    }
+
+    fn raised(&self) -> MutexGuard<'_, Option<Arc<F>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// One key's token, and the flight that fetches it.
 #[derive(Debug)]
 pub(super) struct SingleFlight<T, F> {
     current: ArcSwapOption<T>,
     state: Mutex<State<T, F>>,
+    shared: Arc<SharedObstacle<F>>,
 }
 
 #[derive(Debug)]
@@ -79,8 +112,9 @@ pub(super) enum Rejection {
 }
 
 impl<T: Perishable, F: Obstacle> SingleFlight<T, F> {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(shared: Arc<SharedObstacle<F>>) -> Self {
         Self {
+            shared,
             current: ArcSwapOption::empty(),
             state: Mutex::new(State {
                 flight: None,
@@ -115,8 +149,8 @@ impl<T: Perishable, F: Obstacle> SingleFlight<T, F> {
         if let Some(landing) = state.flight_in_the_air() {
             return Found::Flight(landing, false);
         }
-        if let Some(obstacle) = state.obstacle(now) {
-            return Found::Obstacle(Arc::clone(obstacle));
+        if let Some(obstacle) = self.obstacle_in(&state, now) {
+            return Found::Obstacle(obstacle);
         }
         Found::Flight(state.start(take_off), true)
     }
@@ -130,7 +164,9 @@ impl<T: Perishable, F: Obstacle> SingleFlight<T, F> {
         take_off: impl FnOnce(Departure<T, F>),
     ) {
         let mut state = self.state();
-        if self.holds(token) && state.flight_in_the_air().is_none() && state.obstacle(now).is_none()
+        if self.holds(token)
+            && state.flight_in_the_air().is_none()
+            && self.obstacle_in(&state, now).is_none()
         {
             state.start(take_off);
         }
@@ -167,7 +203,7 @@ impl<T: Perishable, F: Obstacle> SingleFlight<T, F> {
         let was_just_replaced = state
             .last_rejected
             .is_some_and(|last| now < last + interval);
-        if was_just_replaced || state.obstacle(now).is_some() {
+        if was_just_replaced || self.obstacle_in(&state, now).is_some() {
             return Rejection::Kept;
         }
         state.last_rejected = Some(now);
@@ -186,7 +222,7 @@ impl<T: Perishable, F: Obstacle> SingleFlight<T, F> {
         }
     }
 
-    /// Forgets what failed: the configuration has changed, or an attempt outside of a flight succeeded.
+    /// Forgets what failed for this key: the configuration has changed, or an attempt outside of a flight succeeded.
     pub(super) fn forget_failures(&self) {
         let mut state = self.state();
         state.history.failures = 0;
@@ -200,7 +236,12 @@ impl<T: Perishable, F: Obstacle> SingleFlight<T, F> {
 
     /// The obstacle that forbids an attempt at `now`.
     pub(super) fn obstacle(&self, now: Duration) -> Option<Arc<F>> {
-        self.state().obstacle(now).map(Arc::clone)
+        self.obstacle_in(&self.state(), now)
+    }
+
+    /// What forbids an attempt to this key and others.
+    pub(super) fn shared(&self) -> &SharedObstacle<F> {
+        &self.shared
     }
 
     /// Whether a flight is on its way.
@@ -218,6 +259,11 @@ impl<T: Perishable, F: Obstacle> SingleFlight<T, F> {
             .is_some_and(|current| Arc::ptr_eq(&current, token))
     }
 
+    fn obstacle_in(&self, state: &State<T, F>, now: Duration) -> Option<Arc<F>> {
+        let own = state.blocked.as_ref().filter(|own| own.stands(now));
+        own.map(Arc::clone).or_else(|| self.shared.at(now))
+    }
+
     fn state(&self) -> MutexGuard<'_, State<T, F>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -231,7 +277,7 @@ impl<T, F> Departure<T, F> {
     }
 }
 
-impl<T, F: Obstacle> State<T, F> {
+impl<T, F> State<T, F> {
     fn start(&mut self, take_off: impl FnOnce(Departure<T, F>)) -> Landing<T, F> {
         let (arrivals, landing) = watch::channel(None);
         take_off(Departure(arrivals));
@@ -245,12 +291,6 @@ impl<T, F: Obstacle> State<T, F> {
         let landing = self.flight.clone()?;
         let is_lost = landing.has_changed().is_err() && landing.borrow().is_none();
         (!is_lost).then_some(landing)
-    }
-
-    fn obstacle(&self, now: Duration) -> Option<&Arc<F>> {
-        self.blocked
-            .as_ref()
-            .filter(|obstacle| obstacle.stands(now))
     }
 }
 

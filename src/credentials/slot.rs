@@ -80,7 +80,7 @@ impl Slot {
             max_lifetime: ask.max_lifetime,
             request,
             facts: ask.facts.clone(),
-            flight: SingleFlight::new(),
+            flight: SingleFlight::new(Arc::clone(&entry.obstacle)),
             last_used_milliseconds: AtomicU64::new(milliseconds(now)),
             turns: Turns::default(),
         }
@@ -111,9 +111,25 @@ impl Slot {
         Duration::from_millis(self.last_used_milliseconds.load(Ordering::Relaxed))
     }
 
-    /// Takes in a failure, and says until when it stands.
+    /// Whether workloads share its tokens.
+    pub(super) fn is_shared(&self) -> bool {
+        let subject = &self.request.subject;
+        subject.attributes.is_empty() && subject.presented.is_none()
+    }
+
+    /// Takes in a failure, and says until when it stands: for other tokens of the credential too, where the server
+    /// asked to be left alone, or refuses the client that all workloads share.
     pub(super) fn fail(&self, mint: MintFailure, now: Duration) -> Arc<Failure> {
-        self.flight.fail(|history| {
+        let is_common = match mint.recovery {
+            Recovery::Backoff { retry_after } => retry_after.is_some(),
+            Recovery::Hold => {
+                let is_of_client =
+                    [RefusalCode::InvalidClient, RefusalCode::ClockSkew].contains(&mint.code);
+                is_of_client && self.is_shared()
+            }
+            Recovery::Permanent => false,
+        };
+        let failure = self.flight.fail(|history| {
             let wait = backoff::wait(
                 mint.recovery,
                 history.failures,
@@ -124,7 +140,11 @@ impl Slot {
                 mint,
                 until: wait.map(|wait| now + wait),
             }
-        })
+        });
+        if let (true, Some(until)) = (is_common, failure.until) {
+            self.flight.shared().raise(&failure, until);
+        }
+        failure
     }
 }
 

@@ -183,6 +183,28 @@ impl Bench {
         Ok(obtained.map_err(|failed| failed.refusal)?.0)
     }
 
+    /// With an audience, by which it differs from others; `None` where it was handed out.
+    async fn token_with(
+        &self,
+        audience: &str,
+        purpose: Purpose,
+    ) -> Result<Option<Arc<Token>>, Refusal> {
+        let scopes = ["orders.read".to_owned()];
+        let nobody = WorkloadFacts::default();
+        let ask = Ask {
+            purpose,
+            audience: Some(audience),
+            ..orders(&scopes, &nobody)
+        };
+        match purpose {
+            Purpose::Issue => self.issue(&ask).await.map(|_| None),
+            Purpose::Inject => match self.credentials.obtain_token(&ask).await {
+                Ok((token, _)) => Ok(Some(token)),
+                Err(failed) => Err(failed.refusal),
+            },
+        }
+    }
+
     async fn token_for(
         &self,
         facts: &WorkloadFacts,
@@ -748,12 +770,19 @@ async fn a_failed_renewal_is_tried_again_within_five_seconds_and_serves_meanwhil
 
 #[tokio::test(flavor = "multi_thread")]
 async fn retry_after_is_obeyed_in_both_forms() {
-    for as_date in [false, true] {
+    const HOUR: i64 = 3600;
+    // In seconds, and as a date of a server whose clock is so far ahead of ours.
+    for ahead in [None, Some(0), Some(-30), Some(-HOUR), Some(HOUR)] {
         let bench = Bench::start().await;
-        let retry_after = match as_date {
-            // Some more: the date is cut to whole seconds, and time passes until it is read.
-            true => httpdate::fmt_http_date(SystemTime::now() + seconds(43)),
-            false => "40".to_owned(),
+        let retry_after = match ahead {
+            None => "40".to_owned(),
+            Some(ahead) => {
+                bench.server.set_date_offset(ahead);
+                // Some more: the date is cut to whole seconds, and time passes until it is read.
+                let its_time = SystemTime::now() + seconds(43 + 2 * 3600);
+                let to_its_time = u64::try_from(2 * HOUR - ahead).unwrap();
+                httpdate::fmt_http_date(its_time - seconds(to_its_time))
+            }
         };
         bench
             .server
@@ -772,6 +801,148 @@ async fn retry_after_is_obeyed_in_both_forms() {
         bench.token().await.unwrap();
         assert_eq!(bench.requests(), 2);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_for_something_else_of_the_credential_waits_as_long() {
+    let bench = Bench::start().await;
+    let held = bench.token_with("held", Purpose::Inject).await.unwrap();
+    let again = Some("60".to_owned());
+    bench.server.set(Fault::Status(429, again)).await;
+    let refusal = bench.token().await.unwrap_err();
+    assert_eq!(refusal.code, RefusalCode::TokenServerThrottled);
+    bench.server.set(Fault::None).await;
+    for at in [0, 59] {
+        bench.clock.advance(seconds(at));
+        for purpose in [Purpose::Inject, Purpose::Issue] {
+            let refusal = bench.token_with("other", purpose).await.unwrap_err();
+            assert_eq!(refusal.code, RefusalCode::TokenBackoff);
+            let wait = seconds(60 - at)..=seconds(62 - at);
+            assert!(wait.contains(&refusal.retry_after.unwrap()), "{refusal:?}");
+        }
+    }
+    let same = bench.token_with("held", Purpose::Inject).await.unwrap();
+    assert!(Arc::ptr_eq(&same.unwrap(), &held.unwrap()));
+    assert_eq!(bench.requests(), 2);
+    bench.clock.advance(seconds(2));
+    for purpose in [Purpose::Inject, Purpose::Issue] {
+        bench.token_with("other", purpose).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_server_asks_of_one_job_holds_for_all_and_what_it_denies_one_does_not() {
+    let bench = Bench::start().await;
+    let settings = OauthClientCredentials {
+        client_id: literal("ci-jobs"),
+        client_authentication: ClientAuthentication::WorkloadAssertion {
+            issuer: Some("ci".to_owned()),
+        },
+        ..bench.settings()
+    };
+    bench.configure(&[bench.credential("orders", settings)]);
+    let caller = facts(&[("ci", "sub", AttributeValue::String("repo:o/r".to_owned()))]);
+    let job = async |number: usize| {
+        let presented = PresentedToken::new(format!("job.{number}.token"));
+        let refused = bench.token_for(&caller, Some(&presented)).await;
+        refused.unwrap_err().code
+    };
+    bench.server.set(Fault::Error(401, "invalid_client")).await;
+    for number in 0..10 {
+        assert_eq!(job(number).await, RefusalCode::InvalidClient);
+        assert_eq!(bench.requests(), number + 1);
+    }
+    let again = Some("60".to_owned());
+    bench.server.set(Fault::Status(429, again)).await;
+    assert_eq!(job(10).await, RefusalCode::TokenServerThrottled);
+    for number in 11..200 {
+        assert_eq!(job(number).await, RefusalCode::TokenBackoff);
+    }
+    assert_eq!(bench.requests(), 11);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_client_is_refused_for_all_who_share_it() {
+    let bench = Bench::start().await;
+    bench.server.set(Fault::Error(401, "invalid_client")).await;
+    for held in [0, 29] {
+        bench.clock.advance(seconds(held));
+        for audience in ["one", "other"] {
+            for purpose in [Purpose::Inject, Purpose::Issue] {
+                let refusal = bench.token_with(audience, purpose).await.unwrap_err();
+                assert_eq!(refusal.code, RefusalCode::InvalidClient);
+            }
+        }
+        assert_eq!(bench.requests(), 2);
+    }
+    bench.server.set(Fault::None).await;
+    bench.clock.advance(seconds(1));
+    bench.token_with("other", Purpose::Inject).await.unwrap();
+
+    // A client of each workload's own.
+    let settings = OauthClientCredentials {
+        client_id: Template {
+            parts: vec![attribute("unix", "uid")],
+        },
+        ..bench.settings()
+    };
+    bench.configure(&[bench.credential("orders", settings)]);
+    bench.server.set(Fault::Error(401, "invalid_client")).await;
+    let before = bench.requests();
+    for uid in 1..=2 {
+        let caller = facts(&[("unix", "uid", AttributeValue::Long(uid))]);
+        let refusal = bench.token_for(&caller, None).await.unwrap_err();
+        assert_eq!(refusal.code, RefusalCode::InvalidClient);
+        assert_eq!(bench.requests(), before + 2 * usize::try_from(uid).unwrap());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metadata_is_asked_for_no_earlier_than_its_server_says() {
+    let bench = Bench::start().await;
+    bench.configure(&[]);
+    bench.configure(&[
+        bench.credential("orders", bench.settings()),
+        bench.credential("other", bench.settings()),
+    ]);
+    bench.server.let_metadata_fail();
+    let again = Some("60".to_owned());
+    bench.server.set(Fault::Status(503, again)).await;
+    bench.token().await.unwrap_err();
+    bench.server.set(Fault::None).await;
+    for waited in [0, 59] {
+        bench.clock.advance(seconds(waited));
+        let refusal = bench.token_of("other").await.unwrap_err();
+        assert!(refusal.retry_after >= Some(seconds(60 - waited)));
+        assert!(refusal.retry_after <= Some(seconds(62)));
+    }
+    assert_eq!(bench.server.metadata_requests(), 1);
+    bench.clock.advance(seconds(3));
+    bench.token().await.unwrap();
+    bench.token_of("other").await.unwrap();
+    assert_eq!(bench.server.metadata_requests(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_is_renewed_by_itself_once_the_server_may_be_asked_again() {
+    let bench = Bench::start().await;
+    bench.token().await.unwrap();
+    bench.clock.advance(LONG.mul_f64(0.56));
+    let again = Some("1".to_owned());
+    bench.server.set(Fault::Status(429, again)).await;
+    let refused = bench.token_with("other", Purpose::Inject).await;
+    refused.unwrap_err();
+    bench.server.set(Fault::None).await;
+    bench.token().await.unwrap();
+    let slots = bench.credentials.all_slots();
+    let holds_one = |slot: &&Arc<Slot>| slot.flight.token().is_some();
+    let slot = slots.iter().find(holds_one).unwrap();
+    bench.credentials.refresh_later(slot, bench.now());
+    // Long enough for a renewal that does not wait.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(bench.requests(), 2);
+    bench.clock.advance(seconds(3));
+    bench.until_requests(3).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use url::Url;
 
 use super::token_response::parse_retry_after;
-use super::{Deadline, MintFailure, Recovery};
+use super::{Deadline, LONGEST_RETRY_AFTER, MintFailure, Recovery};
 use crate::config::ExactUrl;
 use crate::fetch::{FetchClient, FetchFailure, FetchFailureKind};
 use crate::refusal::RefusalCode;
@@ -42,8 +42,42 @@ pub(super) struct IssuerMetadata {
     issuer: ExactUrl,
     client: FetchClient,
     last: Mutex<Option<Arc<Fetched>>>,
-    /// One asks at a time.
-    fetching: tokio::sync::Mutex<()>,
+    /// One asks at a time, and nobody while the server wants to be left alone.
+    fetching: tokio::sync::Mutex<Option<LeftAlone>>,
+}
+
+/// An answer with `Retry-After`, and until when it stands, on the monotonic clock.
+#[derive(Debug)]
+struct LeftAlone {
+    failure: MintFailure,
+    until: Duration,
+}
+
+impl LeftAlone {
+    /// `None` where the server did not say when to ask again.
+    fn after(failure: &MintFailure, now: Duration) -> Option<Self> {
+        let Recovery::Backoff {
+            retry_after: Some(retry_after),
+        } = failure.recovery
+        else {
+            return None;
+        };
+        Some(Self {
+            failure: failure.clone(),
+            until: now + retry_after.min(LONGEST_RETRY_AFTER),
+        })
+    }
+
+    /// What whoever would ask at `now` is told instead.
+    fn failure_at(&self, now: Duration) -> Option<MintFailure> {
+        let remaining = self.until.saturating_sub(now);
+        (!remaining.is_zero()).then(|| MintFailure {
+            recovery: Recovery::Backoff {
+                retry_after: Some(remaining),
+            },
+            ..self.failure.clone()
+        })
+    }
 }
 
 /// Metadata as an answer told it.
@@ -115,7 +149,7 @@ impl IssuerMetadata {
         }
     }
 
-    /// Asks the issuer, unless another that asked meanwhile had an answer.
+    /// Asks the issuer, unless another that asked meanwhile had an answer, or was told to ask later.
     async fn fetch(
         &self,
         distrusted: u64,
@@ -123,13 +157,21 @@ impl IssuerMetadata {
         clock: &dyn Clock,
     ) -> Result<Arc<Fetched>, MintFailure> {
         let turn = tokio::time::timeout(deadline.remaining(), self.fetching.lock());
-        let _one_at_a_time = turn.await.map_err(|_| waited_in_vain())?;
+        let mut left_alone = turn.await.map_err(|_| waited_in_vain())?;
         let last = self.trusted(distrusted);
         if let Some(fresh) = last.filter(|last| last.is_fresh(clock)) {
             return Ok(fresh);
         }
-        let fresh_until = clock.monotonic() + METADATA_LIFETIME;
-        let (metadata, _) = self.discover(deadline, clock.wall()).await?;
+        let now = clock.monotonic();
+        let told = left_alone.as_ref().and_then(|told| told.failure_at(now));
+        if let Some(failure) = told {
+            return Err(failure);
+        }
+        let fresh_until = now + METADATA_LIFETIME;
+        let (metadata, _) = self
+            .discover(deadline, clock.wall())
+            .await
+            .inspect_err(|failure| *left_alone = LeftAlone::after(failure, clock.monotonic()))?;
         let mut last = self.last();
         let number = last.as_ref().map_or(1, |last| last.number + 1);
         let fetched = Arc::new(Fetched {

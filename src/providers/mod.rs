@@ -268,6 +268,9 @@ pub struct MintFailure {
     pub recovery: Recovery,
 }
 
+/// The most that a server's `Retry-After` is obeyed.
+pub(crate) const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(300);
+
 /// When another attempt may be made after a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Recovery {

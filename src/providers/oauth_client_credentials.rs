@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use bytes::Bytes;
 use countersign_attestors::Clock;
-use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, DATE, HeaderMap, USER_AGENT};
+use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, USER_AGENT};
 use http::{Method, Request, StatusCode};
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
@@ -20,7 +20,7 @@ use super::client_authentication::{
 };
 use super::metadata::{Fetched, IssuerMetadata, Metadata};
 use super::shared_parts::SharedParts;
-use super::token_response::{TokenResponse, parse_retry_after, parse_token_response};
+use super::token_response::{TokenResponse, parse_date, parse_retry_after, parse_token_response};
 use super::{
     Deadline, MintFailure, MintedToken, PresentedFrom, Provider, Recovery, Subject, SubjectParts,
     TokenRequest, attributes_of,
@@ -399,14 +399,14 @@ impl OauthClientCredentialsProvider {
 
     /// The server's wall clock less ours, by the `Date` of an answer.
     fn seconds_ahead(&self, headers: &HeaderMap) -> Option<i64> {
-        let date = headers.get(DATE)?.to_str().ok()?;
-        let date = httpdate::parse_http_date(date).ok()?;
-        Some(match date.duration_since(self.clock.wall()) {
-            Ok(ahead) => i64::try_from(ahead.as_secs()).unwrap_or(i64::MAX),
-            Err(behind) => i64::try_from(behind.duration().as_secs())
-                .unwrap_or(i64::MAX)
-                .saturating_neg(),
-        })
+        Some(
+            match parse_date(headers)?.duration_since(self.clock.wall()) {
+                Ok(ahead) => i64::try_from(ahead.as_secs()).unwrap_or(i64::MAX),
+                Err(behind) => i64::try_from(behind.duration().as_secs())
+                    .unwrap_or(i64::MAX)
+                    .saturating_neg(),
+            },
+        )
     }
 
     /// Whether the client can prove who it is; a workload's own token is the workload's matter.

@@ -4,7 +4,7 @@
 use std::time::{Duration, SystemTime};
 
 use http::StatusCode;
-use http::header::{HeaderMap, RETRY_AFTER};
+use http::header::{DATE, HeaderMap, RETRY_AFTER};
 use secrecy::SecretString;
 use serde_json::{Map, Value};
 use zeroize::Zeroize;
@@ -49,7 +49,7 @@ pub(crate) fn wipe(value: &mut Value) {
     }
 }
 
-/// Reads an answer of a token endpoint. `now` is the wall-clock time, for a `Retry-After` date.
+/// Reads an answer of a token endpoint. `now` is as in [`parse_retry_after`].
 pub fn parse_token_response(
     status: StatusCode,
     headers: &HeaderMap,
@@ -227,14 +227,21 @@ fn unacceptable(reason: &str) -> MintFailure {
     )
 }
 
-/// RFC 9110 section 10.2.3: seconds, or a date.
+/// RFC 9110 section 10.2.3: seconds, or a date, which is of the server's clock: it counts from the answer's `Date`
+/// (section 6.6.1), and from `now` where there is none.
 pub(super) fn parse_retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
         return Some(Duration::from_secs(text.parse().unwrap_or(u64::MAX)));
     }
     let date = httpdate::parse_http_date(text).ok()?;
-    Some(date.duration_since(now).unwrap_or(Duration::ZERO))
+    let from = parse_date(headers).unwrap_or(now);
+    Some(date.duration_since(from).unwrap_or(Duration::ZERO))
+}
+
+/// The server's wall clock when it answered.
+pub(super) fn parse_date(headers: &HeaderMap) -> Option<SystemTime> {
+    httpdate::parse_http_date(headers.get(DATE)?.to_str().ok()?).ok()
 }
 
 #[cfg(test)]

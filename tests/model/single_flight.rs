@@ -19,7 +19,7 @@ use loom::sync::atomic::{AtomicUsize, Ordering};
 use loom::thread;
 
 use single_flight::{
-    Departure, Found, Obstacle, Outcome, Perishable, Rejection, SingleFlight, wait,
+    Departure, Found, Obstacle, Outcome, Perishable, Rejection, SharedObstacle, SingleFlight, wait,
 };
 
 const NOW: Duration = Duration::from_secs(100);
@@ -67,7 +67,7 @@ struct Broker {
 impl Broker {
     fn new(endings: &'static [Ending]) -> Arc<Self> {
         Arc::new(Self {
-            flight: SingleFlight::new(),
+            flight: SingleFlight::new(Arc::new(SharedObstacle::new())),
             endings,
             requests: AtomicUsize::new(0),
             in_the_air: AtomicUsize::new(0),
