@@ -152,8 +152,9 @@ pub trait AdminActions: Send + Sync + 'static {
     /// The state of every part.
     async fn status(&self) -> Value;
 
-    /// Loads configuration and policies again; answers with what is in force now.
-    async fn reload(&self) -> Result<Value, ActionRefused>;
+    /// Loads configuration and policies again, whether or not the answer is waited for; answers with what is in
+    /// force now.
+    async fn reload(self: Arc<Self>) -> Result<Value, ActionRefused>;
 
     /// The tokens that are held ([`credentials_value`]).
     async fn credentials(&self) -> Value;
@@ -423,7 +424,7 @@ async fn serve(
     let service = service_fn(move |request: Request<Incoming>| {
         let actions = Arc::clone(&actions);
         async move {
-            let response = answer(request, &*actions, reach).await;
+            let response = answer(request, actions, reach).await;
             Ok::<_, Infallible>(response.map(Full::new))
         }
     });
@@ -444,7 +445,7 @@ async fn serve(
 
 async fn answer(
     request: Request<Incoming>,
-    actions: &dyn AdminActions,
+    actions: Arc<dyn AdminActions>,
     reach: Reach,
 ) -> Response<Bytes> {
     match route(request, actions, reach).await {
@@ -455,7 +456,7 @@ async fn answer(
 
 async fn route(
     request: Request<Incoming>,
-    actions: &dyn AdminActions,
+    actions: Arc<dyn AdminActions>,
     reach: Reach,
 ) -> Result<Response<Bytes>, ActionRefused> {
     let (head, body) = request.into_parts();

@@ -51,7 +51,7 @@ impl AdminActions for Noted {
         })
     }
 
-    async fn reload(&self) -> Result<Value, ActionRefused> {
+    async fn reload(self: Arc<Self>) -> Result<Value, ActionRefused> {
         self.note("reload");
         Err(ActionRefused::reload_failed(
             "the configuration has 1 problem",

@@ -94,7 +94,7 @@ pub struct App {
     audit_writer: Mutex<Option<AuditWriter>>,
     trace_export: Mutex<Option<TraceExport>>,
     /// One reload at a time.
-    reloading: Mutex<()>,
+    reloading: Arc<Mutex<()>>,
     /// Held while a snapshot comes into force, which collects what workloads were revoked by when it was built,
     /// and while one more is revoked, by what the snapshot in force collects.
     revoking: Mutex<()>,
@@ -222,7 +222,7 @@ impl App {
             workers,
             audit_writer: Mutex::new(Some(audit_writer)),
             trace_export: Mutex::new(trace_export),
-            reloading: Mutex::new(()),
+            reloading: Arc::default(),
             revoking: Mutex::new(()),
             options,
             last_reload: std::sync::Mutex::new(LastReload::new(started_at, None)),
@@ -250,12 +250,31 @@ impl App {
         &self.bound
     }
 
-    /// Reads the configuration's file again and serves under it, whole or not at all.
+    /// Reads the configuration's file again and serves under it, whole or not at all. Once it has begun it goes on
+    /// whether or not it is waited for, until the agent ends.
     ///
     /// # Errors
     /// Every problem found; the last good configuration stays in force.
-    pub async fn reload(&self) -> Result<(), Diagnostics> {
-        let _one_at_a_time = self.reloading.lock().await;
+    pub async fn reload(self: &Arc<Self>) -> Result<(), Diagnostics> {
+        let one_at_a_time = Arc::clone(&self.reloading).lock_owned().await;
+        let app = Arc::clone(self);
+        let reload = tokio::spawn(async move {
+            let _one_at_a_time = one_at_a_time;
+            app.ending.run_until_cancelled(app.reload_now()).await
+        });
+        match reload.await {
+            Ok(Some(outcome)) => outcome,
+            Ok(None) => Err(self.reload_interrupted("the agent ends")),
+            Err(error) => Err(self.reload_interrupted(error)),
+        }
+    }
+
+    fn reload_interrupted(&self, reason: impl ToString) -> Diagnostics {
+        let path = &self.agent.snapshot.load().config.path;
+        Diagnostic::error("reload_interrupted", path, reason.to_string()).into()
+    }
+
+    async fn reload_now(&self) -> Result<(), Diagnostics> {
         let path = self.agent.snapshot.load().config.path.clone();
         self.options.service_manager.reloading();
         let outcome = self.try_reload(path).await;
@@ -292,16 +311,14 @@ impl App {
     }
 
     async fn try_reload(&self, path: PathBuf) -> Result<(), Diagnostics> {
-        let previous = self.agent.snapshot.load_full();
         let load = move || {
             let checked = config::check(&path);
             hardening::permit(&path, &checked)?;
             checked.into_config()
         };
-        let mut config = tokio::task::spawn_blocking(load).await.map_err(|error| {
-            let path = &previous.config.path;
-            Diagnostic::error("reload_interrupted", path, error.to_string())
-        })??;
+        let mut config = tokio::task::spawn_blocking(load)
+            .await
+            .map_err(|error| self.reload_interrupted(error))??;
         self.options.apply(&mut config);
         let config = Arc::new(config);
         let mut listeners = self.listeners.lock().await;

@@ -65,8 +65,8 @@ impl AdminActions for App {
         })
     }
 
-    async fn reload(&self) -> Result<Value, ActionRefused> {
-        match App::reload(self).await {
+    async fn reload(self: Arc<Self>) -> Result<Value, ActionRefused> {
+        match App::reload(&self).await {
             Ok(()) => Ok(json!({
                 "policy_version": &**self.agent.snapshot.load().policy.engine().version(),
             })),

@@ -304,6 +304,42 @@ async fn a_request_that_waits_while_its_credential_is_renamed_is_decided_again()
     reached("renamed_meanwhile", 2);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_outlives_the_client_that_asked_for_it() {
+    let mut world = World::servers().await;
+    let common = format!("{COMMON}admin: {{socket: admin.sock}}\n");
+    world
+        .start_agent(&format!("{common}{DESTINATIONS}"), POLICIES)
+        .await;
+    let path = world.path("countersign.yaml");
+    let configuration = std::fs::read_to_string(&path).unwrap();
+    let pipe = world.path("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    std::fs::rename(&pipe, &path).unwrap();
+    let mut client = UnixStream::connect(world.path("admin.sock")).await.unwrap();
+    let request = "POST /v1/reload HTTP/1.1\r\nHost: agent\r\n\r\n";
+    tokio::io::AsyncWriteExt::write_all(&mut client, request.as_bytes())
+        .await
+        .unwrap();
+    // Returns once the reload reads.
+    let to_open = path.clone();
+    let opening = move || std::fs::File::options().write(true).open(to_open).unwrap();
+    let mut writer = tokio::task::spawn_blocking(opening).await.unwrap();
+    drop(client);
+    world.write("whole.yaml", &configuration);
+    std::fs::rename(world.path("whole.yaml"), &path).unwrap();
+    // The agent may notice meanwhile that its client has gone.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    std::io::Write::write_all(&mut writer, configuration.as_bytes()).unwrap();
+    drop(writer);
+    eventually(Duration::from_secs(30), || async {
+        let records = world.audit().await;
+        let mut events = records.iter().map(|record| &record["event"]);
+        events.any(|event| event == "reload").then_some(())
+    })
+    .await;
+}
+
 /// An authority's certificate and key in PEM.
 fn authority(name: &str) -> (String, String) {
     let key = rcgen::KeyPair::generate().unwrap();
