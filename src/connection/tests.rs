@@ -139,8 +139,9 @@ async fn who_goes_away_does_not_have_the_caller_looked_at_again() {
     let setting = Setting::of(of_peer(&server)).await;
     setting.unix.is_away.store(false, Ordering::SeqCst);
     setting.advance(Duration::from_secs(1));
+    // Each goes away where it would have to wait.
     for _ in 0..10 {
-        assert!(setting.attest().now_or_never().is_none());
+        setting.attest().now_or_never();
     }
     assert_eq!(setting.found().await, (true, 2));
 }
