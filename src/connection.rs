@@ -192,8 +192,12 @@ impl Caller {
         Arc::clone(&self.known)
     }
 
-    /// Takes a place for a tunnel inside the connection, if the caller may have one more.
-    pub fn take_place(&self, places: &Places, agent: &Agent) -> Option<Place> {
+    /// Takes a place for a tunnel inside the connection, if the caller may have one more: that of the connection
+    /// where the tunnel has taken it over.
+    pub fn take_place(&self, is_alone: bool, places: &Places, agent: &Agent) -> Option<Place> {
+        if is_alone && let Some(place) = self.place.take() {
+            return Some(place);
+        }
         places.attribute(places.take()?, &self.attestation.last(), agent)
     }
 

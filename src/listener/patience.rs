@@ -12,17 +12,19 @@ use crate::telemetry::metrics::ListenerMetrics;
 
 /// How many connections and tunnels of one listener may wait for a request whose caller is attested: more than
 /// any fleet of honest callers opens at once, and 64 MiB or so while they say nothing. Whoever the kernel knows has
-/// a quarter of them at most, and all whom it does not know half: nobody takes them all.
+/// a quarter of them at most, and so have all together about whom it cannot tell; callers of other hosts have half.
 pub const UNATTESTED: usize = 16_384;
 
 /// A listener's places for connections and tunnels whose callers are not attested yet.
 #[derive(Debug)]
 pub struct Places {
     free: Arc<Semaphore>,
-    most_of_known: usize,
-    most_of_unknown: usize,
-    /// What those hold whom the kernel does not know.
-    unknown: Arc<Holding>,
+    most_of_one: usize,
+    most_of_other_hosts: usize,
+    /// What those hold about whom the kernel cannot tell: who left, or whose socket several processes have.
+    unattestable: Arc<Holding>,
+    /// What those hold whom this kernel does not know.
+    of_other_hosts: Arc<Holding>,
     metrics: ListenerMetrics,
 }
 
@@ -38,9 +40,10 @@ impl Places {
     pub fn new(unattested: usize, metrics: ListenerMetrics) -> Self {
         Self {
             free: Arc::new(Semaphore::new(unattested)),
-            most_of_known: unattested.div_ceil(4),
-            most_of_unknown: unattested.div_ceil(2),
-            unknown: Arc::default(),
+            most_of_one: unattested.div_ceil(4),
+            most_of_other_hosts: unattested.div_ceil(2),
+            unattestable: Arc::default(),
+            of_other_hosts: Arc::default(),
             metrics,
         }
     }
@@ -62,16 +65,13 @@ impl Places {
         attestation: &CallerAttestation,
         agent: &Agent,
     ) -> Option<Place> {
-        let known = attestation
-            .as_ref()
-            .ok()
-            .and_then(|attestation| attestation.kernel_identity());
-        let held = match known {
-            Some(identity) => agent
+        let held = match attestation.as_ref().map(|found| found.kernel_identity()) {
+            Ok(Some(identity)) => agent
                 .limits
                 .of(identity, agent.clock.monotonic())
-                .unattested(self.most_of_known),
-            None => self.unknown.unattested(self.most_of_unknown),
+                .unattested(self.most_of_one),
+            Ok(None) => self.of_other_hosts.unattested(self.most_of_other_hosts),
+            Err(_) => self.unattestable.unattested(self.most_of_one),
         };
         self.or_refused(held).map(|held| Place {
             _held: Some(held),

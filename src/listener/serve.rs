@@ -138,10 +138,12 @@ async fn begin_tunnel(
 ) -> Option<Serving> {
     let upgraded = upgrade.await.ok()?;
     let worker = Rc::clone(&outer.worker);
+    // HTTP/1 has no other request on a connection that is a tunnel.
+    let is_alone = outer.interim.is_some();
     // Until a request in it is attested: what it asks is its identity's.
     let place = outer
         .caller
-        .take_place(&outer.entry.places, &worker.agent)?;
+        .take_place(is_alone, &outer.entry.places, &worker.agent)?;
     let sniffed = timeout(SNIFF_TIMEOUT, sniff(TokioIo::new(upgraded))).await;
     let (protocol, io) = sniffed.ok()?.ok()?;
     // The tunnel keeps nothing of the connection that it has taken over.
@@ -156,8 +158,7 @@ async fn begin_tunnel(
                 scheme,
                 presented,
                 valid_until: Cell::new(None),
-                // HTTP/1 has no other request on a connection that is a tunnel.
-                is_alone: outer.interim.is_some(),
+                is_alone,
                 counted: RefCell::new(Counted::Unattested(place)),
             })),
             interim: interim_for(http1),
