@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use countersign_attestors::{AttestedWorkload, PresentedToken};
+use http::request::Parts;
 use http::{HeaderMap, Request, Response, StatusCode};
-use hyper::body::Incoming;
 
 use crate::agent::Agent;
 use crate::audit::record::{CALLER_LEFT, DecisionReference, OK, TokenReference, UPSTREAM_ERROR};
@@ -54,7 +54,7 @@ pub struct Outcome {
 
 impl Exchange {
     /// Begins the record of a request whose head was read.
-    pub fn begin(connection: &Connection, request: &Request<Incoming>) -> Self {
+    pub fn begin(connection: &Connection, head: &Parts) -> Self {
         let agent = Arc::clone(&connection.worker.agent);
         let time = agent.clock.wall();
         let request_id = RequestId::new(time);
@@ -62,10 +62,10 @@ impl Exchange {
             time,
             request_id,
             Arc::clone(&connection.entry.listener),
-            Some(request.method().clone()),
-            request.version(),
+            Some(head.method.clone()),
+            head.version,
         );
-        let caller = TraceContext::from_headers(request.headers());
+        let caller = TraceContext::from_headers(&head.headers);
         let span = agent.tracer.as_ref().map(|tracer| tracer.begin(caller));
         record.trace_id = match &span {
             Some(span) => Some(span.trace_id()),

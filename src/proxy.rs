@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use countersign_attestors::{AttestedWorkload, PresentedToken};
 use http::header::{ALT_SVC, AUTHORIZATION, HeaderName, USER_AGENT, WWW_AUTHENTICATE};
+use http::request::Parts;
 use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use hyper::body::{Body, Incoming};
 use hyper_util::rt::TokioIo;
@@ -84,15 +85,17 @@ impl Worker {
     }
 }
 
-/// Answers one request, and records it.
+/// Answers one request, and records it. Its head stays where it is until it is sent: each request under way keeps
+/// one.
 pub async fn answer(
-    connection: Rc<Connection>,
-    request: Request<Incoming>,
+    connection: &Rc<Connection>,
+    head: &mut Parts,
+    body: Incoming,
 ) -> Response<ResponseBody> {
-    let surface = surface_of(&connection, &request);
-    let mut exchange = Exchange::begin(&connection, &request);
+    let surface = surface_of(connection, head);
+    let mut exchange = Exchange::begin(connection, head);
     let answered = match connection.worker.agent.audit.is_accepting() {
-        true => walk(&connection, &mut exchange, request).await,
+        true => walk(connection, &mut exchange, head, body).await,
         false => Err(audit_refusal()),
     };
     let (response, outcome) = match answered {
@@ -141,11 +144,11 @@ pub fn audit_refusal() -> Refusal {
     .with_retry_after(Duration::from_secs(1))
 }
 
-fn surface_of(connection: &Connection, request: &Request<Incoming>) -> Surface {
-    match (&connection.entry.gateway, request.method()) {
-        _ if is_grpc(request.headers()) => Surface::Grpc,
+fn surface_of(connection: &Connection, head: &Parts) -> Surface {
+    match (&connection.entry.gateway, &head.method) {
+        _ if is_grpc(&head.headers) => Surface::Grpc,
         (_, &Method::CONNECT) => Surface::Connect,
-        _ if is_git(request.headers()) => Surface::Git,
+        _ if is_git(&head.headers) => Surface::Git,
         (Some(_), _) => Surface::Gateway,
         (None, _) => Surface::Proxy,
     }
@@ -170,11 +173,11 @@ enum Answer {
 async fn walk(
     connection: &Rc<Connection>,
     exchange: &mut Exchange,
-    request: Request<Incoming>,
+    head: &mut Parts,
+    body: Incoming,
 ) -> Result<Answer, Refusal> {
     let worker = &connection.worker;
     let snapshot = worker.agent.snapshot.load_full();
-    let (mut head, body) = request.into_parts();
     let (asked, presented) = {
         let gateway = gateway_destination(connection, &snapshot)?;
         let (reception, tunnel_token) = match (&connection.tunnel, gateway) {
@@ -188,13 +191,13 @@ async fn walk(
             (None, Some(destination)) => (Reception::Gateway(destination), None),
             (None, None) => (Reception::Proxy, None),
         };
-        let (asked, presented) = EgressRequest::parse(&head, reception)?;
+        let (asked, presented) = EgressRequest::parse(head, reception)?;
         let presented = presented.or_else(|| tunnel_token.cloned());
         (Arc::new(asked), presented)
     };
     exchange.asked(&asked);
     if asked.method == Method::CONNECT {
-        let request = Request::from_parts(head, body);
+        let request = Request::from_parts(take(head), body);
         let opened = connect(connection, exchange, &snapshot, asked, presented, request);
         return Box::pin(opened).await;
     }
@@ -202,9 +205,9 @@ async fn walk(
         .attest(connection, &snapshot, presented.as_ref())
         .await?;
     exchange.propagate(&mut head.headers);
-    let sent = (head, body);
+    let read = (head, body);
     let forwarded = forward(
-        connection, exchange, snapshot, workload, presented, asked, sent,
+        connection, exchange, snapshot, workload, presented, asked, read,
     );
     let response = forwarded.await?;
     Ok(Answer::Response(response))
@@ -241,7 +244,7 @@ async fn forward(
     mut workload: Arc<AttestedWorkload>,
     presented: Option<PresentedToken>,
     asked: Arc<EgressRequest>,
-    (mut head, body): (http::request::Parts, Incoming),
+    (head, body): (&mut Parts, Incoming),
 ) -> Result<Response<ResponseBody>, Refusal> {
     let worker = &connection.worker;
     let upgrade = head.extensions.get::<hyper::upgrade::OnUpgrade>().cloned();
@@ -252,8 +255,12 @@ async fn forward(
         false => RequestBody::Streamed(body, Rc::clone(&stream)),
     };
     head.extensions.clear();
-    let mut spare = replayable.then(|| head.clone());
-    let mut request = Box::new(Request::from_parts(head, body));
+    let sent = match replayable {
+        true => head.clone(),
+        false => take(head),
+    };
+    let mut request = Box::new(Request::from_parts(sent, body));
+    let mut is_replayed = false;
     connection.pass_interim(&mut request);
     let permission = Rc::new(OpenRequest {
         worker: Rc::downgrade(worker),
@@ -272,11 +279,10 @@ async fn forward(
             request.headers_mut().remove(AUTHORIZATION);
         }
         stay_in_gateway(connection, &snapshot, &asked)?;
-        let decided = worker.decide(&snapshot, &workload, &asked, exchange);
         let Permitted {
             verdict,
             destination,
-        } = match decided {
+        } = match worker.decide(&snapshot, &workload, &asked, exchange) {
             Ok(permitted) => permitted,
             Err(refusal) => {
                 read_on(&worker.agent, *request);
@@ -336,8 +342,9 @@ async fn forward(
         }
         if rejected && let Some(credential) = &credential {
             let retry = worker.agent.credentials.reject(credential);
-            if retry && let Some(head) = spare.take() {
-                request = Box::new(Request::from_parts(head, RequestBody::Empty));
+            if retry && replayable && !is_replayed {
+                is_replayed = true;
+                request = Box::new(Request::from_parts(take(head), RequestBody::Empty));
                 connection.pass_interim(&mut request);
                 snapshot = worker.agent.snapshot.load_full();
                 continue;
@@ -355,6 +362,12 @@ async fn forward(
         "policies were replaced faster than the request could be decided",
     )
     .with_retry_after(Duration::from_secs(1)))
+}
+
+/// Takes a head that is sent.
+fn take(head: &mut Parts) -> Parts {
+    let (nothing, ()) = Request::new(()).into_parts();
+    std::mem::replace(head, nothing)
 }
 
 /// Whether a workload presented a token of a configured issuer, be it one that could not be verified.

@@ -306,12 +306,13 @@ where
         connection.stream.may_idle(CONNECTION_IDLE);
         connection.is_used.set(true);
         let connection = Rc::clone(&connection);
+        let (mut head, body) = request.into_parts();
         // Boxed: idle connections keep none of its state.
         Box::pin(async move {
             let owed = connection.interim.as_ref().map(Owed::on);
             let agent = Arc::clone(&connection.worker.agent);
-            let is_connect = request.method() == Method::CONNECT;
-            let mut response = answer(Rc::clone(&connection), request).await;
+            let is_connect = head.method == Method::CONNECT;
+            let mut response = answer(&connection, &mut head, body).await;
             connection
                 .stream
                 .may_idle(match connection.is_unattested() {
