@@ -118,16 +118,20 @@ impl Slot {
     }
 
     /// Takes in a failure, and says until when it stands: for other tokens of the credential too, where the server
-    /// asked to be left alone, or refuses the client that all workloads share.
+    /// is in trouble and asked to be left alone, or throttles or refuses the client that all workloads share.
     pub(super) fn fail(&self, mint: MintFailure, now: Duration) -> Arc<Failure> {
-        let is_common = match mint.recovery {
-            Recovery::Backoff { retry_after } => retry_after.is_some(),
-            Recovery::Hold => {
-                let is_of_client =
-                    [RefusalCode::InvalidClient, RefusalCode::ClockSkew].contains(&mint.code);
-                is_of_client && self.is_shared()
+        let is_common = match (mint.recovery, mint.code) {
+            (
+                Recovery::Backoff {
+                    retry_after: Some(_),
+                },
+                RefusalCode::TokenServerThrottled,
+            )
+            | (Recovery::Hold, RefusalCode::InvalidClient | RefusalCode::ClockSkew) => {
+                self.is_shared()
             }
-            Recovery::Permanent => false,
+            (Recovery::Backoff { retry_after }, _) => retry_after.is_some(),
+            (Recovery::Hold | Recovery::Permanent, _) => false,
         };
         let failure = self.flight.fail(|history| {
             let wait = backoff::wait(

@@ -831,7 +831,7 @@ async fn who_asks_for_something_else_of_the_credential_waits_as_long() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_server_asks_of_one_job_holds_for_all_and_what_it_denies_one_does_not() {
+async fn what_the_server_denies_one_job_holds_for_no_other_and_its_own_trouble_for_all() {
     let bench = Bench::start().await;
     let settings = OauthClientCredentials {
         client_id: literal("ci-jobs"),
@@ -853,12 +853,42 @@ async fn what_the_server_asks_of_one_job_holds_for_all_and_what_it_denies_one_do
         assert_eq!(bench.requests(), number + 1);
     }
     let again = Some("60".to_owned());
-    bench.server.set(Fault::Status(429, again)).await;
-    assert_eq!(job(10).await, RefusalCode::TokenServerThrottled);
-    for number in 11..200 {
+    bench.server.set(Fault::Status(429, again.clone())).await;
+    for number in 10..20 {
+        assert_eq!(job(number).await, RefusalCode::TokenServerThrottled);
+        assert_eq!(job(number).await, RefusalCode::TokenBackoff);
+        assert_eq!(bench.requests(), number + 1);
+    }
+    bench.server.set(Fault::Status(503, again)).await;
+    assert_eq!(job(20).await, RefusalCode::TokenServerError);
+    for number in 21..200 {
         assert_eq!(job(number).await, RefusalCode::TokenBackoff);
     }
-    assert_eq!(bench.requests(), 11);
+    assert_eq!(bench.requests(), 21);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_server_asks_of_one_workloads_client_keeps_no_other_from_its_token() {
+    let bench = Bench::start().await;
+    let settings = OauthClientCredentials {
+        client_id: Template {
+            parts: vec![attribute("unix", "uid")],
+        },
+        ..bench.settings()
+    };
+    bench.configure(&[bench.credential("orders", settings)]);
+    let pem = std::fs::read(bench.path("client.pem")).unwrap();
+    let key = SigningKey::parse(&pem, SigningAlgorithm::Es256).unwrap();
+    bench.state.register(client("2", &key));
+    let workload = |uid| facts(&[("unix", "uid", AttributeValue::Long(uid))]);
+    let again = Some("300".to_owned());
+    bench.server.set(Fault::Status(429, again)).await;
+    let refusal = bench.token_for(&workload(1), None).await.unwrap_err();
+    assert_eq!(refusal.code, RefusalCode::TokenServerThrottled);
+    bench.server.set(Fault::None).await;
+    bench.token_for(&workload(2), None).await.unwrap();
+    let refusal = bench.token_for(&workload(1), None).await.unwrap_err();
+    assert_eq!(refusal.code, RefusalCode::TokenBackoff);
 }
 
 #[tokio::test(flavor = "multi_thread")]

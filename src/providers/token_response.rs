@@ -182,8 +182,12 @@ fn oauth_error(
         | "unauthorized_client"
         | "invalid_scope"
         | "invalid_target" => (RefusalCode::TokenRequestDenied, Recovery::Permanent),
-        "temporarily_unavailable" | "server_error" | "slow_down" => (
+        "temporarily_unavailable" | "server_error" => (
             RefusalCode::TokenServerError,
+            Recovery::Backoff { retry_after },
+        ),
+        "slow_down" => (
+            RefusalCode::TokenServerThrottled,
             Recovery::Backoff { retry_after },
         ),
         _ => (RefusalCode::TokenRequestDenied, Recovery::Hold),
