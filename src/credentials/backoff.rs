@@ -30,11 +30,7 @@ pub(super) fn wait(
         Recovery::Hold => return Some(HOLD),
         Recovery::Backoff { retry_after } => retry_after,
     };
-    let highest = lifetime
-        .map_or(HIGHEST_CEILING, |lifetime| {
-            (lifetime / 20).min(HIGHEST_CEILING)
-        })
-        .max(LOWEST_CEILING);
+    let highest = lifetime.map_or(HIGHEST_CEILING, highest_ceiling);
     let doubled = FIRST_CEILING.saturating_mul(1_u32 << failures.saturating_sub(1).min(10));
     let ceiling = doubled.min(highest);
     // Full jitter, and never at once.
@@ -44,6 +40,16 @@ pub(super) fn wait(
         Some(retry_after) => retry_after.min(LONGEST_RETRY_AFTER) + jitter,
         None => jitter,
     })
+}
+
+/// How long one of many renewals that may begin at the same time waits, so that they do not. `lifetime` is that of
+/// the token that is renewed; `fraction` is random in 0..1.
+pub(super) fn spread(lifetime: Duration, fraction: f64) -> Duration {
+    highest_ceiling(lifetime).mul_f64(fraction)
+}
+
+fn highest_ceiling(lifetime: Duration) -> Duration {
+    (lifetime / 20).clamp(LOWEST_CEILING, HIGHEST_CEILING)
 }
 
 /// A random number in 0..1.
@@ -75,6 +81,14 @@ mod tests {
         assert_eq!(milliseconds(at_most(9, lifetime(1))), Some(49));
         assert_eq!(milliseconds(at_most(9, lifetime(86400))), Some(4999));
         assert_eq!(milliseconds(wait(PLAIN, 9, None, 0.0)), Some(10));
+    }
+
+    #[test]
+    fn renewals_are_spread_over_a_part_of_what_tokens_live() {
+        for (lifetime, most) in [(86_400, 5000), (600, 5000), (60, 3000), (0, 50)] {
+            let of = |fraction| spread(Duration::from_secs(lifetime), fraction).as_millis();
+            assert_eq!([of(0.0), of(0.5), of(1.0)], [0, most / 2, most]);
+        }
     }
 
     #[test]

@@ -909,9 +909,13 @@ impl Credentials {
             tokio::time::sleep(wait).await;
             if let (Some(credentials), Some(slot)) = (credentials.upgrade(), slot.upgrade()) {
                 let shared = slot.flight.shared().at(credentials.clock.monotonic());
-                match shared.and_then(|obstacle| obstacle.until) {
-                    Some(until) => credentials.refresh_later(&slot, until),
-                    None => credentials.refresh(&slot),
+                let held_up_until = shared.and_then(|obstacle| obstacle.until);
+                match (held_up_until, slot.flight.token()) {
+                    (Some(until), Some(token)) => {
+                        let spread = backoff::spread(token.lifetime(), backoff::random_fraction());
+                        credentials.refresh_later(&slot, until + spread);
+                    }
+                    _ => credentials.refresh(&slot),
                 }
             }
         });

@@ -955,9 +955,10 @@ async fn metadata_is_asked_for_no_earlier_than_its_server_says() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_is_renewed_by_itself_once_the_server_may_be_asked_again() {
-    let bench = Bench::start().await;
+    // Long enough to be usable still, and short enough not to wait for long.
+    let bench = Bench::with_lifetime(seconds(40)).await;
     bench.token().await.unwrap();
-    bench.clock.advance(LONG.mul_f64(0.56));
+    bench.clock.advance(seconds(23));
     let again = Some("1".to_owned());
     bench.server.set(Fault::Status(429, again)).await;
     let refused = bench.token_with("other", Purpose::Inject).await;
@@ -973,6 +974,34 @@ async fn a_token_is_renewed_by_itself_once_the_server_may_be_asked_again() {
     assert_eq!(bench.requests(), 2);
     bench.clock.advance(seconds(3));
     bench.until_requests(3).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_whose_renewal_was_held_up_are_not_renewed_all_at_once() {
+    const TOKENS: usize = 64;
+    let bench = Bench::start().await;
+    for number in 0..TOKENS {
+        let audience = number.to_string();
+        let obtained = bench.token_with(&audience, Purpose::Inject).await;
+        obtained.unwrap();
+    }
+    let slots = bench.credentials.all_slots();
+    bench.clock.advance(LONG.mul_f64(0.56));
+    let again = Some("1".to_owned());
+    bench.server.set(Fault::Status(429, again)).await;
+    bench.token().await.unwrap_err();
+    bench.server.set(Fault::None).await;
+    for slot in &slots {
+        slot.touch(bench.now());
+        bench.credentials.refresh_later(slot, bench.now());
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    bench.clock.advance(seconds(3));
+    bench.until_requests(TOKENS + 2).await;
+    // Long enough for all that begin with the first.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let renewed = bench.requests() - TOKENS - 1;
+    assert!(renewed < TOKENS * 3 / 4, "{renewed} of {TOKENS}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
