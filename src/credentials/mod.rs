@@ -341,6 +341,7 @@ impl Credentials {
                 }
             };
             entry.obstacle.forget();
+            entry.provider.forget_failures();
             entries.insert(credential.name.clone(), entry);
         }
         self.replace_entries(entries);

@@ -954,6 +954,19 @@ async fn metadata_is_asked_for_no_earlier_than_its_server_says() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_reload_lets_metadata_that_failed_be_asked_for_again() {
+    let bench = Bench::start().await;
+    bench.server.let_metadata_fail();
+    let again = Some("60".to_owned());
+    bench.server.set(Fault::Status(503, again)).await;
+    bench.token().await.unwrap_err();
+    bench.server.set(Fault::None).await;
+    bench.configure(&[bench.credential("orders", bench.settings())]);
+    bench.token().await.unwrap();
+    assert_eq!(bench.server.metadata_requests(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_token_is_renewed_by_itself_once_the_server_may_be_asked_again() {
     // Long enough to be usable still, and short enough not to wait for long.
     let bench = Bench::with_lifetime(seconds(40)).await;

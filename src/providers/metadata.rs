@@ -42,8 +42,10 @@ pub(super) struct IssuerMetadata {
     issuer: ExactUrl,
     client: FetchClient,
     last: Mutex<Option<Arc<Fetched>>>,
-    /// One asks at a time, and nobody while the server wants to be left alone.
-    fetching: tokio::sync::Mutex<Option<LeftAlone>>,
+    /// One asks at a time.
+    fetching: tokio::sync::Mutex<()>,
+    /// Nobody asks while the server wants to be left alone.
+    left_alone: Mutex<Option<LeftAlone>>,
 }
 
 /// An answer with `Retry-After`, and until when it stands, on the monotonic clock.
@@ -103,6 +105,7 @@ impl IssuerMetadata {
             client,
             last: Mutex::new(None),
             fetching: tokio::sync::Mutex::default(),
+            left_alone: Mutex::default(),
         }
     }
 
@@ -157,13 +160,16 @@ impl IssuerMetadata {
         clock: &dyn Clock,
     ) -> Result<Arc<Fetched>, MintFailure> {
         let turn = tokio::time::timeout(deadline.remaining(), self.fetching.lock());
-        let mut left_alone = turn.await.map_err(|_| waited_in_vain())?;
+        let _turn = turn.await.map_err(|_| waited_in_vain())?;
         let last = self.trusted(distrusted);
         if let Some(fresh) = last.filter(|last| last.is_fresh(clock)) {
             return Ok(fresh);
         }
         let now = clock.monotonic();
-        let told = left_alone.as_ref().and_then(|told| told.failure_at(now));
+        let told = self
+            .left_alone()
+            .as_ref()
+            .and_then(|told| told.failure_at(now));
         if let Some(failure) = told {
             return Err(failure);
         }
@@ -171,7 +177,9 @@ impl IssuerMetadata {
         let (metadata, _) = self
             .discover(deadline, clock.wall())
             .await
-            .inspect_err(|failure| *left_alone = LeftAlone::after(failure, clock.monotonic()))?;
+            .inspect_err(|failure| {
+                *self.left_alone() = LeftAlone::after(failure, clock.monotonic());
+            })?;
         let mut last = self.last();
         let number = last.as_ref().map_or(1, |last| last.number + 1);
         let fetched = Arc::new(Fetched {
@@ -197,8 +205,19 @@ impl IssuerMetadata {
         discover(&self.client, &self.issuer, deadline, now).await
     }
 
+    /// Lets the server be asked again, whatever it asked for.
+    pub(super) fn forget_failure(&self) {
+        *self.left_alone() = None;
+    }
+
     fn last(&self) -> MutexGuard<'_, Option<Arc<Fetched>>> {
         self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn left_alone(&self) -> MutexGuard<'_, Option<LeftAlone>> {
+        self.left_alone
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -53,6 +53,9 @@ pub trait Provider: Send + Sync + std::fmt::Debug {
     /// The id of the key that the last assertions are signed with, once after it took another's place.
     fn take_replaced_key(&self) -> Option<String>;
 
+    /// Lets what failed be tried again: the configuration was read anew.
+    fn forget_failures(&self);
+
     /// The longest that one [`Provider::mint`] may take.
     fn timeout(&self) -> Duration;
 }

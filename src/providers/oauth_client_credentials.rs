@@ -492,6 +492,12 @@ impl Provider for OauthClientCredentialsProvider {
         }
     }
 
+    fn forget_failures(&self) {
+        if let Server::Issuer(metadata) = &self.server {
+            metadata.forget_failure();
+        }
+    }
+
     fn timeout(&self) -> Duration {
         self.settings.timeout
     }
