@@ -9,6 +9,7 @@ use std::sync::Arc;
 use countersign_attestors::{
     Attestor, AttributeSelection, Catalog, OidcAttestor, SystemdAttestor, UnixAttestor, hexadecimal,
 };
+use tokio_util::sync::CancellationToken;
 
 use crate::address::AddressGuard;
 use crate::clock::Clock;
@@ -37,17 +38,19 @@ pub(super) struct SnapshotBuilder {
     pub(super) previous: Option<Arc<Snapshot>>,
 }
 
-/// Reading policies, roots and keys blocks.
+/// Reading policies, roots and keys blocks. What is waited for no more publishes nothing.
 pub(super) async fn build_off_thread(builder: SnapshotBuilder) -> Result<Snapshot, Diagnostics> {
     let path = builder.config.path.clone();
-    match tokio::task::spawn_blocking(move || builder.build()).await {
+    let given_up = CancellationToken::new();
+    let _giving_up = given_up.clone().drop_guard();
+    match tokio::task::spawn_blocking(move || builder.build(&given_up)).await {
         Ok(built) => built,
         Err(error) => Err(Diagnostic::error("load_interrupted", path, error.to_string()).into()),
     }
 }
 
 impl SnapshotBuilder {
-    fn build(mut self) -> Result<Snapshot, Diagnostics> {
+    fn build(mut self, given_up: &CancellationToken) -> Result<Snapshot, Diagnostics> {
         // Before anything reads them: a file that changes meanwhile is another at the next reload.
         let roots = roots_of(&self.config);
         if let Some(previous) = &self.previous {
@@ -62,7 +65,7 @@ impl SnapshotBuilder {
         }
         let issuers = self.issuers(&roots)?;
         let catalog = self.catalog_for(&engine, &issuers);
-        let interception = self.interception()?;
+        let interception = self.interception(given_up)?;
         let prepared = prepare(config, &self.own_listeners, &self.metrics).map_err(|error| {
             Diagnostic::error("roots_unusable", &config.path, error.to_string())
         })?;
@@ -176,7 +179,10 @@ impl SnapshotBuilder {
         )
     }
 
-    fn interception(&self) -> Result<Option<Arc<InterceptionAuthority>>, Diagnostics> {
+    fn interception(
+        &self,
+        given_up: &CancellationToken,
+    ) -> Result<Option<Arc<InterceptionAuthority>>, Diagnostics> {
         let Some(interception) = &self.config.interception else {
             return Ok(None);
         };
@@ -205,6 +211,9 @@ impl SnapshotBuilder {
             && in_force.has_same_certificates(&authority)
         {
             return Ok(Some(Arc::clone(in_force)));
+        }
+        if given_up.is_cancelled() {
+            return Err(problem("it took too long to be opened".to_owned()).into());
         }
         publish(interception, &authority).map_err(problem)?;
         Ok(Some(authority))

@@ -43,6 +43,8 @@ const LAST_ANSWERS: Duration = Duration::from_secs(1);
 const CUT: Duration = Duration::from_secs(1);
 /// How often it is looked whether anything is open still.
 const LOOK: Duration = Duration::from_millis(20);
+/// How long a reload may take.
+const RELOAD: Duration = Duration::from_secs(60);
 /// How long the audit may take to write what is queued at the end.
 const AUDIT_FLUSH: Duration = Duration::from_secs(5);
 /// How long the collector may take to take what spans are queued at the end.
@@ -60,7 +62,7 @@ pub struct Bound {
 }
 
 /// What an agent is started with beside its configuration.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct StartOptions {
     /// Refusals tell their callers which policy came nearest: for `dev`.
     pub tells_nearest: bool,
@@ -68,6 +70,19 @@ pub struct StartOptions {
     pub proxy_port: Option<u16>,
     /// Who started the agent: hands sockets over, and is told of the agent's state.
     pub service_manager: ServiceManager,
+    /// How long a reload may take before it fails: files may be on what never answers.
+    pub reload_limit: Duration,
+}
+
+impl Default for StartOptions {
+    fn default() -> Self {
+        Self {
+            tells_nearest: false,
+            proxy_port: None,
+            service_manager: ServiceManager::default(),
+            reload_limit: RELOAD,
+        }
+    }
 }
 
 impl StartOptions {
@@ -251,10 +266,10 @@ impl App {
     }
 
     /// Reads the configuration's file again and serves under it, whole or not at all. Once it has begun it goes on
-    /// whether or not it is waited for, until the agent ends.
+    /// whether or not it is waited for, until the agent ends or its time is over.
     ///
     /// # Errors
-    /// Every problem found; the last good configuration stays in force.
+    /// Every problem found, or that its time is over; the last good configuration stays in force.
     pub async fn reload(self: &Arc<Self>) -> Result<(), Diagnostics> {
         let one_at_a_time = Arc::clone(&self.reloading).lock_owned().await;
         let app = Arc::clone(self);
@@ -274,10 +289,21 @@ impl App {
         Diagnostic::error("reload_interrupted", path, reason.to_string()).into()
     }
 
+    fn reload_timed_out(&self) -> Diagnostics {
+        let path = &self.agent.snapshot.load().config.path;
+        let limit = self.options.reload_limit;
+        let detail = format!("reading what the configuration names took longer than {limit:?}");
+        let next = "look for a file that does not answer: a pipe, or one on a network file system; then reload again";
+        Diagnostic::error("reload_timeout", path, detail)
+            .next(next)
+            .into()
+    }
+
     async fn reload_now(&self) -> Result<(), Diagnostics> {
         let path = self.agent.snapshot.load().config.path.clone();
         self.options.service_manager.reloading();
-        let outcome = self.try_reload(path).await;
+        let reload = tokio::time::timeout(self.options.reload_limit, self.try_reload(path)).await;
+        let outcome = reload.unwrap_or_else(|_| Err(self.reload_timed_out()));
         self.agent
             .metrics
             .reload(outcome.is_ok(), self.agent.clock.wall());
@@ -310,6 +336,7 @@ impl App {
         outcome
     }
 
+    /// Waits for nothing once anything has changed, so that it can be given up.
     async fn try_reload(&self, path: PathBuf) -> Result<(), Diagnostics> {
         let load = move || {
             let checked = config::check(&path);

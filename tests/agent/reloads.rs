@@ -340,6 +340,36 @@ async fn a_reload_outlives_the_client_that_asked_for_it() {
     .await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_that_hangs_fails_in_time_and_lets_the_next_succeed() {
+    // What is read before anything is bound anew, and what is read after.
+    for hangs in ["countersign.yaml", "servers.pem"] {
+        let mut world = World::servers().await;
+        world.options.reload_limit = Duration::from_secs(3);
+        world
+            .start_agent(&format!("{COMMON}{DESTINATIONS}"), POLICIES)
+            .await;
+        let (path, whole) = (world.path(hangs), world.path("whole"));
+        std::fs::rename(&path, &whole).unwrap();
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        // Returns once it is read; nothing is ever written.
+        let to_open = path.clone();
+        let opening = move || std::fs::File::options().write(true).open(to_open).unwrap();
+        let opened = tokio::task::spawn_blocking(opening);
+        let problems = world.app().reload().await.unwrap_err();
+        let _writer = opened.await.unwrap();
+        let codes: Vec<_> = problems.iter().map(|problem| problem.code).collect();
+        assert_eq!(codes, ["reload_timeout"], "{hangs}");
+        let records = world.audit().await;
+        assert_eq!(records.last().unwrap()["event"], "reload_failed", "{hangs}");
+        std::fs::rename(&whole, &path).unwrap();
+        eventually(Duration::from_secs(30), || async {
+            world.app().reload().await.ok()
+        })
+        .await;
+    }
+}
+
 /// An authority's certificate and key in PEM.
 fn authority(name: &str) -> (String, String) {
     let key = rcgen::KeyPair::generate().unwrap();

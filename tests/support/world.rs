@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use countersign::app::App;
+use countersign::app::{App, StartOptions};
 use countersign::clock::{Clock, SystemClock};
 use countersign::config::{Bind, Config, SigningAlgorithm};
 use countersign::dev::api::Seen;
@@ -110,6 +110,8 @@ pub struct World {
     pub origins: Vec<(String, SocketAddr)>,
     /// The agent's clock.
     pub clock: Arc<dyn Clock>,
+    /// What the next agent is started with.
+    pub options: StartOptions,
     app: Option<Arc<App>>,
 }
 
@@ -169,6 +171,7 @@ impl World {
             authorization_server,
             origins: Vec::new(),
             clock: Arc::new(SystemClock::new()),
+            options: StartOptions::default(),
             app: None,
             directory,
         };
@@ -197,7 +200,8 @@ impl World {
             Ok(config) => config,
             Err(diagnostics) => panic!("{}", diagnostics.render(false)),
         };
-        match App::start(config, Arc::clone(&self.clock)).await {
+        let options = std::mem::take(&mut self.options);
+        match App::start_with(config, Arc::clone(&self.clock), options).await {
             Ok(app) => self.app = Some(app),
             Err(diagnostics) => panic!("{}", diagnostics.render(false)),
         }
