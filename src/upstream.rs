@@ -60,9 +60,6 @@ const READY: Duration = Duration::from_millis(100);
 const DESCRIPTOR_WAIT: Duration = Duration::from_secs(2);
 const DESCRIPTOR_PAUSE: Duration = Duration::from_millis(10);
 const HTTP2_PING_INTERVAL: Duration = Duration::from_secs(20);
-/// How much is read of an HTTP/1 response at once, and the most that its head may have. What is read is written
-/// out at once: more of it at a time leaves the processor's cache before that.
-const READ_AT_ONCE: usize = 64 * 1024;
 /// How much of an HTTP/2 response may wait for a caller that does not read it.
 const STREAM_WINDOW: u32 = 1024 * 1024;
 /// How much of all responses on one connection. Windows that adapt are the same for both, so that one
@@ -742,7 +739,6 @@ where
         }))
     } else {
         let (sender, connection) = http1::Builder::new()
-            .max_buf_size(READ_AT_ONCE)
             .handshake(io)
             .await
             .map_err(|error| protocol_refusal(way, &error))?;

@@ -146,7 +146,7 @@ async fn a_destination_in_trouble_is_told_by_its_code() {
             "wordy",
             Origin::start(None, |head| match head.starts_with("GET /less ") {
                 true => vec![answer_with_field(60_000)],
-                false => vec![answer_with_field(200_000)],
+                false => vec![answer_with_field(1_000_000)],
             })
             .await,
         ),
