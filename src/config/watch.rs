@@ -8,12 +8,15 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use tokio::time::{Interval, MissedTickBehavior, interval};
+use tokio::time::{Interval, MissedTickBehavior, interval, timeout};
 
 use super::{Checked, check};
 
 /// How often metadata is asked for.
 const TICK: Duration = Duration::from_millis(250);
+
+/// How long what changed is read for what it names.
+const MOST_READING: Duration = Duration::from_secs(10);
 
 /// What a file is and when it changed; `ctime` also tells a change that kept size and `mtime`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,12 +74,14 @@ impl Watcher {
             if now == self.seen {
                 self.unsettled = None;
             } else if self.unsettled.as_ref() == Some(&now) {
-                let path = self.path.clone();
-                let Ok(seen) = tokio::task::spawn_blocking(move || renewed(&path, now)).await
-                else {
-                    continue;
+                let (path, before) = (self.path.clone(), now.clone());
+                let renewing = tokio::task::spawn_blocking(move || renewed(&path, before));
+                self.seen = match timeout(MOST_READING, renewing).await {
+                    Ok(Ok(seen)) => seen,
+                    Ok(Err(_)) => continue,
+                    // The load that follows says so.
+                    Err(_) => now,
                 };
-                self.seen = seen;
                 self.unsettled = None;
                 return;
             } else {
@@ -196,6 +201,22 @@ mod tests {
         tokio::time::timeout(TICK * 5, watcher.changed())
             .await
             .is_err()
+    }
+
+    #[tokio::test]
+    async fn what_does_not_answer_is_noticed_and_so_is_what_replaces_it() {
+        let (directory, mut watcher) = laid();
+        let path = directory.path().join("agent.yaml");
+        let whole = directory.path().join("whole.yaml");
+        fs::write(&whole, CONFIG).unwrap();
+        fs::remove_file(&path).unwrap();
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(is_noticed(&mut watcher).await, "a pipe");
+        // Who reads it reads nothing now, and ends.
+        drop(fs::File::options().write(true).open(&path).unwrap());
+        fs::rename(&whole, &path).unwrap();
+        assert!(is_noticed(&mut watcher).await, "a file again");
+        assert!(is_quiet(&mut watcher).await);
     }
 
     #[tokio::test]
