@@ -9,6 +9,7 @@ use std::sync::Arc;
 use countersign_attestors::{
     Attestor, AttributeSelection, Catalog, OidcAttestor, SystemdAttestor, UnixAttestor, hexadecimal,
 };
+use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
 use crate::address::AddressGuard;
@@ -36,6 +37,8 @@ pub(super) struct SnapshotBuilder {
     pub(super) metrics: Arc<Metrics>,
     pub(super) control: tokio::runtime::Handle,
     pub(super) previous: Option<Arc<Snapshot>>,
+    /// Held until it is built, also where nobody waits for that.
+    pub(super) _reading: Option<Arc<OwnedSemaphorePermit>>,
 }
 
 /// Reading policies, roots and keys blocks. What is waited for no more publishes nothing.
@@ -65,10 +68,13 @@ impl SnapshotBuilder {
         }
         let issuers = self.issuers(&roots)?;
         let catalog = self.catalog_for(&engine, &issuers);
-        let interception = self.interception(given_up)?;
+        let interception = self.interception()?;
         let prepared = prepare(config, &self.own_listeners, &self.metrics).map_err(|error| {
             Diagnostic::error("roots_unusable", &config.path, error.to_string())
         })?;
+        let unmatched_tls = self.unmatched_tls();
+        // Last: clients would trust what is not in force where anything failed after it.
+        self.publish(interception.as_ref(), given_up)?;
         Ok(Snapshot {
             configuration_sha256: configuration_sha256(config),
             routes: Arc::new(Routes::new(config)),
@@ -78,7 +84,7 @@ impl SnapshotBuilder {
             roots: Arc::new(roots),
             interception,
             prepared: Arc::new(prepared),
-            unmatched_tls: self.unmatched_tls(),
+            unmatched_tls,
             unmatched_guard: AddressGuard::new(&[], Arc::clone(&self.own_listeners)),
             config: self.config,
         })
@@ -179,10 +185,7 @@ impl SnapshotBuilder {
         )
     }
 
-    fn interception(
-        &self,
-        given_up: &CancellationToken,
-    ) -> Result<Option<Arc<InterceptionAuthority>>, Diagnostics> {
+    fn interception(&self) -> Result<Option<Arc<InterceptionAuthority>>, Diagnostics> {
         let Some(interception) = &self.config.interception else {
             return Ok(None);
         };
@@ -200,10 +203,8 @@ impl SnapshotBuilder {
         {
             return Ok(Some(Arc::clone(authority)));
         }
-        let problem =
-            |detail: String| Diagnostic::error("interception_unusable", &self.config.path, detail);
         let authority = InterceptionAuthority::open(interception, hosts, now, in_force)
-            .map_err(|error| problem(error.to_string()))?;
+            .map_err(|error| self.interception_unusable(error.to_string()))?;
         // Files that hold what they held: the leaves that were minted stay.
         if let Some(in_force) = in_force
             && in_files
@@ -212,11 +213,32 @@ impl SnapshotBuilder {
         {
             return Ok(Some(Arc::clone(in_force)));
         }
-        if given_up.is_cancelled() {
-            return Err(problem("it took too long to be opened".to_owned()).into());
-        }
-        publish(interception, &authority).map_err(problem)?;
         Ok(Some(authority))
+    }
+
+    /// Publishes the certificates of an authority that is not in force yet.
+    fn publish(
+        &self,
+        authority: Option<&Arc<InterceptionAuthority>>,
+        given_up: &CancellationToken,
+    ) -> Result<(), Diagnostics> {
+        let in_force = self.previous.as_ref();
+        let in_force = in_force.and_then(|previous| previous.interception.as_ref());
+        let (Some(interception), Some(authority)) = (&self.config.interception, authority) else {
+            return Ok(());
+        };
+        if in_force.is_some_and(|in_force| Arc::ptr_eq(in_force, authority)) {
+            return Ok(());
+        }
+        if given_up.is_cancelled() {
+            let detail = "what is read beside it took too long".to_owned();
+            return Err(self.interception_unusable(detail).into());
+        }
+        publish(interception, authority).map_err(|detail| self.interception_unusable(detail).into())
+    }
+
+    fn interception_unusable(&self, detail: String) -> Diagnostic {
+        Diagnostic::error("interception_unusable", &self.config.path, detail)
     }
 }
 

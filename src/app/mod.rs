@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
 use serde::Serialize;
-use tokio::sync::{Mutex, watch};
+use tokio::sync::{Mutex, Semaphore, watch};
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
@@ -45,6 +45,8 @@ const CUT: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(20);
 /// How long a reload may take.
 const RELOAD: Duration = Duration::from_secs(60);
+/// How many reloads may read at one time: one that was given up reads until its files answer.
+const MOST_READING: usize = 4;
 /// How long the audit may take to write what is queued at the end.
 const AUDIT_FLUSH: Duration = Duration::from_secs(5);
 /// How long the collector may take to take what spans are queued at the end.
@@ -110,6 +112,8 @@ pub struct App {
     trace_export: Mutex<Option<TraceExport>>,
     /// One reload at a time.
     reloading: Arc<Mutex<()>>,
+    /// Held by reloads until nothing reads for them any more, also where they were given up.
+    reading: Arc<Semaphore>,
     /// Held while a snapshot comes into force, which collects what workloads were revoked by when it was built,
     /// and while one more is revoked, by what the snapshot in force collects.
     revoking: Mutex<()>,
@@ -167,6 +171,7 @@ impl App {
                 metrics: Arc::clone(&metrics),
                 control: control.clone(),
                 previous: None,
+                _reading: None,
             };
             build_off_thread(builder).await?
         };
@@ -238,6 +243,7 @@ impl App {
             audit_writer: Mutex::new(Some(audit_writer)),
             trace_export: Mutex::new(trace_export),
             reloading: Arc::default(),
+            reading: Arc::new(Semaphore::new(MOST_READING)),
             revoking: Mutex::new(()),
             options,
             last_reload: std::sync::Mutex::new(LastReload::new(started_at, None)),
@@ -290,9 +296,14 @@ impl App {
     }
 
     fn reload_timed_out(&self) -> Diagnostics {
-        let path = &self.agent.snapshot.load().config.path;
         let limit = self.options.reload_limit;
-        let detail = format!("reading what the configuration names took longer than {limit:?}");
+        self.reload_hangs(format!(
+            "reading what the configuration names took longer than {limit:?}"
+        ))
+    }
+
+    fn reload_hangs(&self, detail: String) -> Diagnostics {
+        let path = &self.agent.snapshot.load().config.path;
         let next = "look for a file that does not answer: a pipe, or one on a network file system; then reload again";
         Diagnostic::error("reload_timeout", path, detail)
             .next(next)
@@ -338,7 +349,13 @@ impl App {
 
     /// Waits for nothing once anything has changed, so that it can be given up.
     async fn try_reload(&self, path: PathBuf) -> Result<(), Diagnostics> {
+        let reading = Arc::clone(&self.reading).try_acquire_owned().map_err(|_| {
+            self.reload_hangs(format!("{MOST_READING} reloads before are reading still"))
+        })?;
+        let reading = Arc::new(reading);
+        let held = Arc::clone(&reading);
         let load = move || {
+            let _held = held;
             let checked = config::check(&path);
             hardening::permit(&path, &checked)?;
             checked.into_config()
@@ -364,6 +381,7 @@ impl App {
                 metrics: Arc::clone(&self.agent.metrics),
                 control: self.agent.control.clone(),
                 previous: Some(Arc::clone(&previous)),
+                _reading: Some(Arc::clone(&reading)),
             })
             .await?;
             let revoking = self.revoking.lock().await;

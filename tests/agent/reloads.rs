@@ -370,6 +370,37 @@ async fn a_reload_that_hangs_fails_in_time_and_lets_the_next_succeed() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn reloads_that_hang_hold_a_few_threads_and_no_more() {
+    let mut world = World::servers().await;
+    world.options.reload_limit = Duration::from_secs(1);
+    world
+        .start_agent(&format!("{COMMON}{DESTINATIONS}"), POLICIES)
+        .await;
+    let (path, whole) = (world.path("countersign.yaml"), world.path("whole"));
+    std::fs::rename(&path, &whole).unwrap();
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut hung = 0;
+    let refused = loop {
+        let problems = world.app().reload().await.unwrap_err();
+        let problem = problems.iter().next().unwrap().clone();
+        assert_eq!(problem.code, "reload_timeout");
+        if problem.message.contains("reading still") {
+            break hung;
+        }
+        hung += 1;
+    };
+    assert_eq!(refused, 4);
+    // Those that wait read nothing now, and end.
+    drop(std::fs::File::options().write(true).open(&path).unwrap());
+    std::fs::rename(&whole, &path).unwrap();
+    eventually(Duration::from_secs(30), || async {
+        world.app().reload().await.ok()
+    })
+    .await;
+    world.good().await;
+}
+
 /// An authority's certificate and key in PEM.
 fn authority(name: &str) -> (String, String) {
     let key = rcgen::KeyPair::generate().unwrap();
