@@ -139,6 +139,17 @@ impl Bench {
         self.directory.path().join(name)
     }
 
+    /// Settings of a client that CI jobs are, each by its own token.
+    fn settings_of_jobs(&self) -> OauthClientCredentials {
+        OauthClientCredentials {
+            client_id: literal("ci-jobs"),
+            client_authentication: ClientAuthentication::WorkloadAssertion {
+                issuer: Some("ci".to_owned()),
+            },
+            ..self.settings()
+        }
+    }
+
     fn settings(&self) -> OauthClientCredentials {
         OauthClientCredentials {
             server: ServerSetting::Issuer(ExactUrl::parse(ISSUER).unwrap()),
@@ -516,13 +527,7 @@ async fn a_workloads_own_token_is_forwarded_as_it_is_and_never_shared() {
         },
         scopes: ["orders.read".to_owned()].into(),
     });
-    let settings = OauthClientCredentials {
-        client_id: literal("ci-jobs"),
-        client_authentication: ClientAuthentication::WorkloadAssertion {
-            issuer: Some("ci".to_owned()),
-        },
-        ..bench.settings()
-    };
+    let settings = bench.settings_of_jobs();
     bench.configure(&[bench.credential("orders", settings)]);
     let mint = || {
         let token = ci.mint("repo:o/r:ref:refs/heads/main", ISSUER, LONG, &json!({}));
@@ -833,13 +838,7 @@ async fn who_asks_for_something_else_of_the_credential_waits_as_long() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_the_server_denies_one_job_holds_for_no_other_and_its_own_trouble_for_all() {
     let bench = Bench::start().await;
-    let settings = OauthClientCredentials {
-        client_id: literal("ci-jobs"),
-        client_authentication: ClientAuthentication::WorkloadAssertion {
-            issuer: Some("ci".to_owned()),
-        },
-        ..bench.settings()
-    };
+    let settings = bench.settings_of_jobs();
     bench.configure(&[bench.credential("orders", settings)]);
     let caller = facts(&[("ci", "sub", AttributeValue::String("repo:o/r".to_owned()))]);
     let job = async |number: usize| {

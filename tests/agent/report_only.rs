@@ -301,21 +301,23 @@ async fn a_blind_tunnel_that_would_be_denied_passes_and_is_recorded() {
     }
 
     // An operator's word is no policy.
-    let revocation = Revocation {
-        id: "r1".to_owned(),
-        what: Revoked::Workload(
-            format!("unix.uid={}", nix::unistd::geteuid())
-                .parse()
-                .unwrap(),
-        ),
-        until: None,
-    };
+    let revocation = of_this_user();
     world
         .app()
         .replace_revocations(|revocations| Some(revocations.with(revocation.clone())));
     for mut tunnel in [tunnel].into_iter().chain(permitted) {
         let ended = tokio::time::timeout(Duration::from_secs(30), tunnel.read(&mut [0])).await;
         assert_eq!(ended.expect("the tunnel ends").unwrap_or(0), 0);
+    }
+}
+
+/// Revokes every workload of the user who runs the tests.
+fn of_this_user() -> Revocation {
+    let selector = format!("unix.uid={}", nix::unistd::geteuid());
+    Revocation {
+        id: "r1".to_owned(),
+        what: Revoked::Workload(selector.parse().unwrap()),
+        until: None,
     }
 }
 
@@ -340,15 +342,7 @@ async fn what_passes_although_denied_ends_when_its_workload_is_revoked() {
         let ended = tokio::time::timeout(Duration::from_millis(700), &mut open).await;
         assert!(ended.is_err(), "{ended:?}");
     }
-    let revocation = Revocation {
-        id: "r1".to_owned(),
-        what: Revoked::Workload(
-            format!("unix.uid={}", nix::unistd::geteuid())
-                .parse()
-                .unwrap(),
-        ),
-        until: None,
-    };
+    let revocation = of_this_user();
     let stalls = Stalls::watch();
     let revoked = Instant::now();
     world

@@ -264,21 +264,27 @@ async fn upgrades_and_continuations_pass() {
     world.good().await;
 }
 
+/// HTTP/2 inside a tunnel to an origin that speaks HTTP/1.1 only.
+async fn http2_in_a_tunnel(puppet: &Puppet) -> http2::SendRequest<Empty<Bytes>> {
+    let mut io = puppet.connect().await;
+    open_tunnel(&mut io, "plain.example.test:80")
+        .await
+        .expect(200);
+    let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+        .handshake(TokioIo::new(io))
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    sender
+}
+
 /// HTTP/2 callers, an origin that speaks HTTP/1.1 only.
 #[tokio::test(flavor = "multi_thread")]
 async fn http2_callers_reach_http1_destinations() {
     let world = World::start().await;
     let puppet = Puppet::start(&world.address("proxy").to_string(), None).await;
     world.good().await;
-    let mut io = puppet.connect().await;
-    open_tunnel(&mut io, "plain.example.test:80")
-        .await
-        .expect(200);
-    let (mut sender, connection) = http2::Builder::new(TokioExecutor::new())
-        .handshake::<_, Empty<Bytes>>(TokioIo::new(io))
-        .await
-        .unwrap();
-    tokio::spawn(connection);
+    let mut sender = http2_in_a_tunnel(&puppet).await;
     let mut answered = 0;
     for _ in 0..20 {
         let request = Request::get("http://plain.example.test/v1/orders")
@@ -301,15 +307,7 @@ async fn cookies_that_http2_splits_reach_http1_in_one_field() {
     let world = World::start().await;
     let puppet = Puppet::start(&world.target("proxy"), None).await;
     world.good().await;
-    let mut io = puppet.connect().await;
-    open_tunnel(&mut io, "plain.example.test:80")
-        .await
-        .expect(200);
-    let (mut sender, connection) = http2::Builder::new(TokioExecutor::new())
-        .handshake::<_, Empty<Bytes>>(TokioIo::new(io))
-        .await
-        .unwrap();
-    tokio::spawn(connection);
+    let mut sender = http2_in_a_tunnel(&puppet).await;
     let cases: [SentAndArrived<'_>; 4] = [
         (&[], None),
         (&[b"a=1; b=2"], Some(b"a=1; b=2")),
