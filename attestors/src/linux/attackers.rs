@@ -194,10 +194,17 @@ static PROGRAM: LazyLock<(tempfile::TempDir, PathBuf)> = LazyLock::new(|| {
     let directory = tempfile::tempdir().unwrap();
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let program = directory.path().join("caller");
-    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    copy_program(&std::env::current_exe().unwrap(), &program);
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
     (directory, program)
 });
+
+/// Copies a program that is executed next, by another process: what this one has open for writing is open, too,
+/// in every child that another test is starting, and can't be executed meanwhile (ETXTBSY, execve(2)).
+fn copy_program(from: &Path, to: &Path) {
+    let copied = Command::new("cp").args([from, to]).status().unwrap();
+    assert!(copied.success());
+}
 
 fn program() -> &'static Path {
     &PROGRAM.1
@@ -356,7 +363,7 @@ fn sha256_of(path: &Path) -> String {
     hexadecimal(digest.as_ref())
 }
 
-fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+pub(super) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
         assert!(
@@ -504,7 +511,7 @@ fn make_fifo(node: &Node) -> PathBuf {
 fn a_deleted_or_replaced_executable_has_a_hash_and_no_path() {
     let node = Node::new();
     let copy = node.directory.path().join("copy");
-    fs::copy(program(), &copy).unwrap();
+    copy_program(program(), &copy);
     let caller = node.call("hold", &node.unix_address(), &mut helper_by(&copy));
     let (_, workload) = attest(caller.connection.evidence().unwrap());
     assert_eq!(

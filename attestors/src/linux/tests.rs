@@ -8,7 +8,7 @@
 )]
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -17,14 +17,23 @@ use std::time::{Duration, SystemTime};
 
 use nix::libc::linger;
 use nix::sys::socket::{setsockopt, sockopt};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpSocket;
 
+use super::attackers::wait_until;
 use super::{executable, kernel};
 use crate::evidence::{EvidenceError, PeerEvidence};
 use crate::observers::look_here;
 
 fn of_loopback_tcp(accepted: &TcpStream) -> Result<PeerEvidence, EvidenceError> {
     look_here(PeerEvidence::of_loopback_tcp(accepted))
+}
+
+/// Why there is no caller after its socket was closed: a child that another test is starting has it open, too,
+/// until it executes.
+fn ends(look: impl Fn() -> Result<PeerEvidence, EvidenceError>) -> EvidenceError {
+    wait_until("the socket is closed", || look().is_err());
+    look().unwrap_err()
 }
 
 /// A client and the server's view of it: (client, accepted).
@@ -71,15 +80,14 @@ fn both_ways_of_a_unix_socket_find_the_same_process() {
 
     // Nobody holds the other end any more: there is nothing to prove the number by.
     drop(client);
-    let gone = weaker().unwrap_err();
-    assert_eq!(gone.code(), "caller_gone");
+    assert_eq!(ends(weaker).code(), "caller_gone");
 }
 
 #[test]
 fn a_closed_connection_has_no_caller() {
     let (client, accepted) = connection("127.0.0.1", None);
     drop(client);
-    let gone = of_loopback_tcp(&accepted).unwrap_err();
+    let gone = ends(|| of_loopback_tcp(&accepted));
     assert_eq!(gone.code(), "caller_gone");
 }
 
@@ -87,9 +95,12 @@ fn a_closed_connection_has_no_caller() {
 async fn a_connection_that_was_reset_is_not_of_who_connects_from_its_address_next() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    let mut first = TcpStream::connect(address).unwrap();
+    // An address of its own: a port of 127.0.0.1 can be one of many others' connections.
+    let first = TcpSocket::new_v4().unwrap();
+    first.bind("127.9.9.9:0".parse().unwrap()).unwrap();
     let port = first.local_addr().unwrap();
-    first.write_all(b"a whole request").unwrap();
+    let mut first = first.connect(address).await.unwrap();
+    first.write_all(b"a whole request").await.unwrap();
     let at_once = linger {
         l_onoff: 1,
         l_linger: 0,
@@ -99,7 +110,7 @@ async fn a_connection_that_was_reset_is_not_of_who_connects_from_its_address_nex
 
     let next = TcpSocket::new_v4().unwrap();
     next.set_reuseaddr(true).unwrap();
-    next.bind(port).unwrap();
+    wait_until("the first is closed", || next.bind(port).is_ok());
     let _next = next.connect(address).await.unwrap();
 
     // Both are there, from one address, and what the first has sent can be read.
@@ -124,6 +135,9 @@ fn callers_who_come_at_once_each_learn_of_their_own_socket() {
             let together = &together;
             scope.spawn(move || {
                 let client = (number % 4 != 0).then_some(client);
+                if client.is_none() {
+                    ends(|| of_loopback_tcp(&accepted));
+                }
                 together.wait();
                 for _ in 0..10 {
                     match (&client, of_loopback_tcp(&accepted)) {
