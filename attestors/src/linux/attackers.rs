@@ -954,6 +954,71 @@ fn make_as_attacker(tree: &mut CgroupTree, own: &Path, name: &OsStr) -> PathBuf 
     directory
 }
 
+/// A shell that has a connection, and a child that holds it too and runs a script.
+fn call_with_child(node: &Node, script: &str) -> (Caller, u32) {
+    let port = node.tcp.local_addr().unwrap().port();
+    let script =
+        format!("exec 3<>/dev/tcp/127.0.0.1/{port}; ({script}) & printf x >&3; wait; read -r -u3");
+    let caller = node.call("", &node.tcp_address(), &mut bash(&script));
+    let pid = caller.child.id();
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    (caller, children.trim().parse().unwrap())
+}
+
+fn wait_until_it_sleeps(pid: u32) {
+    wait_until("the child runs another program", || {
+        fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.starts_with(b"sleep\0"))
+    });
+}
+
+#[test]
+fn an_exec_of_one_of_several_holders_counts_where_it_keeps_the_socket() {
+    let node = Node::new();
+    for (redirection, expected) in [("3>&-", Ok(())), ("", Err(AttestationEnded::Executed))] {
+        let script = format!("read -r -n1 -u3; exec sleep 20 {redirection}");
+        let (mut caller, child) = call_with_child(&node, &script);
+        let evidence = caller.connection.evidence().unwrap();
+        assert_eq!(evidence.check_liveness(), Ok(()));
+        caller.connection.send();
+        wait_until_it_sleeps(child);
+        std::thread::sleep(Duration::from_millis(2));
+        assert_eq!(evidence.check_liveness(), expected);
+        if expected.is_ok() {
+            assert_eq!(evidence.process().unwrap().pid(), caller.child.id());
+        }
+        kill(child);
+    }
+}
+
+#[test]
+fn who_shares_its_socket_for_a_moment_only_is_served() {
+    let node = Node::new();
+    // A pause of this machine can be longer than what is waited for.
+    let served = (0..30).filter(|_| {
+        let (caller, child) = call_with_child(&node, "exec sleep 20");
+        wait_until_it_sleeps(child);
+        let shared = caller.connection.evidence().unwrap_err();
+        assert_eq!(shared.code(), "caller_ambiguous");
+        let begins = std::sync::Barrier::new(2);
+        std::thread::scope(|scope| {
+            let looked = scope.spawn(|| {
+                begins.wait();
+                caller.connection.evidence()
+            });
+            begins.wait();
+            std::thread::sleep(Duration::from_millis(3));
+            kill(child);
+            looked.join().unwrap().is_ok()
+        })
+    });
+    assert_eq!(served.take(3).count(), 3);
+}
+
+fn kill(pid: u32) {
+    let pid = nix::unistd::Pid::from_raw(pid.try_into().unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+}
+
 #[test]
 fn a_descriptor_that_was_passed_on_leaves_its_maker_nothing_to_be_taken_for() {
     // The maker closes its end and lives on; another process of the same user holds the socket. The

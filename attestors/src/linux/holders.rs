@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
@@ -18,6 +19,10 @@ use super::process::{self, Process};
 use super::socket_diagnostics::TcpSocket;
 use crate::evidence::EvidenceError;
 use crate::observers::{self, MOST_WAITING, Turn};
+
+/// Between one look at holders that do not seem alike and the next: doubled each time, 15 ms in all.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(8);
 
 /// The cgroup whose processes are looked at; `None` for all that there are.
 type Place = Option<u64>;
@@ -65,9 +70,27 @@ enum Told {
     Read,
 }
 
-/// Every process that holds the socket, where all attest alike: first looked for where the socket was
-/// made, then everywhere.
+/// Every process that holds the socket, where all attest alike. A child that is being started holds what its
+/// parent does until it executes: of several that do not seem alike it is seen whether they stay.
 pub(super) async fn of_socket(socket: &TcpSocket) -> Result<Vec<Process>, EvidenceError> {
+    let mut pause = SHORTEST_PAUSE;
+    loop {
+        let processes = look_for(socket).await?;
+        let are_several = processes.len() > 1;
+        match one_workload(processes, socket).await {
+            Err(EvidenceError::AmbiguousCaller | EvidenceError::CallerGone)
+                if are_several && pause <= LONGEST_PAUSE =>
+            {
+                std::thread::sleep(pause);
+                pause *= 2;
+            }
+            found => return found,
+        }
+    }
+}
+
+/// The processes that hold the socket: first looked for where it was made, then everywhere.
+async fn look_for(socket: &TcpSocket) -> Result<Vec<Process>, EvidenceError> {
     let mut holders = Vec::new();
     if socket.cgroup_id.is_some() {
         holders = match find(socket.cgroup_id, socket.inode).await {
@@ -83,7 +106,7 @@ pub(super) async fn of_socket(socket: &TcpSocket) -> Result<Vec<Process>, Eviden
     for holder in holders {
         processes.extend(holder.process(socket).await?);
     }
-    one_workload(processes, socket).await
+    Ok(processes)
 }
 
 /// Refuses processes that are not all the same workload as the socket's maker.
@@ -280,7 +303,6 @@ mod tests {
     use std::os::fd::AsFd;
     use std::process::{Command, Stdio};
     use std::sync::mpsc;
-    use std::time::Duration;
 
     use super::super::kernel;
     use super::*;

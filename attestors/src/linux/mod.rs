@@ -36,6 +36,8 @@ use crate::workload::AttestationEnded;
 pub(crate) struct Peer {
     /// Never empty. More than one only where all attest the same.
     processes: Vec<Process>,
+    /// The socket that each of several holds.
+    inode: Option<u32>,
     /// In the words of [`crate::workload::WorkloadFacts::evidence`].
     words: Vec<&'static str>,
 }
@@ -115,33 +117,46 @@ impl Peer {
         // may be somebody else's by now. While this connection lives nobody else connects from there.
         peer_of(stream)?;
         let processes = processes?;
-        Ok(Some(Self::new(processes, vec!["sock_diag", "pidfd"])))
+        let words = vec!["sock_diag", "pidfd"];
+        Ok(Some(Self::new(processes, Some(socket.inode), words)))
     }
 
-    fn new(processes: Vec<Process>, mut words: Vec<&'static str>) -> Self {
+    fn new(processes: Vec<Process>, inode: Option<u32>, mut words: Vec<&'static str>) -> Self {
         if !processes.iter().all(Process::exec_is_seen) {
             words.push("weaker:exec_unseen");
         }
-        Self { processes, words }
+        Self {
+            processes,
+            inode,
+            words,
+        }
     }
 
+    /// One that lives, where any does.
     pub(crate) fn process(&self) -> Option<&Process> {
-        self.processes.first()
+        match &*self.processes {
+            [only] => Some(only),
+            several => several
+                .iter()
+                .find(|process| process.check_liveness().is_ok())
+                .or(several.first()),
+        }
     }
 
     pub(crate) fn words(&self) -> &[&'static str] {
         &self.words
     }
 
-    /// An exec of any holder ends the attestation: the new program holds the socket too. The exit of
-    /// one of several does not.
+    /// An exec ends the attestation where the new program holds the socket too. The exit of one of several
+    /// holders does not, nor an exec that closed its socket: a child holds what its parent does until then.
     pub(crate) fn check_liveness(&self) -> Result<(), AttestationEnded> {
         let mut outcome = Err(AttestationEnded::Exited);
         for process in &self.processes {
-            match process.check_liveness() {
-                Ok(()) => outcome = Ok(()),
-                Err(AttestationEnded::Exited) => {}
-                Err(ended) => return Err(ended),
+            match (process.check_liveness(), self.inode) {
+                (Ok(()), _) => outcome = Ok(()),
+                (Err(AttestationEnded::Exited), _) => {}
+                (Err(_), Some(inode)) if self.processes.len() > 1 && process.has_closed(inode) => {}
+                (Err(ended), _) => return Err(ended),
             }
         }
         outcome
@@ -183,6 +198,6 @@ impl Connected {
         if self.uid != process.uid() {
             return Err(EvidenceError::AmbiguousCaller);
         }
-        Ok(Peer::new(vec![process], words))
+        Ok(Peer::new(vec![process], None, words))
     }
 }
