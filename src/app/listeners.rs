@@ -74,7 +74,9 @@ impl Listeners {
             let bound = match self.bound_at(listener) {
                 Some(bound) => Ok(bound),
                 None => match manager.take(&listener.name, &listener.bind)? {
-                    Some(socket) => BoundListener::take_over(socket).map(Arc::new),
+                    Some(socket) => {
+                        BoundListener::take_over(socket, &listener.access).map(Arc::new)
+                    }
                     None => BoundListener::bind(&listener.bind, &listener.access)
                         .await
                         .map(Arc::new),
@@ -121,13 +123,11 @@ impl Listeners {
             listener, bound, ..
         } in prepared.0
         {
+            if let Err(error) = bound.restrict(&listener.access) {
+                tracing::error!(%error, listener = listener.name, "access to the socket could not be changed");
+            }
             let key = (listener.bind.clone(), listener.name.clone());
             if let Some(acceptor) = self.acceptors.get_mut(&key) {
-                if acceptor.listener.access != listener.access
-                    && let Err(error) = bound.restrict(&listener.access)
-                {
-                    tracing::error!(%error, listener = listener.name, "access to the socket could not be changed");
-                }
                 if serves_alike(&acceptor.listener.kind, &listener.kind) {
                     acceptor.listener = listener;
                     continue;

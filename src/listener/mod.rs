@@ -15,8 +15,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use countersign_attestors::evidence::EvidenceError;
@@ -48,6 +48,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// A bound listener, not yet accepting.
 pub struct BoundListener {
     socket: BoundSocket,
+    /// Who may connect.
+    access: Mutex<SocketAccess>,
     /// Whether somebody else has the socket too, so that it outlives this agent.
     outlives_us: AtomicBool,
 }
@@ -69,12 +71,14 @@ impl BoundListener {
         };
         Ok(Self {
             socket,
+            access: Mutex::new(access.clone()),
             outlives_us: AtomicBool::new(false),
         })
     }
 
-    /// Takes over a socket that the service manager handed over.
-    pub fn take_over(socket: ListeningSocket) -> io::Result<Self> {
+    /// Takes over a socket that the service manager handed over. Who may connect is as it was: `access` is what
+    /// the service manager is taken to have given it.
+    pub fn take_over(socket: ListeningSocket, access: &SocketAccess) -> io::Result<Self> {
         let socket = match socket {
             ListeningSocket::Tcp(socket) => BoundSocket::Tcp(TcpListener::from_std(socket)?),
             ListeningSocket::Unix(socket, path) => {
@@ -83,6 +87,7 @@ impl BoundListener {
         };
         Ok(Self {
             socket,
+            access: Mutex::new(access.clone()),
             outlives_us: AtomicBool::new(true),
         })
     }
@@ -100,13 +105,18 @@ impl BoundListener {
         }
     }
 
-    /// Changes who may connect; of a TCP listener nothing.
+    /// Changes who may connect, where that is somebody else; of a TCP listener nothing.
     pub fn restrict(&self, access: &SocketAccess) -> io::Result<()> {
-        match &self.socket {
-            BoundSocket::Tcp(_) => Ok(()),
-            BoundSocket::Unix(_, file) => restrict(file.path(), access),
-            BoundSocket::HandedOverUnix(_, path) => restrict(path, access),
+        let mut in_force = self.access.lock().unwrap_or_else(PoisonError::into_inner);
+        if *in_force != *access {
+            match &self.socket {
+                BoundSocket::Tcp(_) => {}
+                BoundSocket::Unix(_, file) => restrict(file.path(), access)?,
+                BoundSocket::HandedOverUnix(_, path) => restrict(path, access)?,
+            }
+            in_force.clone_from(access);
         }
+        Ok(())
     }
 
     /// The address in force, with the port that the kernel chose.

@@ -305,6 +305,31 @@ async fn a_request_that_waits_while_its_credential_is_renamed_is_decided_again()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_reload_says_anew_who_may_open_a_socket() {
+    let mut world = World::servers().await;
+    let configuration = format!("{COMMON}{DESTINATIONS}");
+    world.start_agent(&configuration, POLICIES).await;
+    let mode = |world: &World| {
+        let file = std::fs::metadata(world.path("proxy.sock")).unwrap();
+        PermissionsExt::mode(&file.permissions()) & 0o777
+    };
+    let local = "name: local, type: forward_proxy, bind: \"unix:{directory}/proxy.sock\", access: ";
+    let was = format!("{local}{{mode: \"0666\"}}");
+    assert_eq!(mode(&world), 0o666);
+    // Under its name, and under another.
+    for (name, access) in [("local", 0o660), ("workloads", 0o600)] {
+        let is = format!("{local}{{mode: \"{access:04o}\"}}")
+            .replace("name: local", &format!("name: {name}"));
+        world.write(
+            "countersign.yaml",
+            &world.fill(&configuration.replace(&was, &is)),
+        );
+        world.app().reload().await.unwrap();
+        assert_eq!(mode(&world), access, "{name}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_reload_outlives_the_client_that_asked_for_it() {
     let mut world = World::servers().await;
     let common = format!("{COMMON}admin: {{socket: admin.sock}}\n");
