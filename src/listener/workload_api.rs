@@ -37,6 +37,7 @@ use crate::audit::{AttestedRecord, Decided, Latency, Obtained, Record, TokenIssu
 use crate::config::{Bind, Config, CredentialConfig, Limits, ListenerKind, TokenSource};
 use crate::connection::{CallerAttestation, evidence_refusal};
 use crate::credentials::IssuedToken;
+use crate::inject::token_revoked;
 use crate::limits::{Held, Holding};
 use crate::policy::{Action, LeaseEnded, Question, Resource, explain};
 use crate::problem::{self, Surface, json_response};
@@ -458,7 +459,16 @@ impl Caller {
             };
             let current = agent.snapshot.load_full();
             match lease.check(&current.policy, agent.clock.wall()) {
-                Ok(()) => return Ok(issued),
+                Ok(()) => {
+                    return match current
+                        .policy
+                        .revocations()
+                        .token_is_revoked(&issued.token_sha256)
+                    {
+                        Some(revocation) => Err(token_revoked(revocation)),
+                        None => Ok(issued),
+                    };
+                }
                 Err(LeaseEnded::Attestation(ended)) => return Err(ended.into()),
                 Err(LeaseEnded::PolicyExpired) => minted = Some(issued),
                 Err(LeaseEnded::SnapshotReplaced) => snapshot = current,

@@ -3,7 +3,9 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use countersign::admin::{AdminActions, RevocationRequest};
 use countersign::dev::ServerCertificate;
+use countersign::policy::Revoked;
 use futures_util::future::join_all;
 use serde::Deserialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -11,6 +13,7 @@ use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 
 use crate::support::counts::reached;
+use crate::support::curl::curl;
 use crate::support::origin::Origin;
 use crate::support::puppet::Puppet;
 use crate::support::raw::{exchange, read_head};
@@ -161,10 +164,8 @@ async fn ask(puppet: &Puppet, origin: &Origin, index: usize, case: &Case) -> Opt
     (!is_as_expected).then(|| format!("{} `{}`: {found}, {seen:?}", case.expect, case.body))
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn t23_an_api_sees_good_tokens_or_nothing_whatever_a_token_endpoint_answers() {
-    const AT_ONCE: usize = 16;
-    let cases: Vec<Case> = serde_saphyr::from_str(CORPUS).unwrap();
+/// An agent with that configuration, and the API of its destinations.
+async fn start(cases: &[Case], configuration: &str) -> (World, Origin) {
     let mut world = World::servers().await;
     let certificate = world.authority.issue(&["auth.example.test"]).unwrap();
     let answers = cases.iter().map(Case::answer).collect();
@@ -178,8 +179,50 @@ async fn t23_an_api_sees_good_tokens_or_nothing_whatever_a_token_endpoint_answer
     world.write("secret", "a secret of the agent");
     let secret = world.path("secret");
     std::fs::set_permissions(secret, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
-    world.start_agent(&configuration(&cases), POLICIES).await;
+    world.start_agent(configuration, POLICIES).await;
     world.good().await;
+    (world, origin)
+}
+
+/// A server may answer with a token that it gave before, also to an agent that has not seen it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revoked_token_that_is_minted_again_is_not_handed_out() {
+    let case = Case {
+        status: 200,
+        retry_after: None,
+        body: r#"{"access_token": "again", "token_type": "Bearer", "expires_in": 300}"#.to_owned(),
+        expect: String::new(),
+    };
+    let configuration = configuration(std::slice::from_ref(&case)).replace(
+        "listeners:\n",
+        "listeners:\n  - {name: api, type: workload_api, bind: \"127.0.0.1:0\"}\n",
+    );
+    let (world, _origin) = start(&[case], &configuration).await;
+    world.write_policies(&POLICIES.replace(r#"action == Action::"inject""#, "action"));
+    world.app().reload().await.unwrap();
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, b"again");
+    let revoked = RevocationRequest {
+        what: Revoked::TokenSha256(countersign_attestors::hexadecimal(digest.as_ref())),
+        for_seconds: None,
+    };
+    let api = format!("http://{}/v1/token", world.address("api"));
+    let issue = async || curl(&["-X", "POST", "-d", r#"{"credential": "c0"}"#, &api]).await;
+    let told = world.app().revoke(revoked).await.unwrap();
+    let answer = issue().await;
+    assert_eq!((answer.status, answer.code()), (403, "revoked".to_owned()));
+    world
+        .app()
+        .lift(told["id"].as_str().unwrap())
+        .await
+        .unwrap();
+    assert_eq!(issue().await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn t23_an_api_sees_good_tokens_or_nothing_whatever_a_token_endpoint_answers() {
+    const AT_ONCE: usize = 16;
+    let cases: Vec<Case> = serde_saphyr::from_str(CORPUS).unwrap();
+    let (world, origin) = start(&cases, &configuration(&cases)).await;
     let puppet = Puppet::start(&world.address("proxy").to_string(), None).await;
     let mut wrong = Vec::new();
     let all: Vec<_> = cases.iter().enumerate().collect();
