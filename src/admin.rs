@@ -108,7 +108,8 @@ impl ActionRefused {
             status: StatusCode::UNPROCESSABLE_ENTITY,
             code: "reload_failed",
             detail: detail.into(),
-            next: "mend the files; the last good configuration is in force".to_owned(),
+            next: "do what each diagnostic says; the last good configuration is in force"
+                .to_owned(),
             diagnostics: Some(Box::new(diagnostics)),
         }
     }

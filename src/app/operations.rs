@@ -71,7 +71,7 @@ impl AdminActions for App {
                 "policy_version": &**self.agent.snapshot.load().policy.engine().version(),
             })),
             Err(diagnostics) => Err(ActionRefused::reload_failed(
-                "the files are not valid",
+                "the files were not loaded",
                 diagnostics.to_json(),
             )),
         }
@@ -198,9 +198,9 @@ impl App {
     }
 
     fn revocation_value(&self, revocation: &Revocation, holder: Option<&TokenHolder>) -> Value {
-        let until = revocation.until.map(|until| {
+        let until = revocation.until.and_then(|until| {
             let left = until.saturating_sub(self.agent.clock.monotonic());
-            timestamp(self.agent.clock.wall() + left)
+            timestamp(self.agent.clock.wall().checked_add(left)?)
         });
         let mut value = serde_json::to_value(&revocation.what).unwrap_or_default();
         if let Some(members) = value.as_object_mut() {

@@ -120,6 +120,20 @@ async fn what_nobody_can_have_is_not_revoked() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn one_that_ends_after_the_end_of_time_is_told_without_an_end() {
+    let mut world = World::servers().await;
+    let configuration = format!("{COMMON}{DESTINATIONS}");
+    world.start_agent(&configuration, POLICIES).await;
+    let request = RevocationRequest {
+        what: Revoked::Workload("unix.uid=4294967295".parse().unwrap()),
+        for_seconds: Some(10_000_000_000_000_000_000),
+    };
+    let told = world.app().revoke(request).await.unwrap();
+    assert_eq!(told["until"], Value::Null);
+    assert_eq!(world.app().revocations().await[0]["id"], told["id"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn who_is_revoked_by_what_no_policy_reads_any_more_stays_so() {
     const READS: &str = r#"
 @id("reads")
