@@ -807,7 +807,10 @@ fn permit_tunnel(
                 if let Some(exchange) = exchange.as_deref_mut() {
                     exchange.granted(snapshot, &grant, question);
                 }
-                permitted = Some(grant);
+                let ends_first = |before: &Grant| grant.lease().ends_before(before.lease());
+                if permitted.as_ref().is_none_or(ends_first) {
+                    permitted = Some(grant);
+                }
             }
             Err(denial)
                 if destination.is_some_and(|destination| is_reported(&denial, destination)) =>

@@ -184,6 +184,12 @@ impl Lease {
             .map_err(LeaseEnded::Attestation)
     }
 
+    /// Whether the permits that allowed this expire, or read another time, before those of `other`.
+    pub fn ends_before(&self, other: &Self) -> bool {
+        let end = |lease: &Self| lease.permitted.permission.valid_until;
+        end(self).is_some_and(|own| end(other).is_none_or(|other| own < other))
+    }
+
     /// Whether policies were reloaded, or something was revoked, since the decision.
     pub fn is_superseded(&self, current: &Arc<PolicySnapshot>) -> bool {
         !Arc::ptr_eq(&self.permitted.snapshot, current)

@@ -147,3 +147,40 @@ async fn a_tunnel_that_says_nothing_is_closed_where_it_is_looked_into() {
     world.good().await;
     reached("sniffed_in_vain", took.len());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blind_tunnel_ends_with_the_first_of_its_permits() {
+    let mut world = World::servers().await;
+    let origin = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    world
+        .origins
+        .push(("origin".to_owned(), origin.local_addr().unwrap()));
+    let destinations = r#"
+  - {name: one, hosts: [blind.example.test, one.example.test], ports: [25], connect_to: "{origin}"}
+  - {name: other, hosts: [blind.example.test, other.example.test], ports: [25], connect_to: "{origin}"}
+"#;
+    let end = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(6);
+    let permit = |name: &str, until: &str| {
+        format!(
+            "@id(\"{name}\") {until}\npermit (principal, action == Action::\"connect\", resource == Destination::\"{name}\") when {{ principal has unix }};\n"
+        )
+    };
+    let policies = [
+        permit("one", &format!("@expires(\"{end:.0}\")")),
+        permit("other", ""),
+    ];
+    world
+        .start_agent(
+            &format!("{COMMON}{DESTINATIONS}{destinations}"),
+            &format!("{POLICIES}{}", policies.concat()),
+        )
+        .await;
+    let caller = Puppet::start(&world.target("proxy"), None).await;
+    let mut io = caller.connect().await;
+    open_tunnel(&mut io, "blind.example.test:25")
+        .await
+        .expect(200);
+    let _served = origin.accept().await.unwrap();
+    let closed = tokio::time::timeout(SOON, io.read(&mut [0])).await;
+    assert_eq!(closed.expect("the tunnel is closed").unwrap_or(0), 0);
+}
