@@ -254,9 +254,15 @@ impl ConnectionAttestation {
         }
     }
 
-    /// Whom the kernel shows, without any token; `None` where it knows nothing of the caller.
-    pub fn kernel_identity(&self) -> Option<&IsolationKey> {
-        self.peer.process().map(|_| self.kernel.isolation_key())
+    /// Whom the kernel shows, without any token: the user, where no attestor states more. `None` where it knows
+    /// nothing of the caller.
+    pub fn kernel_identity(&self) -> Option<IsolationKey> {
+        let process = self.peer.process()?;
+        let stated = self.kernel.isolation_key();
+        Some(match stated.is_unknown() {
+            true => IsolationKey::of_user(process.uid()),
+            false => stated.clone(),
+        })
     }
 
     /// Checks that the process at the other end lives and runs what was attested.
@@ -383,6 +389,16 @@ mod tests {
         let other = other.attest(None).await.unwrap();
         assert_eq!(first.generation(), other.generation());
         assert!(Arc::ptr_eq(first.facts(), other.facts()));
+    }
+
+    #[tokio::test]
+    async fn where_no_attestor_states_whose_a_process_is_it_is_its_users() {
+        let (_client, server) = UnixStream::pair().unwrap();
+        let catalog = Arc::new(Catalog::new(Vec::new(), Arc::new(SystemClock::new())));
+        let peer = observers::look_here(PeerEvidence::of_unix_stream(server.as_fd())).unwrap();
+        let connection = ConnectionAttestation::new(catalog, peer).await;
+        let user = format!("uid {}", nix::unistd::Uid::effective());
+        assert_eq!(&*connection.kernel_identity().unwrap().0, user);
     }
 
     #[tokio::test]

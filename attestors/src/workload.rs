@@ -69,7 +69,7 @@ impl WorkloadFacts {
             .or_else(container)
             .or_else(unit)
             .or_else(user)
-            .unwrap_or_else(|| "unknown".to_owned())
+            .unwrap_or_else(|| UNKNOWN.to_owned())
     }
 
     /// What connections and tokens of a workload with these facts are never shared across.
@@ -86,7 +86,7 @@ impl WorkloadFacts {
         let mut key = container()
             .or_else(unit)
             .or_else(user)
-            .unwrap_or_else(|| "unknown".to_owned());
+            .unwrap_or_else(|| UNKNOWN.to_owned());
         for group in self
             .groups
             .keys()
@@ -104,6 +104,9 @@ impl WorkloadFacts {
         IsolationKey(Arc::from(key))
     }
 }
+
+/// Whom no attestor names.
+const UNKNOWN: &str = "unknown";
 
 /// The groups that kernel attestors state; any other is an issuer's configured name.
 pub(crate) const KERNEL_GROUPS: [&str; 3] = ["container", "systemd", "unix"];
@@ -154,6 +157,18 @@ impl Generation {
 /// What connections and tokens are never shared across: container, unit and uid, issuer and subject, or uid; never a pid.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct IsolationKey(pub Arc<str>);
+
+impl IsolationKey {
+    /// That of a user, by the effective user id.
+    pub(crate) fn of_user(uid: u32) -> Self {
+        Self(format!("uid {uid}").into())
+    }
+
+    /// Whether the facts that it is of name nobody.
+    pub(crate) fn is_unknown(&self) -> bool {
+        *self.0 == *UNKNOWN
+    }
+}
 
 /// A workload whose evidence held at the last liveness check. Only attestation makes one:
 ///

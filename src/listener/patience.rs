@@ -68,7 +68,7 @@ impl Places {
         let held = match attestation.as_ref().map(|found| found.kernel_identity()) {
             Ok(Some(identity)) => agent
                 .limits
-                .of(identity, agent.clock.monotonic())
+                .of(&identity, agent.clock.monotonic())
                 .unattested(self.most_of_one),
             Ok(None) => self.of_other_hosts.unattested(self.most_of_other_hosts),
             Err(_) => self.unattestable.unattested(self.most_of_one),
