@@ -298,12 +298,14 @@ impl Credentials {
     /// Takes a configuration in, with what the files of roots that its credentials name hold. Tokens of
     /// credentials that did not change are kept; what failed may be tried again. `own_listeners` are the
     /// agent's own addresses, which no server may have. Credentials that are gone can be had until
-    /// [`Self::retire`]: requests are decided by the configuration before, until this one is in force.
+    /// [`Self::retire`]: requests are decided by the configuration before, until this one is in force, which
+    /// is to be at once, since they get tokens of a credential that changed.
     pub fn configure(&self, config: &Config, roots: &Roots, own_listeners: &Arc<[SocketAddr]>) {
         self.configure_credentials(&config.credentials, roots, own_listeners);
     }
 
-    /// Forgets the credentials that are not in the configuration in force, and their tokens.
+    /// Forgets the credentials that are not in the configuration in force, the tokens of what changed, and what
+    /// failed.
     pub fn retire(&self, config: &Config) {
         self.retire_others(&config.credentials);
     }
@@ -344,23 +346,16 @@ impl Credentials {
             entry.provider.forget_failures();
             entries.insert(credential.name.clone(), entry);
         }
-        self.replace_entries(entries);
-        for slot in self.all_slots() {
-            slot.flight.forget_failures();
-        }
+        self.entries.store(Arc::new(entries));
     }
 
     fn retire_others(&self, credentials: &[Arc<CredentialConfig>]) {
         let mut entries = HashMap::clone(&self.entries.load());
         entries.retain(|name, _| credentials.iter().any(|kept| kept.name == *name));
-        self.replace_entries(entries);
-    }
-
-    /// Puts `entries` in force, and drops the slots that are of none of them.
-    fn replace_entries(&self, entries: Entries) {
         let entries = Arc::new(entries);
         self.entries.store(Arc::clone(&entries));
         self.retain(|slot| {
+            slot.flight.forget_failures();
             let entry = entries.get(&*slot.credential);
             entry.is_some_and(|entry| slot.is_of(entry))
         });
