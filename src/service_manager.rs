@@ -12,16 +12,25 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use aws_lc_rs::digest::{SHA256, digest};
+use countersign_attestors::hexadecimal;
 use listenfd::ListenFd;
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::sys::stat::fstat;
 use sd_notify::NotifyState;
 
-use crate::config::Bind;
+use crate::config::{Bind, Listener};
 use crate::diagnostics::{Diagnostic, Diagnostics};
 
 /// What names the sockets in messages.
 const SOURCE: &str = "LISTEN_FDS";
+
+/// What the names of sockets that the agent has kept begin with.
+const KEPT: &str = "kept-";
+
+/// How long the service manager may take to read what it is told, in milliseconds.
+const READ_WITHIN: u16 = 5_000;
 
 /// How much longer than its drain window the agent may take to end.
 const AFTER_THE_DRAIN: Duration = Duration::from_secs(10);
@@ -106,19 +115,47 @@ impl ServiceManager {
         self.has_handed_over
     }
 
-    /// Takes the socket for the listener `name`, which is to be bound to `bind`: one that is bound there,
-    /// else one of that name, wherever it is bound. Copies of it are dropped: one that the agent had stored
-    /// comes beside that of the socket unit.
+    /// Gives up what an agent before this one had kept and no listener of `listeners` is bound to any more, so
+    /// that it is in nobody's way.
+    pub fn give_up_all_but(&mut self, listeners: &[Listener]) {
+        let is_wanted = |known: &str| {
+            !known.starts_with(KEPT)
+                || listeners
+                    .iter()
+                    .any(|listener| kept_name(&listener.name, &listener.bind) == known)
+        };
+        let (wanted, unwanted): (Vec<_>, Vec<_>) = std::mem::take(&mut self.sockets)
+            .into_iter()
+            .partition(|known| is_wanted(&known.name));
+        self.sockets = wanted;
+        if unwanted.is_empty() {
+            return;
+        }
+        for HandedOver { name, socket } in unwanted {
+            tracing::info!(
+                address = socket.address(),
+                "a socket that was kept is given up: no listener is bound to it"
+            );
+            self.tell(&[NotifyState::FdStoreRemove, NotifyState::FdName(&name)]);
+        }
+        if let Err(error) = wait_until_read() {
+            tracing::warn!(%error, "the service manager may have sockets still that nobody listens on");
+        }
+    }
+
+    /// Takes the socket for the listener `name`, which is to be bound to `bind`: one that an agent had kept for
+    /// it, else one that is bound there, else one of that name, wherever it is bound. Copies of it are dropped:
+    /// one that the agent had stored comes beside that of the socket unit.
     ///
     /// # Errors
     /// `handed_over_socket_unusable` where that socket is of the other kind (TCP, Unix), or its file is gone.
     pub fn take(&mut self, name: &str, bind: &Bind) -> Result<Option<ListeningSocket>, Diagnostic> {
-        let there = self
-            .sockets
-            .iter()
-            .position(|known| known.is_bound_to(bind));
-        let named = || self.sockets.iter().position(|known| known.name == name);
-        let Some(index) = there.or_else(named) else {
+        let position = |is_it: &dyn Fn(&HandedOver) -> bool| self.sockets.iter().position(is_it);
+        let kept = kept_name(name, bind);
+        let Some(index) = position(&|known| known.name == kept)
+            .or_else(|| position(&|known| known.is_bound_to(bind)))
+            .or_else(|| position(&|known| known.name == name))
+        else {
             return Ok(None);
         };
         let socket = self.sockets.swap_remove(index).socket;
@@ -180,16 +217,16 @@ impl ServiceManager {
         }
     }
 
-    /// Has it keep a listening socket for the next agent, under `name`. Returns whether it was given the
-    /// socket: never where it keeps none.
-    pub fn keep(&self, name: &str, socket: BorrowedFd<'_>) -> bool {
+    /// Has it keep the socket of the listener `name`, which is bound to `bind`, for the next agent. Returns
+    /// whether it was given the socket: never where it keeps none.
+    pub fn keep(&self, name: &str, bind: &Bind, socket: BorrowedFd<'_>) -> bool {
         if !self.keeps_sockets {
             return false;
         }
         // It is not to be dropped because of what happens on it.
         let state = [
             NotifyState::FdStore,
-            NotifyState::FdName(name),
+            NotifyState::FdName(&kept_name(name, bind)),
             NotifyState::Custom("FDPOLL=0"),
         ];
         let kept = sd_notify::notify_with_fds(&state, &[socket]);
@@ -199,10 +236,12 @@ impl ServiceManager {
         kept.is_ok()
     }
 
-    /// Has it forget what it keeps under `name`. Returns whether it keeps any sockets.
-    pub fn forget(&self, name: &str) -> bool {
+    /// Has it forget what it keeps for the listener `name`, which was bound to `bind`. Returns whether it keeps
+    /// any sockets.
+    pub fn forget(&self, name: &str, bind: &Bind) -> bool {
         if self.keeps_sockets {
-            self.tell(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)]);
+            let kept = kept_name(name, bind);
+            self.tell(&[NotifyState::FdStoreRemove, NotifyState::FdName(&kept)]);
         }
         self.keeps_sockets
     }
@@ -277,6 +316,30 @@ impl ListeningSocket {
                 .map_or_else(|error| error.to_string(), |address| address.to_string()),
             Self::Unix(_, path) => format!("unix:{}", path.display()),
         }
+    }
+}
+
+/// The name of a socket that the agent has kept: that of its address, so that a listener of another name finds
+/// it, and one that is to be elsewhere does not. Those that ask for any port are told apart by their names.
+fn kept_name(name: &str, bind: &Bind) -> String {
+    let place = match bind {
+        Bind::Tcp(address) if address.port() == 0 => format!("{bind} {name}"),
+        Bind::Tcp(_) | Bind::Unix(_) => bind.to_string(),
+    };
+    let digest = digest(&SHA256, place.as_bytes());
+    let digits = hexadecimal(digest.as_ref());
+    format!("{KEPT}{}", digits.get(..16).unwrap_or_default())
+}
+
+/// Waits until the service manager has read everything that it was told (sd_notify_barrier(3)).
+fn wait_until_read() -> io::Result<()> {
+    let (ours, its) = io::pipe()?;
+    sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[its.as_fd()])?;
+    drop(its);
+    let mut closed = [PollFd::new(ours.as_fd(), PollFlags::empty())];
+    match poll(&mut closed, READ_WITHIN)? {
+        0 => Err(io::ErrorKind::TimedOut.into()),
+        _ => Ok(()),
     }
 }
 

@@ -134,7 +134,7 @@ impl Listeners {
                 }
                 acceptor.task.abort();
             }
-            if !bound.outlives_us() && manager.keep(&listener.name, bound.as_fd()) {
+            if !bound.outlives_us() && manager.keep(&listener.name, &listener.bind, bound.as_fd()) {
                 bound.kept(true);
             }
             let task = tokio::spawn(accept(
@@ -162,8 +162,8 @@ impl Listeners {
             let keep = prepared.0.iter().any(is_wanted);
             if !keep {
                 acceptor.task.abort();
-                // Under another name it is kept again.
-                if acceptor.bound.outlives_us() && manager.forget(name) {
+                // One that is renamed is kept again.
+                if acceptor.bound.outlives_us() && manager.forget(name, bind) {
                     acceptor.bound.kept(false);
                 }
             }

@@ -158,6 +158,7 @@ impl App {
         let config = Arc::new(config);
         let manager = &mut options.service_manager;
         let mut listeners = Listeners::default();
+        manager.give_up_all_but(&config.listeners);
         let prepared = listeners.prepare(&config, manager).await?;
         let mut admin = AdminServer::bind(&config.admin, manager).await?;
         manager.refuse_the_rest()?;

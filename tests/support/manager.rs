@@ -170,7 +170,10 @@ fn listen(socket: UnixDatagram, told: &Arc<Mutex<Told>>) {
                 told.kept.retain(|(known, _)| known != name);
             }
             for part in ancillary.drain() {
-                if let RecvAncillaryMessage::ScmRights(sockets) = part {
+                // What comes with `BARRIER=1` (sd_notify_barrier(3)) is closed once everything before it was read.
+                if let RecvAncillaryMessage::ScmRights(sockets) = part
+                    && message != "BARRIER=1\n"
+                {
                     assert!(message.lines().any(|line| line == "FDSTORE=1"), "{message}");
                     told.kept
                         .extend(sockets.map(|socket| (name.to_owned(), socket)));
