@@ -8,6 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Interval, MissedTickBehavior, interval, timeout};
 
 use super::{Checked, check};
@@ -41,6 +42,10 @@ pub struct Watcher {
     seen: Marks,
     unsettled: Option<Marks>,
     interval: Option<Interval>,
+    /// Asks for metadata. What does not answer is asked once.
+    asking: Option<JoinHandle<Marks>>,
+    /// Reads what changed for what it names. Nothing else is read while that hangs.
+    reading: Option<JoinHandle<Marks>>,
 }
 
 impl Watcher {
@@ -51,6 +56,8 @@ impl Watcher {
             seen: read.files.clone(),
             unsettled: None,
             interval: None,
+            asking: None,
+            reading: None,
         }
     }
 
@@ -67,25 +74,55 @@ impl Watcher {
                 })
                 .tick()
                 .await;
-            let seen = self.seen.clone();
-            let Ok(now) = tokio::task::spawn_blocking(move || seen.now()).await else {
-                continue;
-            };
+            self.take_in_what_was_read_late().await;
+            let seen = &self.seen;
+            let asking = self.asking.get_or_insert_with(|| {
+                let seen = seen.clone();
+                spawn_blocking(move || seen.now())
+            });
+            let now = asking.await;
+            self.asking = None;
+            let Ok(now) = now else { continue };
             if now == self.seen {
                 self.unsettled = None;
             } else if self.unsettled.as_ref() == Some(&now) {
-                let (path, before) = (self.path.clone(), now.clone());
-                let renewing = tokio::task::spawn_blocking(move || renewed(&path, before));
-                self.seen = match timeout(MOST_READING, renewing).await {
-                    Ok(Ok(seen)) => seen,
-                    Ok(Err(_)) => continue,
-                    // The load that follows says so.
-                    Err(_) => now,
-                };
+                self.seen = self.read(now).await;
                 self.unsettled = None;
                 return;
             } else {
                 self.unsettled = Some(now);
+            }
+        }
+    }
+}
+
+impl Watcher {
+    /// The marks of what the files that have these marks name; these alone, where a read of them hangs: the load
+    /// that follows says so.
+    async fn read(&mut self, now: Marks) -> Marks {
+        if self.reading.is_some() {
+            return now;
+        }
+        let (path, before) = (self.path.clone(), now.clone());
+        let reading = self
+            .reading
+            .insert(spawn_blocking(move || renewed(&path, before)));
+        match timeout(MOST_READING, reading).await {
+            Ok(read) => {
+                self.reading = None;
+                read.unwrap_or(now)
+            }
+            Err(_) => now,
+        }
+    }
+
+    /// Watches, too, what was named by files whose read had been given up.
+    async fn take_in_what_was_read_late(&mut self) {
+        if let Some(reading) = self.reading.take_if(|reading| reading.is_finished())
+            && let Ok(read) = reading.await
+        {
+            for (path, mark) in read.0 {
+                self.seen.0.entry(path).or_insert(mark);
             }
         }
     }
@@ -217,6 +254,37 @@ mod tests {
         fs::rename(&whole, &path).unwrap();
         assert!(is_noticed(&mut watcher).await, "a file again");
         assert!(is_quiet(&mut watcher).await);
+    }
+
+    #[tokio::test]
+    async fn what_does_not_answer_is_read_once() {
+        let (directory, mut watcher) = laid();
+        let root = directory.path();
+        let path = root.join("agent.yaml");
+        fs::remove_file(&path).unwrap();
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(is_noticed(&mut watcher).await, "a pipe");
+        let began = std::time::Instant::now();
+        fs::write(root.join("policies/new.cedar"), "").unwrap();
+        assert!(is_noticed(&mut watcher).await, "a policy beside it");
+        assert!(began.elapsed() < MOST_READING, "the pipe was read again");
+
+        // Who reads it reads nothing now, and ends.
+        drop(fs::File::options().write(true).open(&path).unwrap());
+    }
+
+    #[tokio::test]
+    async fn what_a_late_answer_names_is_watched() {
+        let (directory, mut watcher) = laid();
+        let root = directory.path();
+        fs::create_dir(root.join("others")).unwrap();
+        let named = root.join("named.yaml");
+        let policies = "version: 1, policies: {directory: others}";
+        fs::write(&named, CONFIG.replace("version: 1", policies)).unwrap();
+        watcher.reading = Some(spawn_blocking(move || check(&named).files));
+        assert!(is_quiet(&mut watcher).await);
+        fs::write(root.join("others/new.cedar"), "").unwrap();
+        assert!(is_noticed(&mut watcher).await, "a policy that it names");
     }
 
     #[tokio::test]
