@@ -346,9 +346,16 @@ pub fn evidence_refusal(error: &EvidenceError) -> Refusal {
     let code = match error {
         EvidenceError::CallerGone => RefusalCode::CallerGone,
         EvidenceError::AmbiguousCaller => RefusalCode::CallerAmbiguous,
+        EvidenceError::CallerHidden { .. } => RefusalCode::CallerHidden,
         EvidenceError::Unavailable(_) => RefusalCode::AttestationUnavailable,
     };
-    Refusal::new(code, error.to_string())
+    let refusal = Refusal::new(code, error.to_string());
+    match error {
+        EvidenceError::CallerGone | EvidenceError::AmbiguousCaller => refusal,
+        EvidenceError::CallerHidden { .. } | EvidenceError::Unavailable(_) => {
+            refusal.with_internal(error.to_string())
+        }
+    }
 }
 
 #[cfg(all(test, target_os = "linux"))]

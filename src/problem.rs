@@ -298,7 +298,8 @@ mod tests {
     #[test]
     fn every_trouble_of_another_server_has_one_of_four_causes() {
         // What is wrong with the agent itself, or what it was not able to look at, is none of them.
-        const OWN: [RefusalCode; 4] = [
+        const OWN: [RefusalCode; 5] = [
+            RefusalCode::CallerHidden,
             RefusalCode::AttestationUnavailable,
             RefusalCode::AuditUnavailable,
             RefusalCode::OutOfDescriptors,

@@ -152,6 +152,9 @@ refusal_codes! {
     /// The socket is held by processes that attest differently.
     CallerAmbiguous = FORBIDDEN, "caller_ambiguous", "http_request_denied", None,
         "do not share one connection between processes of different identities";
+    /// The agent may not look at processes of the caller's user.
+    CallerHidden = SERVICE_UNAVAILABLE, "caller_hidden", "proxy_internal_error", None,
+        "run the agent as root, or with CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH; or use a Unix socket of the agent's, which needs neither";
     /// The process exited, or has executed a program since it was attested.
     AttestationEnded = FORBIDDEN, "attestation_ended", "http_request_denied", None,
         "open a new connection";

@@ -80,17 +80,41 @@ pub enum EvidenceError {
         "the connection is shared by processes that attest differently: each must open its own"
     )]
     AmbiguousCaller,
+    /// Who made the connection is a user whose processes the agent may not look at.
+    #[error(
+        "the calling process could not be looked at: the agent may not look at processes of user {uid}"
+    )]
+    CallerHidden {
+        /// The user's number, as this agent's user namespace numbers it.
+        uid: u32,
+    },
     /// The kernel could not be asked.
     #[error("the calling process could not be looked at: {0}")]
     Unavailable(#[from] io::Error),
 }
 
 impl EvidenceError {
+    /// The same of a caller whose user is known. One's own processes are hidden only while they end, or where
+    /// they are not dumpable.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn of_user(self, uid: u32) -> Self {
+        match self {
+            Self::Unavailable(error)
+                if error.kind() == io::ErrorKind::PermissionDenied
+                    && uid != nix::unistd::geteuid().as_raw() =>
+            {
+                Self::CallerHidden { uid }
+            }
+            other => other,
+        }
+    }
+
     /// The stable code of the refusal.
     pub fn code(&self) -> &'static str {
         match self {
             Self::CallerGone => "caller_gone",
             Self::AmbiguousCaller => "caller_ambiguous",
+            Self::CallerHidden { .. } => "caller_hidden",
             Self::Unavailable(_) => "attestation_unavailable",
         }
     }

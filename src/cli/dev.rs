@@ -302,6 +302,9 @@ async fn welcome(running: &Running, began: Instant) -> String {
         text.push_str(&format!("  {name:<13} {value}\n"));
     };
     line("you", you);
+    if let Some(hidden) = hardening::hidden_callers(config, &hardening::observers_keep()) {
+        line("others", hidden);
+    }
     line("proxy", proxies.join("     "));
     if let Some(gateway) = gateway_url(&running.app) {
         line("gateway", format!("{gateway}     (a base URL of the API)"));

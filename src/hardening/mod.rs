@@ -210,6 +210,39 @@ pub fn confine(needs: &Needs) {
     let _ = IN_FORCE.set(in_force);
 }
 
+/// The capabilities, by name, with which the threads that look at callers were left, or in a process that is not
+/// confined would be.
+pub fn observers_keep() -> Vec<String> {
+    match IN_FORCE.get().map(|in_force| &in_force.privileges) {
+        Some(Ok(kept)) => kept.observers.clone(),
+        Some(Err(_)) | None => privileges::names(privileges::held() & privileges::OBSERVER),
+    }
+}
+
+/// What an agent whose observers have kept the capabilities `kept` does not see of callers of other users;
+/// `None` where it sees all, or does not look at callers.
+pub fn hidden_callers(config: &Config, kept: &[String]) -> Option<String> {
+    if !(config.attestors.unix || config.attestors.systemd) {
+        return None;
+    }
+    let (needed, otherwise) = match config
+        .listeners
+        .iter()
+        .any(|listener| matches!(listener.bind, Bind::Tcp(_)))
+    {
+        true => (privileges::OBSERVER, "refused on TCP"),
+        false => (privileges::DATA_WORKER, "attested without their executable"),
+    };
+    let mut missing = privileges::names(needed);
+    missing.retain(|name| !kept.contains(name));
+    (!missing.is_empty()).then(|| {
+        format!(
+            "the agent lacks {}: callers of other users are {otherwise}",
+            missing.join(" and ")
+        )
+    })
+}
+
 /// Confines a data worker further: it opens no file.
 pub fn confine_data_worker() {
     if IN_FORCE.get().is_none() {

@@ -329,6 +329,71 @@ async fn no_thread_keeps_what_it_does_not_need_and_callers_are_attested_all_the_
     reached("parts_of_status", parts.len());
 }
 
+#[tokio::test]
+async fn an_agent_that_may_not_look_at_a_callers_processes_says_so() {
+    if !is_root("an_agent_that_may_not_look_at_a_callers_processes_says_so") {
+        return;
+    }
+    let agent = Agent::start(Some(NOBODY), DESTINATIONS, POLICIES).await;
+    agent.good(Some(NOBODY)).await;
+    let log = std::fs::read_to_string(agent.working_directory.path().join("log")).unwrap();
+    let warned = "the agent lacks CAP_DAC_READ_SEARCH and CAP_SYS_PTRACE: callers of other users are refused on TCP";
+    assert_eq!(log.matches(warned).count(), 1, "{log}");
+
+    let gateway = address_of(&agent, "gateway").await;
+    let answer = curl_as(Some(1), &[&format!("http://{gateway}/v1/orders")])
+        .await
+        .expect(503);
+    assert_eq!(answer.code(), "caller_hidden", "{answer:#?}");
+    let problem = answer.json();
+    let says = |member: &str, text: &str| problem[member].as_str().unwrap().contains(text);
+    assert!(says("detail", "processes of user 1"), "{problem}");
+    assert!(
+        says("next", "CAP_SYS_PTRACE") && says("next", "Unix socket"),
+        "{problem}"
+    );
+    let record: Value = eventually(Duration::from_secs(30), || async {
+        let audit = std::fs::read_to_string(agent.world.path("audit.jsonl")).ok()?;
+        let refused = audit.lines().find(|line| line.contains("caller_hidden"))?;
+        serde_json::from_str(refused).ok()
+    })
+    .await;
+    let internal = record["internal"].as_str().unwrap();
+    assert!(internal.contains("processes of user 1"), "{record}");
+
+    // What it says to do instead.
+    let socket = agent.world.path("gateway.sock");
+    let socket = socket.to_str().unwrap();
+    curl_as(
+        Some(1),
+        &["--unix-socket", socket, "http://gateway/v1/orders"],
+    )
+    .await
+    .expect(200);
+
+    // `doctor` may look at all, and the agent may not.
+    let mut doctor = Command::new(env!("CARGO_BIN_EXE_countersign"));
+    doctor
+        .args(["doctor", "--output", "json", "--config"])
+        .arg(agent.world.path("countersign.yaml"));
+    let report: Value = serde_json::from_slice(&doctor.output().await.unwrap().stdout).unwrap();
+    let found = report["findings"].as_array().unwrap();
+    assert!(
+        found
+            .iter()
+            .any(|finding| finding["code"] == "callers_hidden" && finding["detail"] == warned),
+        "{report:#}"
+    );
+}
+
+/// Where a listener of the agent's is.
+async fn address_of(agent: &Agent, listener: &str) -> String {
+    let status = agent.admin("GET", "/v1/status").await.expect(200).json();
+    let listeners = status["listeners"].as_array().unwrap();
+    let known = listeners.iter().find(|known| known["name"] == listener);
+    known.unwrap()["bind"].as_str().unwrap().to_owned()
+}
+
 /// Beside the usual ones, a credential that is used by nobody yet.
 const BILLED: &str = r#"
 destinations:

@@ -85,7 +85,7 @@ impl Peer {
             Ok(true) => {}
             Ok(false) => return Err(EvidenceError::CallerGone),
             Err(error) if process::gone(&error) => return Err(EvidenceError::CallerGone),
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(EvidenceError::from(error).of_user(connected.uid)),
         }
         process
             .check_liveness()
@@ -116,7 +116,7 @@ impl Peer {
         // And it was the other end of this connection: of one that was reset the address is free, and
         // may be somebody else's by now. While this connection lives nobody else connects from there.
         peer_of(stream)?;
-        let processes = processes?;
+        let processes = processes.map_err(|error| error.of_user(socket.uid))?;
         let words = vec!["sock_diag", "pidfd"];
         Ok(Some(Self::new(processes, Some(socket.inode), words)))
     }

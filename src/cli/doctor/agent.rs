@@ -116,6 +116,13 @@ impl Running {
             .collect()
     }
 
+    /// The capabilities, by name, of the threads that look at callers, where the agent has said.
+    pub(super) fn observers_keep(&self) -> Option<Vec<String>> {
+        let parts = self.status.as_ref()?.get("hardening")?.as_array()?;
+        let kept = parts.iter().find_map(|part| part.get("kept"))?;
+        serde_json::from_value(kept.get("observers")?.clone()).ok()
+    }
+
     /// What is wrong with it.
     pub(super) fn check(&self) -> Vec<Finding> {
         let mut findings = Vec::new();

@@ -133,6 +133,9 @@ finding_codes! {
     /// Callers on TCP cannot be looked for in their cgroup.
     KernelWithoutCgroup2 = Warning, "kernel_without_cgroup2",
         "mount cgroup-v2 where the agent sees it";
+    /// The agent may not look at other users' processes.
+    CallersHidden = Warning, "callers_hidden",
+        "run the agent as root, or with CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH; where all workloads are the agent's own user's, nothing is missing";
     /// The authorization server does not answer.
     IssuerUnreachable = Error, "issuer_unreachable",
         "check that the server is up and reachable from this node, by name and port; `connect_to` and `outbound_proxy` say another way";

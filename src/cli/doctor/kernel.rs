@@ -8,14 +8,16 @@ use std::path::Path;
 use countersign_attestors::observers::look_here;
 use countersign_attestors::{EvidenceError, PeerEvidence, has_cgroup2};
 
+use super::agent::Running;
 use super::finding::{Finding, FindingCode};
 use crate::config::{Bind, Config};
+use crate::hardening;
 
 /// The settings of IPv4 by interface (Documentation/networking/ip-sysctl.rst).
 const IPV4_INTERFACES: &str = "/proc/sys/net/ipv4/conf";
 
 /// Asks the kernel what the agent will ask it, about this process.
-pub(super) fn check(config: &Config) -> Vec<Finding> {
+pub(super) fn check(config: &Config, running: &Running) -> Vec<Finding> {
     let mut findings = Vec::new();
     route_localnet(config, &mut findings);
     // Without these no attestor asks the kernel.
@@ -42,6 +44,11 @@ pub(super) fn check(config: &Config) -> Vec<Finding> {
             ));
         }
     }
+    let held = running
+        .observers_keep()
+        .unwrap_or_else(hardening::observers_keep);
+    let hidden = hardening::hidden_callers(config, &held);
+    findings.extend(hidden.map(|hidden| Finding::new(FindingCode::CallersHidden, hidden)));
     findings
 }
 

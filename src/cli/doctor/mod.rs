@@ -99,7 +99,7 @@ async fn examine(arguments: &DoctorArguments) -> Result<Report, Failure> {
         Some(config) => {
             report.checked("keys and certificates", keys::check(config));
             report.checked("files and addresses", files::check(config, &running));
-            report.checked("kernel", kernel::check(config));
+            report.checked("kernel", kernel::check(config, &running));
             report.checked("authorization servers", servers::check(config).await);
         }
         None => report.left_out("what the configuration names", "it is not known"),
