@@ -21,8 +21,7 @@ mod privileges;
 mod system_calls;
 
 use std::collections::BTreeSet;
-use std::fs::DirBuilder;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{OnceLock, mpsc};
 
@@ -34,6 +33,7 @@ use self::files::Files;
 pub(crate) use self::files::directory_of;
 use crate::config::{AuditSink, Bind, CaSource, Checked, Config};
 use crate::diagnostics::{Diagnostic, Diagnostics};
+use crate::tls::interception::make_private_directory;
 
 static IN_FORCE: OnceLock<InForce> = OnceLock::new();
 
@@ -169,10 +169,7 @@ pub fn confine(needs: &Needs) {
         .and_then(|()| setrlimit(Resource::Core, nothing).map_err(|error| error.to_string()));
     // What is missing cannot be in a rule. Why it cannot be made is said by whoever uses it.
     if let Some(directory) = &needs.state_directory {
-        let _ = DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(directory);
+        let _ = make_private_directory(directory);
     }
     let kept = privileges::needed(needs);
     let held = privileges::held();

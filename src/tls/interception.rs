@@ -5,7 +5,7 @@
 //! 4.2.1.10; its key lives in memory only), and leaves of at most 24 hours.
 
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -391,11 +391,7 @@ fn open_generated_root(
 }
 
 fn prepare_directory(directory: &Path) -> Result<(), AuthorityError> {
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(directory)
-        .map_err(|error| file_error(directory, error))?;
+    make_private_directory(directory).map_err(|error| file_error(directory, error))?;
     let mode = fs::metadata(directory)
         .map_err(|error| file_error(directory, error))?
         .permissions()
@@ -410,6 +406,20 @@ fn prepare_directory(directory: &Path) -> Result<(), AuthorityError> {
         );
     }
     Ok(())
+}
+
+/// Makes a directory with mode 0700, where there is none. Those above it that are missing let others pass: what is
+/// for them may lie there too.
+///
+/// # Errors
+/// One of them cannot be made.
+pub fn make_private_directory(path: &Path) -> io::Result<()> {
+    let mut directories = fs::DirBuilder::new();
+    directories.recursive(true);
+    if let Some(parent) = path.parent() {
+        directories.mode(0o755).create(parent)?;
+    }
+    directories.mode(0o700).create(path)
 }
 
 fn refuse_wider_than_owner(path: &Path, mode: u32, wanted: &str) -> Result<(), AuthorityError> {
@@ -539,6 +549,21 @@ mod tests {
         fs::rename(&path, &elsewhere).unwrap();
         std::os::unix::fs::symlink(&elsewhere, &path).unwrap();
         assert_ne!(written("two").1, narrowed.1);
+    }
+
+    #[test]
+    fn a_private_directory_lets_others_pass_above_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let above = directory.path().join("run");
+        let private = above.join("ca");
+        let usual = directory.path().join("usual");
+        fs::create_dir(&usual).unwrap();
+        for _ in 0..2 {
+            make_private_directory(&private).unwrap();
+            let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+            assert_eq!(mode(&above), mode(&usual) & 0o755);
+            assert_eq!(mode(&private), 0o700);
+        }
     }
 
     #[test]

@@ -36,6 +36,7 @@ const IN_FILES: &[&str] = &[
     "certificate_expired",
     "directory_unusable",
     "directory_open_to_others",
+    "directory_closed_to_others",
     "socket_unusable",
     "address_unusable",
     "state_directory_open",
@@ -398,6 +399,27 @@ async fn places(patient: &mut Patient) {
     // With the sticky bit nobody replaces what is not theirs.
     std::fs::set_permissions(&open, PermissionsExt::from_mode(0o1777)).unwrap();
     let config = patient.variant(audit, "path: open/audit.jsonl");
+    finish(patient.command(&config, &[])).await.expect(0);
+    let certificate = "ca_certificate_file: ca.pem";
+    let closed = patient.world.path("closed");
+    std::fs::create_dir(&closed).unwrap();
+    std::fs::set_permissions(&closed, PermissionsExt::from_mode(0o700)).unwrap();
+    for (old, new) in [
+        (certificate, "ca_certificate_file: closed/ca.pem"),
+        (
+            "trust_bundle_file: bundle.pem",
+            "trust_bundle_file: closed/bundle.pem",
+        ),
+        (
+            "unix:{directory}/gateway.sock",
+            "unix:{directory}/closed/gateway.sock",
+        ),
+    ] {
+        let code = "directory_closed_to_others";
+        patient.finds_in(old, new, code, "mode 0700").await;
+    }
+    std::fs::set_permissions(&closed, PermissionsExt::from_mode(0o711)).unwrap();
+    let config = patient.variant(certificate, "ca_certificate_file: closed/ca.pem");
     finish(patient.command(&config, &[])).await.expect(0);
     patient
         .finds_in(audit, "path: policies", "audit_unwritable", "policies")

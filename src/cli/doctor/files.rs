@@ -10,6 +10,7 @@ use nix::unistd::{AccessFlags, Group, faccessat};
 
 use super::agent::Running;
 use super::finding::{Finding, FindingCode};
+use crate::client::dev_directory;
 use crate::config::{AuditSink, Bind, Config};
 use crate::hardening::{self, directory_of, written};
 
@@ -20,6 +21,7 @@ const LOW_SHARE: u64 = 20;
 pub(super) fn check(config: &Config, running: &Running) -> Vec<Finding> {
     let mut findings = Vec::new();
     directories(config, &mut findings);
+    entrances(config, &mut findings);
     sockets(config, &mut findings);
     state_directory(config, &mut findings);
     for sink in &config.audit.sinks {
@@ -81,6 +83,45 @@ fn directories(config: &Config, findings: &mut Vec<Finding>) {
                     path.display()
                 ),
             ));
+        }
+    }
+}
+
+/// What is for other users, behind a directory that they may not pass.
+fn entrances(config: &Config, findings: &mut Vec<Finding>) {
+    let sockets = config
+        .listeners
+        .iter()
+        .filter_map(|listener| match &listener.bind {
+            Bind::Unix(path) if listener.access.mode.unwrap_or(0) & 0o002 != 0 => Some(path),
+            Bind::Unix(_) | Bind::Tcp(_) => None,
+        });
+    let certificates = config
+        .interception
+        .iter()
+        .flat_map(|known| [&known.ca_certificate_file, &known.trust_bundle_file])
+        .flatten();
+    let mut closed = BTreeSet::new();
+    for path in sockets.chain(certificates) {
+        let Ok(whole) = std::path::absolute(path) else {
+            continue;
+        };
+        if whole.starts_with(dev_directory()) {
+            continue;
+        }
+        for directory in whole.ancestors().skip(1) {
+            let mode = directory.metadata().map_or(0o001, |found| found.mode());
+            if mode & 0o001 == 0 && closed.insert(directory.to_owned()) {
+                findings.push(Finding::new(
+                    FindingCode::DirectoryClosedToOthers,
+                    format!(
+                        "`{}` has mode {:04o}: other users do not reach `{}`",
+                        directory.display(),
+                        mode & 0o7777,
+                        path.display()
+                    ),
+                ));
+            }
         }
     }
 }

@@ -106,6 +106,9 @@ finding_codes! {
     /// Everybody may replace a file of the agent's.
     DirectoryOpenToOthers = Error, "directory_open_to_others",
         "run `chmod o-w` on the directory, or name another";
+    /// Others do not reach what is for them.
+    DirectoryClosedToOthers = Warning, "directory_closed_to_others",
+        "run `chmod o+x` on the directory, or name another; where all workloads are the agent's own user's, nothing is missing";
     /// A Unix socket cannot be made.
     SocketUnusable = Error, "socket_unusable",
         "name a path where nothing but a socket is, and a group that exists";
