@@ -190,12 +190,23 @@ pub enum ClientError {
 }
 
 impl ClientError {
-    /// What to do about it.
-    pub fn next(&self) -> &'static str {
+    /// What to do about it, where the admin socket was asked.
+    pub fn next_for_admin(&self) -> &'static str {
+        self.or_where_unreachable(
+            "start the agent, with `admin.socket` in its configuration, or name its socket with `--admin-socket`; it is open to root and the agent's own user only",
+        )
+    }
+
+    /// What to do about it, where the workload API was asked.
+    pub fn next_for_workload_api(&self) -> &'static str {
+        self.or_where_unreachable(
+            "start the agent, with a listener of type `workload_api` in its configuration, or name where it is with `--agent`",
+        )
+    }
+
+    fn or_where_unreachable(&self, unreachable: &'static str) -> &'static str {
         match self {
-            Self::Unreachable { .. } => {
-                "start the agent, or name its socket with `--admin-socket` or `--agent`; the admin socket is open to the agent's own user only"
-            }
+            Self::Unreachable { .. } => unreachable,
             Self::NoAnswer { .. } => "see the agent's log",
         }
     }

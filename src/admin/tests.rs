@@ -403,4 +403,8 @@ async fn the_verbs_ask_over_the_socket() {
     let (code, _, errors) = verb(absent, &["status"]).await;
     assert_eq!(code, ExitCode::from(69));
     assert!(errors.contains("no agent is reached at"), "{errors}");
+    assert!(
+        errors.contains("--admin-socket") && !errors.contains("--agent"),
+        "{errors}"
+    );
 }

@@ -37,7 +37,11 @@ impl AdminArguments {
         let answer = match call(&address, method, path, body) {
             Ok(answer) => answer,
             Err(error) => {
-                let _ = writeln!(errors, "countersign: {error}\n  next: {}", error.next());
+                let _ = writeln!(
+                    errors,
+                    "countersign: {error}\n  next: {}",
+                    error.next_for_admin()
+                );
                 return ExitCode::from(EXIT_UNAVAILABLE);
             }
         };

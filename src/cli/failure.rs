@@ -108,8 +108,10 @@ impl From<io::Error> for Failure {
     }
 }
 
+/// Of the workload API.
 impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
-        Self::unavailable(format!("{error}{NEXT}{}", error.next()))
+        let next = error.next_for_workload_api();
+        Self::unavailable(format!("{error}{NEXT}{next}"))
     }
 }

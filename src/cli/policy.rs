@@ -334,7 +334,11 @@ fn ask_agent(arguments: &ExplainArguments, id: &str) -> Result<Explanation, (Exi
         },
     };
     let answer = answer.map_err(|error| {
-        let message = format!("{error}\n  next: {}", error.next());
+        let next = match (&arguments.agent, &arguments.admin_socket) {
+            (None, Some(_)) => error.next_for_admin(),
+            _ => error.next_for_workload_api(),
+        };
+        let message = format!("{error}\n  next: {next}");
         (ExitCode::from(EXIT_UNAVAILABLE), message)
     })?;
     if !answer.status.is_success() {

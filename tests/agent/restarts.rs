@@ -819,26 +819,30 @@ fn seconds(text: &str) -> u64 {
 }
 
 #[test]
-fn the_units_fit_each_other_and_the_example() {
+fn the_units_fit_each_other_and_the_examples() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let read = |name: &str| std::fs::read_to_string(root.join(name)).unwrap();
     let service = read("deploy/systemd/countersign.service");
     let socket = read("deploy/systemd/countersign.socket");
-    let example = read("deploy/examples/one-machine.yaml");
+    let readme = read("README.md");
+    let (_, first) = readme.split_once("\n```yaml\n").unwrap();
+    let (first, _) = first.split_once("\n```\n").unwrap();
     let schema = countersign::config::schema();
     let drain = schema["$defs"]["Runtime"]["properties"]["drain"]["default"].as_str();
 
     // A socket that no listener takes keeps the agent from starting.
     let listened = values(&socket, "ListenStream");
-    let mut wanted: Vec<&str> = example
-        .lines()
-        .filter_map(|line| line.split_once("bind: \"")?.1.split_once('"'))
-        .map(|(bind, _)| bind.strip_prefix("unix:").unwrap_or(bind))
-        .collect();
-    wanted.sort_unstable();
     let mut sorted = listened.clone();
     sorted.sort_unstable();
-    assert_eq!(sorted, wanted);
+    for example in [&read("deploy/examples/one-machine.yaml"), first] {
+        let mut wanted: Vec<&str> = example
+            .lines()
+            .filter_map(|line| line.split_once("bind: \"")?.1.split_once('"'))
+            .map(|(bind, _)| bind.strip_prefix("unix:").unwrap_or(bind))
+            .collect();
+        wanted.sort_unstable();
+        assert_eq!(sorted, wanted, "{example}");
+    }
     let one = |key: &str| match values(&service, key).as_slice() {
         [value] => (*value).to_owned(),
         values => panic!("{key}: {values:?}"),

@@ -242,6 +242,11 @@ async fn what_cannot_start_says_why() {
         finished.errors.contains("no agent is reached"),
         "{finished:#?}"
     );
+    let names = |text: &str| finished.errors.contains(text);
+    assert!(
+        names("workload_api") && names("--agent") && !names("--admin-socket"),
+        "{finished:#?}"
+    );
     user.run(&["exec", "--agent", "x", "--", "true"])
         .await
         .expect(64);
