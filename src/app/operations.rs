@@ -11,6 +11,7 @@ use crate::admin::{
     ActionRefused, AdminActions, RevocationRequest, audit_value, credentials_value,
 };
 use crate::audit::LifecycleEvent;
+use crate::config::suggestion;
 use crate::credentials::RevokedTokens;
 use crate::hardening;
 use crate::policy::{Revocation, Revoked, Selector, TokenHolder, explain};
@@ -18,6 +19,10 @@ use crate::request_id::RequestId;
 
 /// How long revoking upstream may hold the answer up.
 const REVOKE_UPSTREAM: Duration = Duration::from_secs(10);
+
+/// Of a token that is revoked and not known.
+const TOKEN_NOT_HELD: &str =
+    "no such token is held here: whom it was for is not known, and nobody was asked to revoke it";
 
 /// How often ended revocations are forgotten; until then they are in force no longer than said, for
 /// the snapshot without them is made then.
@@ -92,8 +97,10 @@ impl AdminActions for App {
 
     async fn revoke(&self, request: RevocationRequest) -> Result<Value, ActionRefused> {
         let revoking = self.revoking.lock().await;
-        if let Revoked::Workload(selector) = &request.what {
-            self.check_selector(selector)?;
+        match &request.what {
+            Revoked::Workload(selector) => self.check_selector(selector)?,
+            Revoked::Credential(name) => self.check_credential(name)?,
+            Revoked::TokenSha256(_) => {}
         }
         let for_how_long = request.for_seconds.map(Duration::from_secs);
         let revocation = Revocation {
@@ -128,6 +135,9 @@ impl AdminActions for App {
         let mut answer = self.revocation_value(&revocation, holder.as_ref());
         if let Some(members) = answer.as_object_mut() {
             members.insert("tokens".to_owned(), json!(upstream));
+            if matches!(revocation.what, Revoked::TokenSha256(_)) && holder.is_none() {
+                members.insert("detail".to_owned(), json!(TOKEN_NOT_HELD));
+            }
         }
         Ok(answer)
     }
@@ -194,6 +204,27 @@ impl App {
         Err(ActionRefused {
             code: "attribute_not_attested",
             ..ActionRefused::bad_request(detail, next)
+        })
+    }
+
+    /// Refuses the name of a credential that there is not: an operator would take for revoked what is not. One that
+    /// a reload took away is there while tokens of it live.
+    fn check_credential(&self, name: &str) -> Result<(), ActionRefused> {
+        let snapshot = self.agent.snapshot.load_full();
+        let credentials = &snapshot.config.credentials;
+        let names = credentials.iter().map(|credential| &*credential.name);
+        if names.clone().any(|known| known == name) || self.agent.credentials.has_tokens_of(name) {
+            return Ok(());
+        }
+        Err(ActionRefused {
+            code: "credential_not_configured",
+            ..ActionRefused::bad_request(
+                format!(
+                    "credential `{}` is not configured, and no token of it is held",
+                    crate::request::printable(name)
+                ),
+                suggestion(name, names),
+            )
         })
     }
 

@@ -481,7 +481,7 @@ pub(super) fn reason(error: &std::io::Error) -> String {
 }
 
 /// `did you mean ...?`, or all names that there are.
-pub(super) fn suggestion<'a>(
+pub(crate) fn suggestion<'a>(
     written: &str,
     names: impl IntoIterator<Item = &'a str> + Clone,
 ) -> String {

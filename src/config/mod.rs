@@ -33,6 +33,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use url::Url;
 
+pub(crate) use load::suggestion;
 pub use load::{Checked, check, schema};
 
 /// A whole, valid configuration. Immutable; a reload makes another.

@@ -581,6 +581,15 @@ impl Credentials {
         Some(holder_of(slot, None))
     }
 
+    /// Whether a token of this credential is known to live.
+    pub fn has_tokens_of(&self, credential: &str) -> bool {
+        let now = self.clock.monotonic();
+        let lives = |token: &Token| now < token.lives_until();
+        let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        live.iter()
+            .any(|known| &*known.slot.credential == credential && lives(&known.token))
+    }
+
     /// Evicts tokens at once, and asks their authorization servers to revoke them: what was replaced or
     /// handed out as well. Waits for the answers at most `wait`; whoever has not revoked one by then is
     /// asked on.

@@ -186,3 +186,66 @@ async fn answer_id(world: &World) -> String {
     let revocations = world.app().revocations().await;
     revocations[0]["id"].as_str().unwrap().to_owned()
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_credential_that_there_is_not_is_not_revoked() {
+    let mut world = World::servers().await;
+    let api = "listeners:\n  - {name: api, type: workload_api, bind: \"127.0.0.1:0\"}\n";
+    let both = format!("{COMMON}{DESTINATIONS}").replace("listeners:\n", api);
+    let (before, rest) = both.split_once("  - name: billing-api\n").unwrap();
+    let (_, after) = rest.split_once("interception:\n").unwrap();
+    let one = format!("{before}interception:\n{after}");
+    world
+        .start_agent(&both, &format!("{POLICIES}{ISSUE}"))
+        .await;
+    let revoke = async |credential: &str| {
+        let request = RevocationRequest {
+            what: Revoked::Credential(credential.to_owned()),
+            for_seconds: None,
+        };
+        world.app().revoke(request).await
+    };
+    let reload = async |configuration: &str| {
+        world.write("countersign.yaml", &world.fill(configuration));
+        world.app().reload().await.unwrap();
+    };
+    let bill = async || {
+        let api = format!("http://{}/v1/token", world.address("api"));
+        curl(&["-X", "POST", "-d", r#"{"credential": "billing-api"}"#, &api]).await
+    };
+    for (credential, next) in [
+        ("order-api", "did you mean `orders-api`?"),
+        ("nope", "there are `billing-api`, `orders-api`"),
+    ] {
+        let refused = revoke(credential).await.unwrap_err();
+        assert_eq!(refused.status, 400, "{credential}");
+        assert_eq!(refused.code, "credential_not_configured", "{credential}");
+        assert_eq!(refused.next, next, "{credential}");
+    }
+    assert_eq!(world.app().revocations().await, json!([]));
+
+    // One that a reload took away is there while a token of it lives.
+    bill().await.expect(200);
+    reload(&one).await;
+    let answer = revoke("billing-api").await.unwrap();
+    assert_eq!(answer["tokens"][0]["upstream"], "revoked", "{answer}");
+    assert!(revoke("billing-api").await.is_err());
+    // And stays revoked where another brings it back.
+    reload(&both).await;
+    assert_eq!(bill().await.code(), "revoked");
+    world.good().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_is_not_held_is_revoked_and_said_not_to_be() {
+    let mut world = World::servers().await;
+    let configuration = format!("{COMMON}{DESTINATIONS}");
+    world.start_agent(&configuration, POLICIES).await;
+    let answer = revoke(&world, &"0".repeat(64)).await;
+    let detail = answer["detail"].as_str().unwrap();
+    assert!(detail.contains("no such token is held here"), "{answer}");
+    world.good().await;
+    let token = world.audited_requests().await.pop().unwrap()["token"]["sha256"].clone();
+    let answer = revoke(&world, token.as_str().unwrap()).await;
+    assert_eq!(answer["detail"], Value::Null, "{answer}");
+}
