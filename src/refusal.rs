@@ -146,6 +146,9 @@ refusal_codes! {
     /// The inner authority is not the tunnel's.
     AuthorityMismatch = MISDIRECTED_REQUEST, "authority_mismatch", "http_request_denied", None,
         "send requests for another host through a tunnel of their own";
+    /// What the workload API is asked for is no token of the configuration.
+    TokenRequestInvalid = BAD_REQUEST, "token_request_invalid", "http_request_error", None,
+        "name a credential of the agent's configuration, and no scope or audience that it is not configured with";
     /// The process at the other end is gone, or its socket is being closed.
     CallerGone = FORBIDDEN, "caller_gone", "http_request_denied", None,
         "keep the connection open until the response has arrived";

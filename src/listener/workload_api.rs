@@ -522,15 +522,15 @@ struct Ask {
 }
 
 async fn read_ask(body: Incoming) -> Result<Ask, Refusal> {
-    let malformed = |detail: String| Refusal::new(RefusalCode::MalformedRequest, detail);
-    let unreadable = || malformed("the body cannot be read, or is too large".to_owned());
+    let invalid = |detail: String| Refusal::new(RefusalCode::TokenRequestInvalid, detail);
+    let unreadable = || invalid("the body cannot be read, or is too large".to_owned());
     let body = tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, BODY_LIMIT_BYTES).collect())
         .await
         .map_err(|_| unreadable())?
         .map_err(|_| unreadable())?
         .to_bytes();
     serde_json::from_slice(&body).map_err(|error| {
-        malformed(format!(
+        invalid(format!(
             "the body is not `{{\"credential\": NAME}}`, with `scopes` and `audience` at most: line {}, column {}",
             error.line(),
             error.column()
@@ -544,33 +544,33 @@ fn resolve<'a>(
     config: &'a Config,
     asked: &Ask,
 ) -> Result<(&'a Arc<CredentialConfig>, Arc<[String]>), Refusal> {
-    let malformed = |detail: String| Refusal::new(RefusalCode::MalformedRequest, detail);
+    let invalid = |detail: String| Refusal::new(RefusalCode::TokenRequestInvalid, detail);
     let name = crate::request::printable(&asked.credential);
     let credential = config
         .credentials
         .iter()
         .find(|credential| *credential.name == asked.credential)
-        .ok_or_else(|| malformed(format!("credential `{name}` is not configured")))?;
+        .ok_or_else(|| invalid(format!("credential `{name}` is not configured")))?;
     let TokenSource::OauthClientCredentials(settings) = &credential.source;
     let scopes = match &asked.scopes {
         None => Arc::clone(&settings.scopes),
         Some(scopes) => {
             if scopes.is_empty() && !settings.scopes.is_empty() {
                 // The server would grant its default (RFC 6749 section 3.3), which may be more.
-                return Err(malformed(format!(
+                return Err(invalid(format!(
                     "`scopes` is empty: leave it out for all scopes of credential `{name}`, or name at least one"
                 )));
             }
             if let Some(scope) = scopes.iter().find(|scope| !settings.scopes.contains(scope)) {
                 let scope = crate::request::printable(scope);
-                return Err(malformed(format!(
+                return Err(invalid(format!(
                     "scope `{scope}` is not one of credential `{name}`"
                 )));
             }
             // In one order and each once: the same token would be asked for under several names.
             let asked: BTreeSet<&String> = scopes.iter().collect();
             if asked.len() < scopes.len() {
-                return Err(malformed("a scope is asked for twice".to_owned()));
+                return Err(invalid("a scope is asked for twice".to_owned()));
             }
             let configured = settings.scopes.iter();
             configured
@@ -583,7 +583,7 @@ fn resolve<'a>(
         && settings.audience.as_deref() != Some(&**audience)
     {
         let audience = crate::request::printable(audience);
-        return Err(malformed(format!(
+        return Err(invalid(format!(
             "audience `{audience}` is not the one of credential `{name}`"
         )));
     }

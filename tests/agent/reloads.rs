@@ -299,7 +299,7 @@ async fn a_request_that_waits_while_its_credential_is_renamed_is_decided_again()
     injected.await.unwrap().expect(200);
     // What is asked for by its name is not there any more.
     let answer = issued.await.unwrap();
-    assert_eq!(answer.code(), "malformed_request", "{answer:#?}");
+    assert_eq!(answer.code(), "token_request_invalid", "{answer:#?}");
     world.good().await;
     reached("renamed_meanwhile", 2);
 }

@@ -60,46 +60,46 @@ async fn tokens_are_handed_out_where_policy_permits_and_recorded() {
             r#"{"credential": "no-such"}"#,
             &[],
             400,
-            "malformed_request",
+            "token_request_invalid",
         ),
         (
             r#"{"credential": "orders-api", "scopes": ["orders.write"]}"#,
             &[],
             400,
-            "malformed_request",
+            "token_request_invalid",
         ),
         (
             r#"{"credential": "orders-api", "scopes": []}"#,
             &[],
             400,
-            "malformed_request",
+            "token_request_invalid",
         ),
         (
             r#"{"credential": "orders-api", "scopes": ["orders.read", "orders.read"]}"#,
             &[],
             400,
-            "malformed_request",
+            "token_request_invalid",
         ),
         (
             r#"{"credential": "orders-api", "audience": "https://other.test"}"#,
             &[],
             400,
-            "malformed_request",
+            "token_request_invalid",
         ),
         (
             r#"{"credential": "orders-api", "audience": "https://orders.example.test"}"#,
             &[],
             400,
-            "malformed_request",
+            "token_request_invalid",
         ),
         (
             r#"{"credential": "orders-api", "lifetime": 9}"#,
             &[],
             400,
-            "malformed_request",
+            "token_request_invalid",
         ),
-        ("credential=orders-api", &[], 400, "malformed_request"),
-        ("", &[], 400, "malformed_request"),
+        ("credential=orders-api", &[], 400, "token_request_invalid"),
+        ("", &[], 400, "token_request_invalid"),
         (
             r#"{"credential": "billing-api"}"#,
             &[],
@@ -132,6 +132,10 @@ async fn tokens_are_handed_out_where_policy_permits_and_recorded() {
             "{body}: {answer:#?}"
         );
         assert_eq!(answer.header("www-authenticate").is_some(), *status == 401);
+        if *code == "token_request_invalid" {
+            let next = answer.json()["next"].as_str().unwrap().to_owned();
+            assert!(next.starts_with("name a credential"), "{body}: {next}");
+        }
     }
     let issuer = &running.world.issuer;
     let hour = Duration::from_secs(3600);
