@@ -169,8 +169,8 @@ pub trait AdminActions: Send + Sync + 'static {
     /// Ends a revocation.
     async fn lift(&self, id: &str) -> Result<Value, ActionRefused>;
 
-    /// Explains a recent decision; `None` where it is not remembered.
-    async fn explain(&self, request_id: RequestId) -> Option<Value>;
+    /// Explains a recent decision.
+    async fn explain(&self, request_id: RequestId) -> Result<Value, ActionRefused>;
 }
 
 /// The audit's part of `status`.
@@ -536,12 +536,7 @@ async fn route(
                         "give the `countersign-request-id` of a response",
                     )
                 })?;
-                return actions.explain(request_id).await.map(done).ok_or_else(|| {
-                    ActionRefused::not_found(
-                        format!("the decision on request `{request_id}` is not remembered"),
-                        "the last 1,000 decisions since the agent's start are; the audit has all of them",
-                    )
-                });
+                return actions.explain(request_id).await.map(done);
             }
             Err(nothing_here())
         }

@@ -333,6 +333,11 @@ impl Exchange {
     /// The refusal as a response.
     pub fn refuse(&self, refusal: &Refusal, surface: Surface) -> Response<ResponseBody> {
         self.agent.metrics.refusal(refusal.code);
+        let record = self.record.as_ref();
+        if record.is_some_and(|record| record.decision.is_none()) {
+            let decisions = &self.agent.recent_decisions;
+            decisions.record_undecided(self.request_id, refusal.clone());
+        }
         problem::response(refusal, self.request_id, surface).map(ResponseBody::whole)
     }
 
@@ -354,9 +359,8 @@ impl Exchange {
     }
 
     /// Drops the record: the requests inside a tunnel are recorded one by one.
-    pub fn forget(&mut self) -> RequestId {
+    pub fn forget(&mut self) {
         self.record = None;
-        self.request_id
     }
 
     /// Writes the record. `Err` when it cannot be queued; then the response must not be released.

@@ -99,11 +99,9 @@ pub async fn answer(
         false => Err(audit_refusal()),
     };
     let (response, outcome) = match answered {
-        Ok(Answer::Unrecorded(mut response)) => {
-            let request_id = exchange.forget();
-            response
-                .headers_mut()
-                .insert(REQUEST_ID, request_id.to_header_value());
+        // Without an id: nothing would be found by it.
+        Ok(Answer::Unrecorded(response)) => {
+            exchange.forget();
             return response;
         }
         Ok(Answer::Response(response)) => {

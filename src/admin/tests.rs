@@ -92,12 +92,12 @@ impl AdminActions for Noted {
         }
     }
 
-    async fn explain(&self, request_id: RequestId) -> Option<Value> {
+    async fn explain(&self, request_id: RequestId) -> Result<Value, ActionRefused> {
         self.note(format!("explain {request_id}"));
-        request_id
-            .to_string()
-            .ends_with('0')
-            .then(|| json!({"text": "denied"}))
+        match request_id.to_string().ends_with('0') {
+            true => Ok(json!({"text": "denied"})),
+            false => Err(ActionRefused::not_found("not remembered", "ask sooner")),
+        }
     }
 }
 

@@ -161,9 +161,25 @@ impl AdminActions for App {
         }
     }
 
-    async fn explain(&self, request_id: RequestId) -> Option<Value> {
-        let decision = self.agent.recent_decisions.find(request_id)?;
-        serde_json::to_value(explain::recorded(&decision)).ok()
+    async fn explain(&self, request_id: RequestId) -> Result<Value, ActionRefused> {
+        let decisions = &self.agent.recent_decisions;
+        if let Some(decision) = decisions.find(request_id) {
+            return Ok(json!(explain::recorded(&decision)));
+        }
+        Err(match decisions.find_undecided(request_id) {
+            Some(refusal) => ActionRefused::not_found(
+                format!(
+                    "no decision was made on request `{request_id}`: it was refused as {}: {}",
+                    refusal.code.as_str(),
+                    refusal.detail
+                ),
+                refusal.code.properties().next,
+            ),
+            None => ActionRefused::not_found(
+                format!("no decision on request `{request_id}` is remembered"),
+                "the last 1,000 decisions since the agent's start are; of each request the audit has the outcome",
+            ),
+        })
     }
 }
 

@@ -10,6 +10,7 @@ use super::engine::PolicyEngine;
 use super::grant::Grant;
 use super::question::{OwnedQuestion, Question};
 use super::snapshot::PolicySnapshot;
+use crate::refusal::Refusal;
 use crate::request::EgressRequest;
 use crate::request_id::RequestId;
 
@@ -35,10 +36,11 @@ pub struct RecordedDecision {
     pub decision: Option<Decision>,
 }
 
-/// The last [`RING_CAPACITY`] decisions. Shared by all workers.
+/// The last [`RING_CAPACITY`] decisions, and as many refusals that came before any. Shared by all workers.
 #[derive(Debug, Default)]
 pub struct DecisionRing {
-    decisions: Mutex<VecDeque<RecordedDecision>>,
+    decisions: Ring<RecordedDecision>,
+    undecided: Ring<(RequestId, Refusal)>,
 }
 
 impl DecisionRing {
@@ -68,47 +70,72 @@ impl DecisionRing {
         if let Some(shortened) = shortened {
             question.request = Some(Arc::new(shortened));
         }
-        let decision = RecordedDecision {
+        self.decisions.push(RecordedDecision {
             request_id,
             facts: Arc::clone(workload.facts()),
             isolation_key: workload.isolation_key().clone(),
             question,
             engine: Arc::clone(snapshot.engine()),
             decision: decided,
-        };
-        let mut decisions = self.lock();
-        let oldest = match decisions.len() < RING_CAPACITY {
-            true => None,
-            false => decisions.pop_front(),
-        };
-        decisions.push_back(decision);
-        drop(decisions);
-        // Nobody waits for what it frees.
-        drop(oldest);
+        });
     }
 
-    fn lock(&self) -> MutexGuard<'_, VecDeque<RecordedDecision>> {
-        self.decisions
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    /// Keeps what a request was refused for on which no decision was made.
+    pub fn record_undecided(&self, request_id: RequestId, refusal: Refusal) {
+        self.undecided.push((request_id, refusal));
     }
 
     /// The decision on a request; the last one where a request was decided more than once.
     pub fn find(&self, request_id: RequestId) -> Option<RecordedDecision> {
-        self.lock()
-            .iter()
-            .rev()
-            .find(|decision| decision.request_id == request_id)
-            .cloned()
+        self.decisions
+            .last(|decision| decision.request_id == request_id)
     }
 
-    /// How many are kept.
+    /// What a request was refused for on which no decision was made.
+    pub fn find_undecided(&self, request_id: RequestId) -> Option<Refusal> {
+        let (_, refusal) = self.undecided.last(|(known, _)| *known == request_id)?;
+        Some(refusal)
+    }
+
+    /// How many decisions are kept.
     pub fn len(&self) -> usize {
-        self.lock().len()
+        self.decisions.lock().len()
     }
 
     /// Whether none is.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+}
+
+/// The last [`RING_CAPACITY`] of something.
+#[derive(Debug)]
+struct Ring<T>(Mutex<VecDeque<T>>);
+
+impl<T> Default for Ring<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T: Clone> Ring<T> {
+    fn push(&self, item: T) {
+        let mut items = self.lock();
+        let oldest = match items.len() < RING_CAPACITY {
+            true => None,
+            false => items.pop_front(),
+        };
+        items.push_back(item);
+        drop(items);
+        // Nobody waits for what it frees.
+        drop(oldest);
+    }
+
+    fn last(&self, is_it: impl Fn(&T) -> bool) -> Option<T> {
+        self.lock().iter().rev().find(|item| is_it(item)).cloned()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, VecDeque<T>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use countersign::admin::AdminActions;
 use serde_json::{Value, json};
 
 use crate::exec::Running;
@@ -229,6 +230,23 @@ async fn decisions_are_explained_to_those_that_they_are_about() {
         "{explained:#?}"
     );
     assert!(explained.out.contains("reads-orders"), "{explained:#?}");
+    // On what is refused before any decision there is none to be explained.
+    let refused = running
+        .world
+        .curl(&["http://elsewhere.example.test/"])
+        .await
+        .expect(403);
+    let undecided = refused.header("countersign-request-id").unwrap();
+    let unexplained = running.world.app().explain(undecided.parse().unwrap());
+    let unexplained = unexplained.await.unwrap_err();
+    assert_eq!(
+        unexplained.detail,
+        format!(
+            "no decision was made on request `{undecided}`: it was refused as destination_not_configured: no destination is configured for `elsewhere.example.test:80`"
+        )
+    );
+    let destination = "add a destination that covers this scheme, host, port and path";
+    assert_eq!(unexplained.next, destination);
     // The admin's socket would explain everybody's.
     let path = format!("/v1/explain/{id}");
     ask_as(&running, None, &path, &[]).await.expect(200);
