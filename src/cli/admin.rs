@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use http::Method;
 use serde_json::Value;
 
+use super::failure::exit_code_of;
 use super::output::{EXIT_UNAVAILABLE, OutputFormat};
 use crate::client::{AgentAddress, call};
 
@@ -23,7 +24,7 @@ pub struct AdminArguments {
 
 impl AdminArguments {
     /// Asks, and writes the answer: for people by `render`, for programs as it came. Exit code 0, 69
-    /// where no agent answers, 1 where it refuses.
+    /// where no agent answers, that of its answer where it refuses.
     pub(super) fn ask(
         &self,
         method: Method,
@@ -50,7 +51,7 @@ impl AdminArguments {
                 OutputFormat::Text => writeln!(errors, "countersign: {}", answer.problem()),
                 OutputFormat::Json => writeln!(out, "{}", answer.json()),
             };
-            return ExitCode::FAILURE;
+            return ExitCode::from(exit_code_of(&answer));
         }
         let value = answer.json();
         let written = match self.output {

@@ -38,8 +38,8 @@ pub struct RevokeArguments {
     admin: AdminArguments,
 }
 
-/// Revokes or lifts, and writes what came of it to `out`. Exit code 1 where the agent refuses, 69
-/// where none answers.
+/// Revokes or lifts, and writes what came of it to `out`. Exit code 64 where the agent knows none
+/// such, 69 where none answers.
 pub fn run(arguments: &RevokeArguments, out: &mut dyn Write, errors: &mut dyn Write) -> ExitCode {
     let admin = &arguments.admin;
     if let Some(id) = &arguments.lift {

@@ -82,7 +82,21 @@ async fn a_running_agent_is_reloaded_and_its_credentials_revoked() {
     verb(&format!("revoke --lift {id}")).await;
     assert_eq!(code().await, Value::Null);
 
-    // Or by itself, when its time is over.
+    // What there is not is neither revoked nor lifted.
+    for (line, says) in [
+        (
+            "revoke --credential order-api",
+            "did you mean `orders-api`?",
+        ),
+        ("revoke --lift abc", "countersign revoke --list"),
+    ] {
+        let words: Vec<&str> = line.split(' ').collect();
+        let refused = user.run(&words).await.expect(64);
+        assert!(refused.errors.contains(says), "{refused:#?}");
+    }
+    assert_eq!(code().await, Value::Null);
+
+    // A revocation ends by itself, when its time is over.
     verb("revoke --credential orders-api --for 5s").await;
     assert_eq!(code().await, "revoked");
     eventually(Duration::from_secs(30), || async {
