@@ -20,6 +20,8 @@ use crate::config::Config;
 pub struct NeverMatching {
     /// Its `@id`.
     pub id: Arc<str>,
+    /// Whether it is a `permit`; else a `forbid`.
+    pub is_permit: bool,
     /// `FILE:LINE:COLUMN` of its effect.
     pub location: String,
     /// Why: lower case, no final period.
@@ -41,6 +43,7 @@ impl PolicyEngine {
             .filter_map(|policy| {
                 Some(NeverMatching {
                     id: Arc::clone(&policy.id),
+                    is_permit: policy.is_permit,
                     location: policy.location.clone(),
                     reason: why_never(policy, &values, &covering, now)?,
                 })

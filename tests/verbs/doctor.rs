@@ -29,6 +29,7 @@ const IN_FILES: &[&str] = &[
     "policy_invalid",
     "policy_doubtful",
     "policy_never_matches",
+    "forbid_never_matches",
     "credential_never_permitted",
     "secret_open_to_others",
     "client_key_unusable",
@@ -317,6 +318,15 @@ async fn faults_in_files_are_named() {
             .await;
     }
     reached("never_matching_policies", never.len());
+    // A guard that is there before what it guards.
+    let guarded = format!(
+        "{POLICIES}\n{}",
+        include_str!("../../policies/default.cedar")
+    );
+    let says = "`resource.environment` is never `prod`";
+    patient
+        .finds_under(&guarded, "forbid_never_matches", says)
+        .await;
     let other = POLICIES.replace("orders-api", "billing-api");
     patient
         .finds_under(

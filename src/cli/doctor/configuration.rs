@@ -37,8 +37,12 @@ fn policies(config: &Config) -> Vec<Finding> {
     let mut findings = findings_of(&warnings, invalid, doubtful);
     let now = SystemTime::now();
     findings.extend(engine.never_matching(config, now).into_iter().map(|never| {
+        let code = match never.is_permit {
+            true => FindingCode::PolicyNeverMatches,
+            false => FindingCode::ForbidNeverMatches,
+        };
         Finding::new(
-            FindingCode::PolicyNeverMatches,
+            code,
             format!(
                 "policy `{}` at `{}` never applies: {}",
                 never.id, never.location, never.reason

@@ -82,9 +82,12 @@ finding_codes! {
     /// The policies load with a warning.
     PolicyDoubtful = Warning, "policy_doubtful",
         "mend the policy; `countersign policy check --config FILE` shows the place";
-    /// A policy does nothing, whoever asks for whatever.
+    /// A `permit` permits nothing, whoever asks for whatever.
     PolicyNeverMatches = Error, "policy_never_matches",
         "mend its condition, or remove the policy";
+    /// A `forbid` forbids nothing yet.
+    ForbidNeverMatches = Warning, "forbid_never_matches",
+        "leave it where it guards what is still to be configured; else mend its condition, for it protects nothing";
     /// A destination takes a credential that no policy permits to anybody.
     CredentialNeverPermitted = Error, "credential_never_permitted",
         "write a `permit` for `inject` on the credential, or take it from the destination";
