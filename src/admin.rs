@@ -361,6 +361,10 @@ async fn bind_metrics(
             ),
         )
         .next("set `admin.metrics_bind` to a free address")
+        .may_pass(matches!(
+            error.kind(),
+            io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable
+        ))
     })?;
     Ok(MetricsListener {
         listener,
@@ -378,9 +382,13 @@ fn bind_unix(path: &Path, takes_over: bool) -> Result<AdminSocket, Diagnostic> {
         }
         Ok(_) => {
             if !takes_over && std::os::unix::net::UnixStream::connect(path).is_ok() {
-                return Err(problem(
-                    "another process listens on the admin socket".to_owned(),
-                ));
+                return Err(Diagnostic::error(
+                    "admin_socket_unusable",
+                    path,
+                    "another process listens on the admin socket",
+                )
+                .next("end the agent that runs there, or set `admin.socket` to another path")
+                .may_pass(true));
             }
         }
         Err(_) => {}

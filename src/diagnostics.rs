@@ -36,6 +36,8 @@ pub struct Diagnostic {
     pub message: String,
     /// What to do about it, in the same form.
     pub next: Option<String>,
+    /// Whether it may pass by itself, so that trying again later is worth it.
+    pub may_pass: bool,
 }
 
 impl Diagnostic {
@@ -48,6 +50,7 @@ impl Diagnostic {
             span: None,
             message: printable(message.into()),
             next: None,
+            may_pass: false,
         }
     }
 
@@ -74,6 +77,13 @@ impl Diagnostic {
     #[must_use]
     pub fn next(mut self, next: impl Into<String>) -> Self {
         self.next = Some(printable(next.into()));
+        self
+    }
+
+    /// Says whether it may pass by itself.
+    #[must_use]
+    pub fn may_pass(mut self, may_pass: bool) -> Self {
+        self.may_pass = may_pass;
         self
     }
 }
@@ -191,6 +201,13 @@ impl Diagnostics {
         self.items
             .iter()
             .any(|item| item.severity == Severity::Error)
+    }
+
+    /// Whether whatever stops the load may pass by itself.
+    pub fn may_pass(&self) -> bool {
+        self.items
+            .iter()
+            .all(|item| item.severity == Severity::Warning || item.may_pass)
     }
 
     /// Where a diagnostic is; `None` when it concerns a whole file or the text was not kept.

@@ -203,8 +203,11 @@ impl SnapshotBuilder {
         {
             return Ok(Some(Arc::clone(authority)));
         }
-        let authority = InterceptionAuthority::open(interception, hosts, now, in_force)
-            .map_err(|error| self.interception_unusable(error.to_string()))?;
+        let authority =
+            InterceptionAuthority::open(interception, hosts, now, in_force).map_err(|error| {
+                self.interception_unusable(error.to_string())
+                    .next(error.next())
+            })?;
         // Files that hold what they held: the leaves that were minted stay.
         if let Some(in_force) = in_force
             && in_files
@@ -234,7 +237,11 @@ impl SnapshotBuilder {
             let detail = "what is read beside it took too long".to_owned();
             return Err(self.interception_unusable(detail).into());
         }
-        publish(interception, authority).map_err(|detail| self.interception_unusable(detail).into())
+        publish(interception, authority).map_err(|detail| {
+            self.interception_unusable(detail)
+                .next("let the agent's user write there, or name another file by `interception.ca_certificate_file` and `interception.trust_bundle_file`")
+                .into()
+        })
     }
 
     fn interception_unusable(&self, detail: String) -> Diagnostic {

@@ -6,6 +6,7 @@ mod listeners;
 mod operations;
 
 use std::collections::HashMap;
+use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
@@ -26,7 +27,7 @@ use crate::audit::{Audit, AuditWriter, LifecycleEvent, OtherAgents};
 use crate::clock::Clock;
 use crate::config::{self, Bind, Config, Listener, ListenerKind};
 use crate::credentials::{Credentials, TokenEvent, TokenEvents};
-use crate::diagnostics::{Diagnostic, Diagnostics};
+use crate::diagnostics::{Diagnostic, Diagnostics, system_words};
 use crate::fetch::{FetchClient, FetchSettings};
 use crate::hardening;
 use crate::limits::IdentityLimits;
@@ -618,15 +619,35 @@ fn worker_count(config: &Config) -> usize {
     })
 }
 
-fn bind_problem(config: &Config, listener: &Listener, error: &std::io::Error) -> Diagnostics {
+fn bind_problem(config: &Config, listener: &Listener, error: &io::Error) -> Diagnostics {
+    let name = &listener.name;
+    let (is_passing, remedy) = match (error.kind(), &listener.bind) {
+        (ErrorKind::AddrInUse, _) => (true, "end what listens there, or write another `bind`"),
+        (ErrorKind::AddrNotAvailable, _) => (
+            true,
+            "write an address of this machine as its `bind`, or give it the address",
+        ),
+        (ErrorKind::PermissionDenied, Bind::Tcp(_)) => (
+            false,
+            "a port below 1024 needs CAP_NET_BIND_SERVICE: grant it, or write another port in its `bind`",
+        ),
+        (_, Bind::Tcp(_)) => (false, "write another `bind`"),
+        (_, Bind::Unix(_)) => (
+            false,
+            "write as its `bind` a path in a directory that exists and that the agent may write to, and as its `access.group` a group that exists and that the agent may give files to",
+        ),
+    };
     Diagnostic::error(
         "listener_not_bound",
         &config.path,
         format!(
-            "listener `{}` cannot be bound to `{}`: {error}",
-            listener.name, listener.bind
+            "listener `{name}` cannot be bound to `{}`: {}",
+            listener.bind,
+            system_words(error)
         ),
     )
+    .next(format!("under `name: {name}` in `listeners`: {remedy}"))
+    .may_pass(is_passing)
     .into()
 }
 

@@ -67,7 +67,7 @@ pub fn run(arguments: &DevArguments) -> ExitCode {
         .and_then(|directory| on_control_runtime(serve(arguments, directory, began))?);
     match ended {
         Ok(()) => ExitCode::SUCCESS,
-        Err(NotStarted::Problems(diagnostics)) => refuse(&diagnostics),
+        Err(NotStarted::Problems(diagnostics)) => refuse(OutputFormat::Text, diagnostics),
         Err(NotStarted::Unavailable(problem)) => {
             let _ = writeln!(std::io::stderr(), "countersign: {problem}");
             ExitCode::from(EXIT_UNAVAILABLE)
@@ -159,12 +159,7 @@ async fn start_generated(directory: Directory, port: Option<u16>) -> Result<Runn
                     set_aside,
                 });
             }
-            Err(NotStarted::Problems(problems))
-                if attempt < ATTEMPTS
-                    && problems
-                        .iter()
-                        .all(|problem| problem.code == "listener_not_bound") =>
-            {
+            Err(NotStarted::Problems(problems)) if attempt < ATTEMPTS && problems.may_pass() => {
                 attempt += 1;
             }
             Err(problems) => return Err(problems),

@@ -12,7 +12,7 @@ use crate::diagnostics::Diagnostics;
 /// Why a verb failed.
 #[derive(Debug)]
 pub enum Failure {
-    /// A configuration is wrong.
+    /// A configuration is wrong, or cannot be had for now.
     Diagnostics(Diagnostics),
     /// An agent answered with a problem: the exit code, and the answer.
     Refused(u8, Box<Answer>),
@@ -63,6 +63,7 @@ impl Failure {
 
     fn exit_code(&self) -> u8 {
         match self {
+            Self::Diagnostics(diagnostics) if diagnostics.may_pass() => EXIT_UNAVAILABLE,
             Self::Diagnostics(_) => EXIT_CONFIGURATION,
             Self::Refused(code, _) | Self::Message(code, _) => *code,
         }
@@ -72,7 +73,10 @@ impl Failure {
     fn to_json(&self) -> Value {
         match self {
             Self::Diagnostics(diagnostics) => json!({
-                "detail": "the configuration is not valid",
+                "detail": match diagnostics.may_pass() {
+                    true => "what the configuration asks for cannot be had now",
+                    false => "the configuration is not valid",
+                },
                 "diagnostics": diagnostics.to_json(),
             }),
             Self::Refused(_, answer) => answer.json(),

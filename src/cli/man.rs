@@ -19,7 +19,7 @@ a check failed
 the command line is wrong
 .TP
 69
-something that is needed is away: the agent, or the authorization server
+something that is needed is away: the agent, the authorization server, or an address to listen on
 .TP
 77
 policy or attestation refused

@@ -1,6 +1,5 @@
 //! `countersign run`: the agent, until SIGTERM or SIGINT.
 
-use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -9,7 +8,7 @@ use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::failure::Failure;
-use super::output::{EXIT_CONFIGURATION, EXIT_UNAVAILABLE, OutputFormat};
+use super::output::{EXIT_UNAVAILABLE, OutputFormat};
 use crate::app::{App, StartOptions};
 use crate::clock::SystemClock;
 use crate::config::watch::Watcher;
@@ -31,14 +30,15 @@ pub struct RunArguments {
     pub output: OutputFormat,
 }
 
-/// Runs the agent. Exit code 78 when it cannot start with this configuration, 0 after a signal.
+/// Runs the agent. Exit code 78 when it cannot start with this configuration, 69 when it cannot for now, 0 after a
+/// signal.
 pub fn run(arguments: &RunArguments) -> ExitCode {
     // Before a key is read; where it cannot be done, `confine` says so.
     let _ = hardening::protect_memory();
     // Before anything else has a descriptor.
     let service_manager = match ServiceManager::from_environment() {
         Ok(service_manager) => service_manager,
-        Err(diagnostics) => return refuse(&diagnostics),
+        Err(diagnostics) => return refuse(arguments.output, diagnostics),
     };
     let checked = config::check(&arguments.config);
     let watcher = Watcher::new(&arguments.config, &checked);
@@ -51,7 +51,7 @@ pub fn run(arguments: &RunArguments) -> ExitCode {
     }
     let config = match checked.into_config() {
         Ok(config) => config,
-        Err(diagnostics) => return refuse_in(arguments.output, diagnostics),
+        Err(diagnostics) => return refuse(arguments.output, diagnostics),
     };
     if let Err(error) = descriptors::allow_many() {
         tracing::warn!(%error, "the agent has as few descriptors as it was started with");
@@ -95,15 +95,8 @@ pub fn on_control_runtime<T>(work: impl Future<Output = T>) -> std::io::Result<T
     Ok(outcome)
 }
 
-/// Prints why an agent does not start.
-pub fn refuse(diagnostics: &Diagnostics) -> ExitCode {
-    let mut errors = std::io::stderr();
-    let _ = write!(errors, "{}", diagnostics.render(errors.is_terminal()));
-    ExitCode::from(EXIT_CONFIGURATION)
-}
-
-/// As [`refuse`], in a form.
-fn refuse_in(output: OutputFormat, diagnostics: Diagnostics) -> ExitCode {
+/// Prints why an agent does not start, in a form.
+pub fn refuse(output: OutputFormat, diagnostics: Diagnostics) -> ExitCode {
     Failure::from(diagnostics).report(output, &mut std::io::stderr())
 }
 
@@ -173,7 +166,7 @@ async fn serve(
     };
     let app = match App::start_with(config, Arc::new(SystemClock::new()), options).await {
         Ok(app) => app,
-        Err(diagnostics) => return refuse_in(output, diagnostics),
+        Err(diagnostics) => return refuse(output, diagnostics),
     };
     for (name, address) in &app.bound().listeners {
         tracing::info!(listener = name, %address, "listening");

@@ -156,8 +156,12 @@ impl AsFd for BoundListener {
 
 fn bind_unix(path: &Path, access: &SocketAccess) -> io::Result<BoundSocket> {
     if let Ok(found) = std::fs::symlink_metadata(path) {
-        if !found.file_type().is_socket() || std::os::unix::net::UnixStream::connect(path).is_ok() {
-            return Err(io::ErrorKind::AddrInUse.into());
+        if !found.file_type().is_socket() {
+            let detail = "a file that is no socket stands in its place";
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, detail));
+        }
+        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            return Err(io::Error::from_raw_os_error(libc::EADDRINUSE));
         }
         std::fs::remove_file(path)?;
     }

@@ -56,10 +56,20 @@ pub enum AuthorityError {
     #[error("key: {0}")]
     Key(#[from] rustls::Error),
     /// A root whose key was dropped cannot cover new hosts.
-    #[error(
-        "`source: memory` cannot cover the new host `{0}`: restart, or use `source: generated`"
-    )]
+    #[error("`source: memory` cannot cover the new host `{0}`")]
     RootKeyGone(String),
+}
+
+impl AuthorityError {
+    /// What to do about it.
+    pub fn next(&self) -> &'static str {
+        match self {
+            Self::RootKeyGone(_) => "restart, or write `interception.ca: {source: generated}`",
+            Self::File { .. } | Self::Certificate(_) | Self::Key(_) => {
+                "mend it, or name another under `interception.ca`; the agent's user must have the right to it"
+            }
+        }
+    }
 }
 
 /// Mints leaves for the configured hosts.

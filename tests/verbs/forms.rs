@@ -1,5 +1,8 @@
 //! `--output json`: what a verb fails of is an object too.
 
+use std::net::TcpListener;
+use std::os::unix::net::UnixListener;
+
 use serde_json::Value;
 
 use crate::program::{Finished, User};
@@ -60,4 +63,93 @@ async fn failures_are_objects_where_json_is_asked_for() {
             .contains("Workload")
     );
     reached("failures_as_objects", rows.len());
+}
+
+#[tokio::test]
+async fn an_agent_that_cannot_start_says_what_to_change_and_whether_to_try_again() {
+    let user = User::new();
+    std::fs::create_dir(user.path("policies")).unwrap();
+    user.write("file", "no socket, and no directory");
+    let listens = TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = listens.local_addr().unwrap();
+    let _other = UnixListener::bind(user.path("other.sock")).unwrap();
+    let listener = |bind: &str, access: &str| {
+        format!("listeners: [{{name: workloads, type: workload_api, bind: \"{bind}\"{access}}}]")
+    };
+    let here = user.path("").display().to_string();
+    let rows = [
+        (
+            listener(&taken.to_string(), ""),
+            69,
+            "listener_not_bound",
+            "another `bind`",
+        ),
+        (
+            listener("192.0.2.1:7523", ""),
+            69,
+            "listener_not_bound",
+            "an address of this machine",
+        ),
+        (
+            listener(
+                &format!("unix:{here}api.sock"),
+                ", access: {group: no-such-group}",
+            ),
+            78,
+            "listener_not_bound",
+            "`access.group`",
+        ),
+        (
+            listener(&format!("unix:{here}file"), ""),
+            78,
+            "listener_not_bound",
+            "`bind`",
+        ),
+        (
+            listener(&format!("unix:{here}other.sock"), ""),
+            69,
+            "listener_not_bound",
+            "`bind`",
+        ),
+        (
+            "listeners: []\nadmin: {socket: other.sock}".to_owned(),
+            69,
+            "admin_socket_unusable",
+            "end the agent",
+        ),
+        (
+            format!("listeners: []\nadmin: {{metrics_bind: \"{taken}\"}}"),
+            69,
+            "metrics_bind_unusable",
+            "`admin.metrics_bind`",
+        ),
+        (
+            "listeners: []\ninterception: {ca: {state_directory: file}}".to_owned(),
+            78,
+            "interception_unusable",
+            "`interception.ca`",
+        ),
+        (
+            "listeners: []\ninterception: {ca: {source: memory}, ca_certificate_file: file/ca.pem}"
+                .to_owned(),
+            78,
+            "interception_unusable",
+            "`interception.ca_certificate_file`",
+        ),
+    ];
+    for (sections, exit_code, code, next) in rows {
+        let text = format!("version: 1\ncredentials: []\ndestinations: []\n{sections}\n");
+        user.write("agent.yaml", &text);
+        let line = ["run", "--config", "agent.yaml", "--output", "json"];
+        let finished = user.run(&line).await.expect(exit_code);
+        let said = finished.errors.lines().last().unwrap();
+        let problem = &serde_json::from_str::<Value>(said).unwrap()["diagnostics"][0];
+        assert_eq!(problem["code"], code, "{finished:#?}");
+        let said = problem["next"].as_str().unwrap();
+        assert!(said.contains(next), "{code}: {said}");
+        assert!(
+            code != "listener_not_bound" || said.contains("`name: workloads`"),
+            "{said}"
+        );
+    }
 }
