@@ -52,6 +52,7 @@ pub mod refusal;
 pub mod request;
 pub mod request_id;
 pub mod routing;
+pub mod secret_file;
 pub mod service_manager;
 pub mod short_writes;
 pub mod snapshot;

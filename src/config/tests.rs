@@ -8,6 +8,7 @@ use std::path::Path;
 use super::*;
 use crate::counts::reached_in;
 use crate::diagnostics::Diagnostics;
+use crate::jwt::SigningKey;
 
 const WHOLE: &str = include_str!("../../tests/corpora/config/whole.yaml");
 
@@ -19,8 +20,13 @@ fn directory() -> tempfile::TempDir {
     for name in ["ci-ca.pem", "auth-ca.pem", "api-ca.pem"] {
         fs::write(path.join(name), certificate.cert.pem()).unwrap();
     }
-    for name in ["client.pem", "secret"] {
-        fs::write(path.join(name), "a secret").unwrap();
+    let (_, key) = SigningKey::generate(SigningAlgorithm::Es256).unwrap();
+    for (name, content) in [
+        ("client.pem", key.as_str()),
+        ("secret", "a secret"),
+        ("blank", "\n"),
+    ] {
+        fs::write(path.join(name), content).unwrap();
         fs::set_permissions(path.join(name), fs::Permissions::from_mode(0o600)).unwrap();
     }
     for name in ["policies", "conf.d"] {

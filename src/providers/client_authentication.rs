@@ -1,8 +1,5 @@
 //! How the agent proves at a token endpoint who the client is.
 
-use std::fs::File;
-use std::io::{self, Read};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -19,6 +16,7 @@ use super::{MintFailure, Recovery, Subject};
 use crate::config::SigningAlgorithm;
 use crate::jwt::{KeyError, SigningKey, numeric_date, unique_id};
 use crate::refusal::RefusalCode;
+use crate::secret_file;
 
 /// RFC 7523 section 2.2.
 pub(super) const ASSERTION_TYPE: &str = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer";
@@ -28,9 +26,6 @@ const ASSERTION_TYP: &str = "client-authentication+jwt";
 
 /// How long an assertion may be used. It is sent at once, and only once.
 const ASSERTION_LIFETIME: Duration = Duration::from_secs(60);
-
-/// Files above this size are no keys.
-const KEY_FILE_LIMIT_BYTES: usize = 64 * 1024;
 
 /// A file that holds a key or a secret. It is read once at a time: who waits for a read that does not end
 /// keeps no thread.
@@ -54,7 +49,7 @@ impl SecretFile {
         let read = tokio::task::spawn_blocking(move || {
             // Kept until the read ends, also where nobody waits for it any more.
             let _turn = turn;
-            read_file(&path)
+            secret_file::read(&path)
         });
         match read.await {
             Ok(outcome) => outcome.map_err(|error| self.unavailable(&error.to_string())),
@@ -236,11 +231,8 @@ pub(super) async fn basic_header(
     secret_file: &SecretFile,
 ) -> Result<HeaderValue, MintFailure> {
     let content = secret_file.read().await?;
-    let content = content.strip_suffix(b"\n").unwrap_or(&content);
-    let secret = content.strip_suffix(b"\r").unwrap_or(content);
-    if secret.is_empty() {
-        return Err(secret_file.unavailable("it is empty"));
-    }
+    let secret =
+        secret_file::secret_in(&content).ok_or_else(|| secret_file.unavailable("it is empty"))?;
     // Large enough for every byte to be encoded: what a growing buffer leaves behind is not wiped.
     let most = 3 * (client_id.len() + secret.len()) + 1;
     let mut joined = Zeroizing::new(String::with_capacity(most));
@@ -256,27 +248,6 @@ pub(super) async fn basic_header(
         .map_err(|_| secret_file.unavailable("it cannot stand in a header"))?;
     header.set_sensitive(true);
     Ok(header)
-}
-
-/// What a regular file holds. Waits for nobody to write to it.
-fn read_file(path: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
-    let file = File::options()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)?;
-    let metadata = file.metadata()?;
-    if !metadata.is_file() {
-        return Err(io::Error::other("it is no regular file"));
-    }
-    // Large enough: what a growing buffer leaves behind is not wiped.
-    let size = usize::try_from(metadata.len()).unwrap_or(usize::MAX);
-    let mut content = Zeroizing::new(Vec::with_capacity(size.min(KEY_FILE_LIMIT_BYTES) + 1));
-    let most = KEY_FILE_LIMIT_BYTES as u64 + 1;
-    file.take(most).read_to_end(&mut content)?;
-    match content.len() > KEY_FILE_LIMIT_BYTES {
-        true => Err(io::Error::other("it is larger than 64 KiB")),
-        false => Ok(content),
-    }
 }
 
 /// A claim of the assertion: an attribute alone keeps its type, other templates are text.

@@ -473,6 +473,18 @@ async fn what_is_broken_changes_nothing() {
     }
     world.write("countersign.yaml", &configuration);
     world.write_policies(POLICIES);
+    // A key that is half written.
+    let key = std::fs::read_to_string(world.path("client.key")).unwrap();
+    world.write("client.key", &key[..key.len() / 2]);
+    let problems = world.app().reload().await.unwrap_err().to_string();
+    assert!(
+        problems.contains("client.key` cannot be used"),
+        "{problems}"
+    );
+    assert_eq!(last_reload_success(&world), "0");
+    world.good().await;
+    broken += 1;
+    world.write("client.key", &key);
     world.app().reload().await.unwrap();
     assert_eq!(last_reload_success(&world), "1");
     let audit = world.audit().await;

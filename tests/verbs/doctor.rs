@@ -356,7 +356,12 @@ async fn keys_and_certificates(patient: &mut Patient) {
     let jwk = r#"{"kty":"EC","crv":"P-256","x":"MKBCTNIcKUSDii11ySs3526iDZ8AiTo7Tu6KPAqv7D4","y":"4Etl6SRW2YiLUrN5vfvVHuhp7x8PxltmWWlbbM4IFyM","d":"870MB6gfuTJ4HtUnUvYMyJpr5eUZNP4Bk43bVdj3eAE","exp":1100000000}"#;
     let pem = std::fs::read_to_string(patient.world.path("client.key")).unwrap();
     let rows = [
-        ("nonsense", "client_key_unusable", "cannot be used"),
+        (
+            "nonsense",
+            "client_key_unusable",
+            "other.key` cannot be used",
+        ),
+        ("", "client_key_unusable", "other.key` cannot be used"),
         (
             &format!("{pem}{}", expired()),
             "client_key_expired",

@@ -11,6 +11,9 @@ use crate::policy::PolicyEngine;
 /// Of the configuration's warnings: a finding of its own.
 const OPEN_SECRET: &str = "secret_file_open_to_others";
 
+/// Of the configuration's errors: those of a client's key or secret.
+const UNUSABLE_KEY: [&str; 2] = ["invalid_key_file", "invalid_secret_file"];
+
 /// Of the policies' warnings: what [`PolicyEngine::never_matching`] says better.
 const SAID_ELSEWHERE: [&str; 2] = ["lint_expired", "lint_method_case"];
 
@@ -76,6 +79,7 @@ fn findings_of(
         .map(|diagnostic| {
             let code = match (diagnostic.code, diagnostic.severity) {
                 (OPEN_SECRET, _) => FindingCode::SecretOpenToOthers,
+                (code, _) if UNUSABLE_KEY.contains(&code) => FindingCode::ClientKeyUnusable,
                 (_, Severity::Error) => error,
                 (_, Severity::Warning) => warning,
             };

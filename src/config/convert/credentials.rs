@@ -252,7 +252,8 @@ impl Converter<'_> {
                 if written.algorithm.is_none() {
                     self.missing("algorithm", place, at, "`private_key_jwt` signs by it");
                 }
-                let key_file = self.secret_file(written.key_file.as_ref());
+                let algorithm = written.algorithm.map(|algorithm| algorithm.value);
+                let key_file = self.key_file(written.key_file.as_ref(), algorithm);
                 let key_id = self.parse_option(written.key_id.as_ref(), text::plain);
                 let assertion_type_header =
                     self.parse_option(written.assertion_type_header.as_ref(), text::plain);
@@ -262,7 +263,7 @@ impl Converter<'_> {
                 };
                 Some(ClientAuthentication::PrivateKeyJwt {
                     key_file: key_file?,
-                    algorithm: written.algorithm?.value,
+                    algorithm: algorithm?,
                     key_id,
                     assertion_type_header,
                     audience: audience?,
@@ -311,7 +312,7 @@ impl Converter<'_> {
                         "`client_secret_basic` reads the secret there",
                     );
                 }
-                let secret_file = self.secret_file(written.secret_file.as_ref());
+                let secret_file = self.password_file(written.secret_file.as_ref());
                 Some(ClientAuthentication::ClientSecretBasic {
                     secret_file: secret_file?,
                 })

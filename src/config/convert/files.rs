@@ -9,7 +9,9 @@ use rustls::pki_types::pem::PemObject;
 use super::Converter;
 use crate::config::load::reason;
 use crate::config::raw::Text;
-use crate::config::text;
+use crate::config::{SigningAlgorithm, text};
+use crate::jwt::SigningKey;
+use crate::secret_file;
 
 impl Converter<'_> {
     pub(super) fn resolve(&self, written: &Text) -> PathBuf {
@@ -68,6 +70,52 @@ impl Converter<'_> {
                     mode & 0o7777
                 ),
                 format!("run `chmod 0600 {}`", path.display()),
+            );
+        }
+        Some(path)
+    }
+
+    /// A file that holds a private key for `algorithm`.
+    pub(super) fn key_file(
+        &mut self,
+        written: Option<&Text>,
+        algorithm: Option<SigningAlgorithm>,
+    ) -> Option<PathBuf> {
+        let path = self.secret_file(written)?;
+        if let (Some(written), Some(algorithm)) = (written, algorithm)
+            && let Err(cause) = secret_file::read(&path)
+                .map_err(|error| reason(&error))
+                .and_then(|content| {
+                    SigningKey::parse(&content, algorithm).map_err(|error| error.to_string())
+                })
+        {
+            self.error(
+                "invalid_key_file",
+                written.place,
+                format!("`{}` cannot be used: {cause}", path.display()),
+                "name a private key of the `algorithm`, in PEM or as a JWK; `countersign keys generate` makes one",
+            );
+        }
+        Some(path)
+    }
+
+    /// A file that holds a password, alone.
+    pub(super) fn password_file(&mut self, written: Option<&Text>) -> Option<PathBuf> {
+        let path = self.secret_file(written)?;
+        if let Some(written) = written
+            && let Err(cause) = secret_file::read(&path)
+                .map_err(|error| reason(&error))
+                .and_then(|content| {
+                    secret_file::secret_in(&content)
+                        .map(drop)
+                        .ok_or_else(|| "it is empty".to_owned())
+                })
+        {
+            self.error(
+                "invalid_secret_file",
+                written.place,
+                format!("`{}` cannot be used: {cause}", path.display()),
+                "write the client's secret into it, alone",
             );
         }
         Some(path)

@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use countersign::config::{Config, ListenerKind, Scheme, check};
+use countersign::config::{Config, ListenerKind, Scheme, SigningAlgorithm, check};
+use countersign::jwt::SigningKey;
 use countersign::request::Target;
 use tempfile::TempDir;
 
@@ -31,8 +32,9 @@ fn directory() -> TempDir {
     for name in ["ci-ca.pem", "auth-ca.pem", "api-ca.pem"] {
         std::fs::write(path.join(name), &certificate).expect("a certificate");
     }
-    for name in ["client.pem", "secret"] {
-        std::fs::write(path.join(name), "a secret").expect("a secret");
+    let (_, key) = SigningKey::generate(SigningAlgorithm::Es256).expect("a key");
+    for (name, content) in [("client.pem", key.as_str()), ("secret", "a secret")] {
+        std::fs::write(path.join(name), content).expect("a secret");
         let mode = std::fs::Permissions::from_mode(0o600);
         std::fs::set_permissions(path.join(name), mode).expect("a mode");
     }
