@@ -166,7 +166,7 @@ refusal_codes! {
         "try again; `countersign status` names the attestor that could not run";
     /// A proxy request needs a presented token.
     ProxyTokenRequired = PROXY_AUTHENTICATION_REQUIRED, "proxy_token_required", "http_request_denied", None,
-        "present a token of a configured issuer in `Proxy-Authorization` (`HTTPS_PROXY=http://token:JWT@host`, or run under `countersign exec`)";
+        "present a token of a configured issuer in `Proxy-Authorization` (`HTTPS_PROXY=http://token:JWT@host`, or `countersign exec`, which says whether it has one)";
     /// A gateway request needs a presented token.
     TokenRequired = UNAUTHORIZED, "token_required", "http_request_denied", None,
         "present a token of a configured issuer in `Authorization: Bearer`";

@@ -198,6 +198,7 @@ async fn another_repositorys_job_and_one_without_a_token_get_nothing() {
         job.write_token(&job.token(long));
         let answer = finish(job.exec(Token::InFile, &curl)).await.expect(0);
         assert_eq!(answer.json()["verified"]["sub"], SUBJECT, "{answer:#?}");
+        assert!(!answer.errors.contains("none to present"), "{answer:#?}");
     };
     good().await;
     let key = job.world.issuer.signing_key();
@@ -215,6 +216,13 @@ async fn another_repositorys_job_and_one_without_a_token_get_nothing() {
     // Nothing is presented.
     let answer = finish(job.exec(Token::Missing, &curl)).await.expect(0);
     assert_eq!(answer.json()["code"], "proxy_token_required");
+    for said in [
+        "none to present",
+        "`permissions: {id-token: write}`",
+        "`id_tokens`",
+    ] {
+        assert!(answer.errors.contains(said), "{answer:#?}");
+    }
     refused += 1;
     finish(job.ask(Token::Missing, &[])).await.expect(77);
     refused += 1;

@@ -42,6 +42,11 @@ const PASSED_ON: [SignalNumber; 6] = [
     SignalNumber::SIGUSR2,
 ];
 
+/// What is missing where the agent takes tokens, and there is none.
+const NOTHING_TO_PRESENT: &str = "\
+countersign: the agent takes tokens of a configured issuer, and there is none to present: what policy permits by a token is refused
+  next: in a GitHub Actions job write `permissions: {id-token: write}`; in GitLab CI write `id_tokens`, put the token into a file and name it by `--token-file`";
+
 /// Runs a command whose clients go through the agent.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ExecArguments {
@@ -109,6 +114,9 @@ async fn with_agent(
     };
     let variables = environment.variables(&directory)?;
     say(&environment, &presenter, &variables);
+    if !presenter.presents() && !proxy.issuers.is_empty() {
+        let _ = writeln!(std::io::stderr(), "{NOTHING_TO_PRESENT}");
+    }
 
     let Some((program, rest)) = arguments.command.split_first() else {
         return Err(Failure::usage("there is no command"));

@@ -400,13 +400,15 @@ fn a_recorded_revocation_is_explained_as_one() {
 #[test]
 fn every_example_loads_without_a_word_passes_its_tests_and_leaves_nothing_out() {
     let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("policies/examples");
+    let deployed = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/examples/ci.yaml");
     let mut count = 0;
-    for entry in std::fs::read_dir(&examples).unwrap() {
-        let directory = entry.unwrap().path();
-        if !directory.is_dir() {
-            continue;
-        }
-        let config = match Config::load(&directory.join("agent.yaml")) {
+    let examples = std::fs::read_dir(&examples)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.is_dir())
+        .map(|directory| directory.join("agent.yaml"));
+    for path in examples.chain([deployed]) {
+        let config = match Config::load(&path) {
             Ok(config) => config,
             Err(diagnostics) => panic!("{}", diagnostics.render(false)),
         };
@@ -422,7 +424,7 @@ fn every_example_loads_without_a_word_passes_its_tests_and_leaves_nothing_out() 
         assert!(report.uncovered.is_empty(), "{}", report.to_text());
         count += 1;
     }
-    assert_eq!(count, 5);
+    assert_eq!(count, 6);
 }
 
 #[test]
