@@ -30,7 +30,7 @@ impl AddressGuard {
         if self.is_own_listener(canonical, port) {
             return Err(AddressRefused {
                 address,
-                reason: "is one of the agent's own listeners",
+                reason: OWN_LISTENER,
             });
         }
         let class = AddressClass::of(address);
@@ -66,6 +66,8 @@ fn is_of_this_host(address: IpAddr) -> bool {
     UdpSocket::bind((address, 0)).is_ok()
 }
 
+const OWN_LISTENER: &str = "is one of the agent's own listeners";
+
 /// An address that the guard refuses.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("address `{address}` {reason}")]
@@ -74,6 +76,13 @@ pub struct AddressRefused {
     pub address: IpAddr,
     /// What is wrong with it.
     pub reason: &'static str,
+}
+
+impl AddressRefused {
+    /// Whether the agent listens there itself, which no configuration permits.
+    pub fn is_own_listener(&self) -> bool {
+        self.reason == OWN_LISTENER
+    }
 }
 
 /// What an address is for (IANA special-purpose address registries; RFC 6890).

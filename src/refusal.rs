@@ -182,6 +182,9 @@ refusal_codes! {
     /// The host resolves to an address that is not allowed.
     AddressNotAllowed = FORBIDDEN, "address_not_allowed", "destination_ip_prohibited", None,
         "add the range to the destination's `allow_addresses` if it is meant";
+    /// The host is at a listener of the agent's own.
+    OwnListener = FORBIDDEN, "own_listener", "destination_ip_prohibited", None,
+        "lead the host, or the destination's `connect_to`, elsewhere: no configuration leads the agent to itself";
     /// A limit of this identity is reached.
     TooManyRequests = TOO_MANY_REQUESTS, "too_many_requests", "http_request_denied", None,
         "ask less at once or less often, or raise `limits.per_identity`";

@@ -564,10 +564,13 @@ impl Upstreams {
                     system_words(&error)
                 ),
             ),
-            (None, Some(refused)) => Refusal::new(
-                RefusalCode::AddressNotAllowed,
-                format!("`{}`: {refused}", way.target),
-            ),
+            (None, Some(refused)) => {
+                let code = match refused.is_own_listener() {
+                    true => RefusalCode::OwnListener,
+                    false => RefusalCode::AddressNotAllowed,
+                };
+                Refusal::new(code, format!("`{}`: {refused}", way.target))
+            }
             (None, None) => Refusal::new(
                 RefusalCode::UpstreamNameUnresolved,
                 format!("`{}` has no address", way.target.host()),
