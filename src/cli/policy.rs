@@ -502,6 +502,26 @@ mod tests {
     }
 
     #[test]
+    fn what_tests_nothing_does_not_pass() {
+        let (directory, config) = example();
+        for name in ["default", "orders"] {
+            let file = format!("system-service/{name}.test.yaml");
+            std::fs::remove_file(directory.path().join(file)).unwrap();
+        }
+        let empty = directory.path().join("empty.test.yaml");
+        std::fs::write(&empty, "workloads: {}\ntests: []\n").unwrap();
+        let empty = empty.display().to_string();
+        for (more, place) in [(&[][..], "system-service"), (&[&*empty], "empty.test.yaml")] {
+            let line = [&["test", "--config", &config], more].concat();
+            let (code, out, errors) = policy(&line);
+            assert_eq!(code, ExitCode::FAILURE, "{out}");
+            assert_eq!(out, "");
+            assert!(errors.contains("no_policy_test"), "{errors}");
+            assert!(errors.contains(place), "{errors}");
+        }
+    }
+
+    #[test]
     fn a_described_request_is_explained_and_its_suggestion_loads() {
         let (directory, config) = example();
         let described = [

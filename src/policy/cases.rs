@@ -137,7 +137,8 @@ pub fn run(
     engine: PolicyEngine,
     files: &[PathBuf],
 ) -> Result<Report, Diagnostics> {
-    let files = read(config, files)?;
+    let named = files;
+    let files = read(config, named)?;
     let mut tester = Tester {
         config,
         vocabulary: Vocabulary(declarations),
@@ -153,6 +154,17 @@ pub fn run(
     }
     if tester.diagnostics.has_errors() {
         return Err(tester.diagnostics);
+    }
+    // What tests nothing would pass for ever.
+    if cases.is_empty() {
+        let place = named.first().unwrap_or(&config.policy_directory);
+        let detail = match named {
+            [] => "no `*.test.yaml` in the policy directory has a case",
+            _ => "the files that are named have no case",
+        };
+        return Err(Diagnostic::error("no_policy_test", place, detail)
+            .next("write cases beside the policies, or name the files that have them")
+            .into());
     }
     let passed = cases.iter().filter(|case| case.passed).count();
     Ok(Report {
