@@ -208,6 +208,12 @@ impl SnapshotBuilder {
                 self.interception_unusable(error.to_string())
                     .next(error.next())
             })?;
+        if in_files && authority.expiry().is_some_and(|end| end <= now) {
+            tracing::warn!(
+                code = "certificate_expired",
+                "a certificate of `interception.ca` has expired: clients refuse what is intercepted; replace `certificate_file` and `key_file`"
+            );
+        }
         // Files that hold what they held: the leaves that were minted stay.
         if let Some(in_force) = in_force
             && in_files

@@ -28,6 +28,7 @@ use rustls::sign::{CertifiedKey, SigningKey};
 use time::OffsetDateTime;
 use zeroize::Zeroizing;
 
+use super::trust::expiry;
 use super::{ALPN_HTTP1, ALPN_HTTP2};
 use crate::config::{CaSource, Interception};
 
@@ -246,6 +247,11 @@ impl InterceptionAuthority {
     /// Whether both sign under the same certificates.
     pub fn has_same_certificates(&self, other: &Self) -> bool {
         self.chain == other.chain && self.root_pem == other.root_pem
+    }
+
+    /// When the first certificate of those that are sent ends.
+    pub fn expiry(&self) -> Option<SystemTime> {
+        self.chain.iter().filter_map(expiry).min()
     }
 
     /// Whether the intermediate has lived half its life and a new authority should be opened.

@@ -27,12 +27,23 @@ fn events(audit: &Path, name: &str) -> usize {
 async fn a_start_logs_the_warnings_of_its_configuration() {
     let world = World::servers().await;
     let user = User::new();
+    let common = COMMON.replace(
+        "{source: generated, state_directory: ca}",
+        "{source: files, certificate_file: own.pem, key_file: own.key}",
+    );
     world.write(
         "countersign.yaml",
-        &world.fill(&format!("{COMMON}{DESTINATIONS}")),
+        &world.fill(&format!("{common}{DESTINATIONS}")),
     );
     world.write_policies(POLICIES);
     std::fs::set_permissions(world.path("client.key"), PermissionsExt::from_mode(0o640)).unwrap();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut expired = rcgen::CertificateParams::default();
+    expired.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    expired.not_before = time::OffsetDateTime::from_unix_timestamp(1_000_000_000).unwrap();
+    expired.not_after = time::OffsetDateTime::from_unix_timestamp(1_100_000_000).unwrap();
+    world.write("own.pem", &expired.self_signed(&key).unwrap().pem());
+    world.write("own.key", &key.serialize_pem());
     let configuration = world.path("countersign.yaml").display().to_string();
     let agent = user
         .countersign(&["run", "--config", &configuration])
@@ -47,7 +58,9 @@ async fn a_start_logs_the_warnings_of_its_configuration() {
     let output = output.expect("the agent ends").unwrap();
     assert_eq!(output.status.code(), Some(0));
     let log = String::from_utf8_lossy(&output.stderr);
-    assert!(log.contains("secret_file_open_to_others"), "{log}");
+    for code in ["secret_file_open_to_others", "certificate_expired"] {
+        assert!(log.contains(code), "{log}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
