@@ -112,7 +112,12 @@ async fn serve(
         None => start_generated(directory, arguments.port).await?,
     };
     let announced = match arguments.output {
-        OutputFormat::Json => writeln!(std::io::stdout(), "{}", summary(&running)),
+        OutputFormat::Json => {
+            for name in &running.set_aside {
+                let _ = writeln!(std::io::stderr(), "countersign: {}", set_aside(name));
+            }
+            writeln!(std::io::stdout(), "{}", summary(&running))
+        }
         OutputFormat::Text => {
             let text = welcome(&running, began).await;
             // Held until the welcome is written: records come after it.
@@ -336,10 +341,7 @@ async fn welcome(running: &Running, began: Instant) -> String {
         },
     );
     for name in &running.set_aside {
-        line(
-            "",
-            format!("your {name} of last time is kept beside it, as {name}.before"),
-        );
+        line("", set_aside(name));
     }
     if let Some(proxy) = proxies.iter().find(|proxy| proxy.starts_with("http://"))
         && let Some(certificate) = config
@@ -367,11 +369,16 @@ async fn welcome(running: &Running, began: Instant) -> String {
     }
     if is_generated {
         text.push_str(&format!(
-            "Keep it: countersign run --config {}\n",
+            "The servers end with dev, and the next dev writes policy and configuration anew: name servers of your own in a copy.\nKeep it: countersign run --config {}\n",
             quoted(&config.path)
         ));
     }
     text
+}
+
+/// Where what was edited is now.
+fn set_aside(name: &str) -> String {
+    format!("your {name} of last time is kept beside it, as {name}.before")
 }
 
 /// A path as a shell takes it.

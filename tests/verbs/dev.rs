@@ -403,3 +403,38 @@ async fn dev_prints_one_line_of_json_once_it_is_ready() {
     // It was the only line.
     assert_eq!(dev.lines.next_line().await.unwrap(), None);
 }
+
+#[tokio::test]
+async fn a_policy_that_was_edited_is_kept_and_dev_says_where() {
+    let user = User::new();
+    let policy = user.path("countersign-dev/policies/orders.cedar");
+    let dev = Dev::in_text(&user).await;
+    dev.interrupt().await;
+    let says = "your policies/orders.cedar of last time is kept beside it, as policies/orders.cedar.before";
+    for edited in ["// In text.\n", "// In JSON.\n"] {
+        std::fs::write(&policy, edited).unwrap();
+        let (dev, said) = match edited.contains("JSON") {
+            false => {
+                let dev = Dev::in_text(&user).await;
+                let said = dev.printed.concat();
+                (dev, said)
+            }
+            true => {
+                let line = "exec countersign dev --port 0 --output json 2>errors";
+                let mut child = user.command("sh").args(["-c", line]).spawn().unwrap();
+                let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+                let printed = vec![lines.next_line().await.unwrap().unwrap()];
+                let dev = Dev {
+                    child,
+                    lines,
+                    printed,
+                };
+                (dev, std::fs::read_to_string(user.path("errors")).unwrap())
+            }
+        };
+        assert!(said.contains(says), "{said}");
+        let kept = std::fs::read_to_string(policy.with_extension("cedar.before")).unwrap();
+        assert_eq!(kept, edited);
+        dev.interrupt().await;
+    }
+}
