@@ -96,10 +96,10 @@ pub(super) struct Document {
     /// the address guard, for attested callers, where policy permits the action `connect`).
     #[schemars(extend("default" = "refuse"))]
     pub(super) unmatched: Option<Located<Unmatched>>,
-    /// TLS interception, needed where a forward proxy reaches an https destination that carries a
-    /// credential.
+    /// TLS interception. Default, where a forward proxy reaches an https destination that carries a
+    /// credential: `ca: {source: generated}`, and no file for clients; else none.
     pub(super) interception: Option<Located<Interception>>,
-    /// Policies.
+    /// Policies. Default: the directory `policies` beside this file, which must exist.
     pub(super) policies: Option<Located<Policies>>,
     /// Limits.
     pub(super) limits: Option<Located<Limits>>,
@@ -320,7 +320,7 @@ pub(super) struct ClientAuthentication {
     /// `private_key_jwt`: an assertion signed by the agent's key (RFC 7523). `workload_assertion`: the
     /// token that the workload presented, as it is. `client_secret_basic`: a secret from a file.
     pub(super) method: Located<Method>,
-    /// `private_key_jwt`: the private key, PEM or JWK; read again when it changes.
+    /// `private_key_jwt`: the private key, PEM or JWK; parsed at each load, and read again when it changes.
     #[schemars(with = "Option<kind::FilePath>")]
     pub(super) key_file: Option<Text>,
     /// `private_key_jwt`: the signature algorithm.
