@@ -5,7 +5,7 @@ use std::os::unix::net::UnixListener;
 
 use serde_json::Value;
 
-use crate::program::{Finished, User};
+use crate::program::{Finished, User, finish};
 use crate::support::counts::reached;
 
 /// Nobody is there.
@@ -151,5 +151,41 @@ async fn an_agent_that_cannot_start_says_what_to_change_and_whether_to_try_again
             code != "listener_not_bound" || said.contains("`name: workloads`"),
             "{said}"
         );
+    }
+}
+
+/// What an operator pastes, but for the build and the service manager, with the system's directories elsewhere.
+#[tokio::test]
+async fn what_the_installation_describes_is_valid() {
+    let user = User::new();
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = std::fs::read_to_string(root.join("docs/install.md")).unwrap();
+    let (_, steps) = page.split_once("```sh\n").unwrap();
+    let (steps, _) = steps.split_once("```").unwrap();
+    let steps = steps.replace("$(deploy/build)", env!("CARGO_BIN_EXE_countersign"));
+    assert!(!steps.contains("deploy/build"));
+    for directory in ["/usr/bin", "/etc/systemd/system"] {
+        std::fs::create_dir_all(user.path(&directory[1..])).unwrap();
+    }
+    let steps = [" /usr/", " /etc/", ">/etc/"]
+        .iter()
+        .fold(steps, |steps, start| {
+            let (before, directory) = start.split_at(1);
+            let elsewhere = format!("{before}{}{directory}", user.path("").display());
+            steps.replace(start, &elsewhere.replace("//", "/"))
+        });
+    let mut command = user.command("sh");
+    command.current_dir(root).args(["-ec", &steps]);
+    let finished = finish(command).await.expect(0);
+    assert!(
+        finished.out.contains("agent.yaml is valid"),
+        "{finished:#?}"
+    );
+    assert_eq!(finished.errors, "");
+    for installed in [
+        "usr/bin/countersign",
+        "etc/systemd/system/countersign.socket",
+    ] {
+        assert!(user.path(installed).exists(), "{installed}");
     }
 }
