@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::{Converter, DEFAULT_STATE_DIRECTORY};
 use crate::config::reader::Located;
 use crate::config::{CaSource, Destination, Interception, Listener, ListenerKind, Scheme, raw};
+use crate::tls::interception::holds_key;
 
 impl Converter<'_> {
     pub(super) fn interception(
@@ -98,6 +99,16 @@ impl Converter<'_> {
                 }
                 let certificate_file = self.ca_file(written.certificate_file.as_ref());
                 let key_file = self.secret_file(written.key_file.as_ref());
+                if let (Some(written), Some(path)) = (&written.key_file, &key_file)
+                    && !holds_key(path)
+                {
+                    self.error(
+                        "invalid_authority_key_file",
+                        written.place,
+                        format!("`{}` holds no private key in PEM", path.display()),
+                        "name the private key of the intermediate in `certificate_file`",
+                    );
+                }
                 Some(CaSource::Files {
                     certificate_file: certificate_file?,
                     key_file: key_file?,
