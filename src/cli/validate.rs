@@ -25,9 +25,16 @@ pub struct ValidateArguments {
 pub fn run(arguments: &ValidateArguments, out: &mut dyn Write, errors: &mut dyn Write) -> ExitCode {
     let Checked {
         config,
+        policy_directory,
         mut diagnostics,
         ..
     } = config::check(&arguments.config);
+    // What policies name can be looked up in a good configuration only.
+    if config.is_none()
+        && let Some(directory) = policy_directory
+    {
+        diagnostics.extend(PolicyEngine::check_form(&directory));
+    }
     let config = config.filter(|config| {
         let loaded = PolicyEngine::load(config, &config.attestors.declarations());
         let is_loaded = loaded.is_ok();
@@ -108,6 +115,29 @@ mod tests {
         let errors = String::from_utf8(errors).unwrap();
         assert!(errors.contains("orders.cedar:2:"), "{errors}");
         assert!(errors.contains("absent"), "{errors}");
+
+        // Under a wrong configuration its form is looked at, and not what it names.
+        std::fs::write(&arguments.config, GOOD.replace('}', ", listenerz: []}")).unwrap();
+        let with_id = std::fs::read_to_string(&policy).unwrap();
+        for (policy_text, says) in [
+            (with_id.as_str(), None),
+            (
+                "permit (principal, action, resource);",
+                Some("policy_id_missing"),
+            ),
+            ("permit (principal", Some("orders.cedar:1:")),
+        ] {
+            std::fs::write(&policy, policy_text).unwrap();
+            let mut errors = Vec::new();
+            let code = run(&arguments, &mut out, &mut errors);
+            assert_eq!(code, ExitCode::from(EXIT_CONFIGURATION));
+            let errors = String::from_utf8(errors).unwrap();
+            assert!(errors.contains("unknown key `listenerz`"), "{errors}");
+            match says {
+                Some(says) => assert!(errors.contains(says), "{errors}"),
+                None => assert!(!errors.contains("orders.cedar"), "{errors}"),
+            }
+        }
     }
 
     const GOOD: &str = "{version: 1, listeners: [], credentials: [], destinations: []}";

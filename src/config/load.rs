@@ -16,6 +16,8 @@ use crate::diagnostics::{Diagnostic, Diagnostics, did_you_mean};
 pub struct Checked {
     /// The configuration, if nothing is wrong with it.
     pub config: Option<Config>,
+    /// Where its policies are, also where something is wrong with the rest.
+    pub policy_directory: Option<PathBuf>,
     /// Errors and warnings, in the order of files and places.
     pub diagnostics: Diagnostics,
     /// Every file and directory that was read or named, those of a wrong configuration too: where a
@@ -183,6 +185,9 @@ pub fn check(path: &Path) -> Checked {
     let config = convert::convert(&files, document, misfits, &mut watched, &mut diagnostics);
     diagnostics.sort();
     Checked {
+        policy_directory: config
+            .as_ref()
+            .map(|config| config.policy_directory.clone()),
         config: config.filter(|_| !diagnostics.has_errors()),
         diagnostics,
         files: watched,

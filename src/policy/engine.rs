@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -197,6 +198,16 @@ impl PolicyEngine {
     ) -> Result<(Self, Diagnostics), Diagnostics> {
         let files = source::read_directory(&config.policy_directory, &config.path)?;
         Self::from_files(config, declarations, &files)
+    }
+
+    /// What is wrong with the policies of a directory whatever is configured: syntax, annotations and ids. Nothing
+    /// where the directory cannot be read.
+    pub fn check_form(directory: &Path) -> Diagnostics {
+        let files = source::files_with_suffix(directory, ".cedar").unwrap_or_default();
+        let mut diagnostics = Diagnostics::new();
+        load::parse(&files, &mut diagnostics);
+        diagnostics.sort();
+        diagnostics
     }
 
     /// As [`load`](Self::load), with the policy files already read.

@@ -19,11 +19,7 @@ pub(super) fn check(
     files: &[PolicyFile],
 ) -> (Vec<ParsedPolicy>, Diagnostics) {
     let mut diagnostics = Diagnostics::new();
-    let mut policies = Vec::new();
-    for file in files {
-        diagnostics.add_source(&file.path, &file.text);
-        policies.extend(source::parse(file, &mut diagnostics));
-    }
+    let policies = parse(files, &mut diagnostics);
     if files.is_empty() {
         diagnostics.push(
             Diagnostic::warning(
@@ -37,7 +33,6 @@ pub(super) fn check(
             .next("write a policy; `policies/README.md` shows how"),
         );
     }
-    check_ids(&policies, &mut diagnostics);
     check_names(config, &policies, &mut diagnostics);
     check_groups(config, declarations, &mut diagnostics);
     check_existence(declarations, &policies, &mut diagnostics);
@@ -48,6 +43,17 @@ pub(super) fn check(
     lint::shared_clients(config, &policies, &mut diagnostics);
     diagnostics.sort();
     (policies, diagnostics)
+}
+
+/// Parses every policy, and reports what is wrong with it whatever is configured: syntax, annotations and ids.
+pub(super) fn parse(files: &[PolicyFile], diagnostics: &mut Diagnostics) -> Vec<ParsedPolicy> {
+    let mut policies = Vec::new();
+    for file in files {
+        diagnostics.add_source(&file.path, &file.text);
+        policies.extend(source::parse(file, diagnostics));
+    }
+    check_ids(&policies, diagnostics);
+    policies
 }
 
 fn check_ids(policies: &[ParsedPolicy], diagnostics: &mut Diagnostics) {
