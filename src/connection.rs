@@ -343,18 +343,13 @@ impl Renewed {
 
 /// What the caller is told when the kernel's evidence could not be had.
 pub fn evidence_refusal(error: &EvidenceError) -> Refusal {
-    let code = match error {
-        EvidenceError::CallerGone => RefusalCode::CallerGone,
-        EvidenceError::AmbiguousCaller => RefusalCode::CallerAmbiguous,
-        EvidenceError::CallerHidden { .. } => RefusalCode::CallerHidden,
-        EvidenceError::Unavailable(_) => RefusalCode::AttestationUnavailable,
-    };
-    let refusal = Refusal::new(code, error.to_string());
+    let refusal = |code| Refusal::new(code, error.to_string());
+    let of_the_agent = |code| refusal(code).with_internal(error.to_string());
     match error {
-        EvidenceError::CallerGone | EvidenceError::AmbiguousCaller => refusal,
-        EvidenceError::CallerHidden { .. } | EvidenceError::Unavailable(_) => {
-            refusal.with_internal(error.to_string())
-        }
+        EvidenceError::CallerGone => refusal(RefusalCode::CallerGone),
+        EvidenceError::AmbiguousCaller => refusal(RefusalCode::CallerAmbiguous),
+        EvidenceError::CallerHidden { .. } => of_the_agent(RefusalCode::CallerHidden),
+        EvidenceError::Unavailable(_) => of_the_agent(RefusalCode::AttestationUnavailable),
     }
 }
 

@@ -330,7 +330,7 @@ impl Exchange {
         });
     }
 
-    /// The refusal as a response.
+    /// The refusal as a response. Where nothing was decided it is kept, to be explained.
     pub fn refuse(&self, refusal: &Refusal, surface: Surface) -> Response<ResponseBody> {
         self.agent.metrics.refusal(refusal.code);
         let record = self.record.as_ref();

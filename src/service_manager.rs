@@ -29,8 +29,8 @@ const SOURCE: &str = "LISTEN_FDS";
 /// What the names of sockets that the agent has kept begin with.
 const KEPT: &str = "kept-";
 
-/// How long the service manager may take to read what it is told, in milliseconds.
-const READ_WITHIN: u16 = 5_000;
+/// How long the service manager may take to read what it is told.
+const READ_WITHIN_MILLISECONDS: u16 = 5_000;
 
 /// How much longer than its drain window the agent may take to end.
 const AFTER_THE_DRAIN: Duration = Duration::from_secs(10);
@@ -337,7 +337,7 @@ fn wait_until_read() -> io::Result<()> {
     sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[its.as_fd()])?;
     drop(its);
     let mut closed = [PollFd::new(ours.as_fd(), PollFlags::empty())];
-    match poll(&mut closed, READ_WITHIN)? {
+    match poll(&mut closed, READ_WITHIN_MILLISECONDS)? {
         0 => Err(io::ErrorKind::TimedOut.into()),
         _ => Ok(()),
     }

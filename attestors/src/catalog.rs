@@ -258,11 +258,9 @@ impl ConnectionAttestation {
     /// nothing of the caller.
     pub fn kernel_identity(&self) -> Option<IsolationKey> {
         let process = self.peer.process()?;
-        let stated = self.kernel.isolation_key();
-        Some(match stated.is_unknown() {
-            true => IsolationKey::of_user(process.uid()),
-            false => stated.clone(),
-        })
+        let stated = self.kernel.facts().kernel_identity();
+        let identity = stated.unwrap_or_else(|| format!("uid {}", process.uid()));
+        Some(IsolationKey(identity.into()))
     }
 
     /// Checks that the process at the other end lives and runs what was attested.

@@ -69,11 +69,11 @@ impl WorkloadFacts {
             .or_else(container)
             .or_else(unit)
             .or_else(user)
-            .unwrap_or_else(|| UNKNOWN.to_owned())
+            .unwrap_or_else(|| "unknown".to_owned())
     }
 
-    /// What connections and tokens of a workload with these facts are never shared across.
-    pub fn isolation_key(&self) -> IsolationKey {
+    /// Whom the kernel shows: container, unit and uid, or uid; `None` where no attestor states any of them.
+    pub(crate) fn kernel_identity(&self) -> Option<String> {
         let text = |group: &str, name: &str| Some(self.attribute(group, name)?.to_string());
         let container = || Some(format!("container {}", text("container", "id")?));
         // Not the unit of a user's manager: its processes go from one to another as they like.
@@ -83,10 +83,15 @@ impl WorkloadFacts {
             Some(format!("unit {unit} uid {uid}"))
         };
         let user = || Some(format!("uid {}", text("unix", "uid")?));
-        let mut key = container()
-            .or_else(unit)
-            .or_else(user)
-            .unwrap_or_else(|| UNKNOWN.to_owned());
+        container().or_else(unit).or_else(user)
+    }
+
+    /// What connections and tokens of a workload with these facts are never shared across.
+    pub fn isolation_key(&self) -> IsolationKey {
+        let text = |group: &str, name: &str| Some(self.attribute(group, name)?.to_string());
+        let mut key = self
+            .kernel_identity()
+            .unwrap_or_else(|| "unknown".to_owned());
         for group in self
             .groups
             .keys()
@@ -104,9 +109,6 @@ impl WorkloadFacts {
         IsolationKey(Arc::from(key))
     }
 }
-
-/// Whom no attestor names.
-const UNKNOWN: &str = "unknown";
 
 /// The groups that kernel attestors state; any other is an issuer's configured name.
 pub(crate) const KERNEL_GROUPS: [&str; 3] = ["container", "systemd", "unix"];
@@ -157,18 +159,6 @@ impl Generation {
 /// What connections and tokens are never shared across: container, unit and uid, issuer and subject, or uid; never a pid.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct IsolationKey(pub Arc<str>);
-
-impl IsolationKey {
-    /// That of a user, by the effective user id.
-    pub(crate) fn of_user(uid: u32) -> Self {
-        Self(format!("uid {uid}").into())
-    }
-
-    /// Whether the facts that it is of name nobody.
-    pub(crate) fn is_unknown(&self) -> bool {
-        *self.0 == *UNKNOWN
-    }
-}
 
 /// A workload whose evidence held at the last liveness check. Only attestation makes one:
 ///

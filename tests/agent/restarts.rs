@@ -690,7 +690,7 @@ async fn a_socket_that_is_handed_over_twice_is_taken_once() {
     agent.says("READY=1").await;
     let proxy = proxy_address(&world).await;
     good(&world, proxy).await;
-    // Under its new name the listener's socket is stored, beside the socket unit's.
+    // Once renamed, the listener's socket is stored, beside the socket unit's.
     let configuration = std::fs::read_to_string(world.path("countersign.yaml")).unwrap();
     world.write(
         "countersign.yaml",

@@ -16,6 +16,7 @@ mod tests;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, sockopt};
@@ -35,11 +36,19 @@ use crate::workload::AttestationEnded;
 #[derive(Debug)]
 pub(crate) struct Peer {
     /// Never empty. More than one only where all attest the same.
-    processes: Vec<Process>,
+    processes: Vec<Held>,
     /// The socket that each of several holds.
     inode: Option<u32>,
     /// In the words of [`crate::workload::WorkloadFacts::evidence`].
     words: Vec<&'static str>,
+}
+
+/// A process that held the connection when it was found.
+#[derive(Debug)]
+struct Held {
+    by: Process,
+    /// Set once an exec was seen to have closed it.
+    is_closed: AtomicBool,
 }
 
 impl Peer {
@@ -125,8 +134,12 @@ impl Peer {
         if !processes.iter().all(Process::exec_is_seen) {
             words.push("weaker:exec_unseen");
         }
+        let hold = |by| Held {
+            by,
+            is_closed: AtomicBool::new(false),
+        };
         Self {
-            processes,
+            processes: processes.into_iter().map(hold).collect(),
             inode,
             words,
         }
@@ -134,13 +147,14 @@ impl Peer {
 
     /// One that lives, where any does.
     pub(crate) fn process(&self) -> Option<&Process> {
-        match &*self.processes {
+        let held = match &*self.processes {
             [only] => Some(only),
             several => several
                 .iter()
-                .find(|process| process.check_liveness().is_ok())
+                .find(|held| held.by.check_liveness().is_ok())
                 .or(several.first()),
-        }
+        };
+        held.map(|held| &held.by)
     }
 
     pub(crate) fn words(&self) -> &[&'static str] {
@@ -151,15 +165,26 @@ impl Peer {
     /// holders does not, nor an exec that closed its socket: a child holds what its parent does until then.
     pub(crate) fn check_liveness(&self) -> Result<(), AttestationEnded> {
         let mut outcome = Err(AttestationEnded::Exited);
-        for process in &self.processes {
-            match (process.check_liveness(), self.inode) {
-                (Ok(()), _) => outcome = Ok(()),
-                (Err(AttestationEnded::Exited), _) => {}
-                (Err(_), Some(inode)) if self.processes.len() > 1 && process.has_closed(inode) => {}
-                (Err(ended), _) => return Err(ended),
+        let are_several = self.processes.len() > 1;
+        for held in &self.processes {
+            match held.by.check_liveness() {
+                Ok(()) => outcome = Ok(()),
+                Err(AttestationEnded::Exited) => {}
+                Err(_) if are_several && held.is_closed(self.inode) => {}
+                Err(ended) => return Err(ended),
             }
         }
         outcome
+    }
+}
+
+impl Held {
+    /// Whether the process, which has executed another program, was seen to hold the socket no longer.
+    fn is_closed(&self, inode: Option<u32>) -> bool {
+        let is_closed = self.is_closed.load(Ordering::Relaxed)
+            || inode.is_some_and(|inode| self.by.has_closed(inode));
+        self.is_closed.store(is_closed, Ordering::Relaxed);
+        is_closed
     }
 }
 
