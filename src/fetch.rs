@@ -795,9 +795,12 @@ mod tests {
         let ca_file = directory.path().join("ca.pem");
         let runtime = one_thread();
         runtime.block_on(async {
-            let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
-            let address = listener.local_addr().unwrap();
-            drop(listener);
+            // It is bound, and does not listen.
+            let refusing = tokio::net::TcpSocket::new_v4().unwrap();
+            refusing
+                .bind(SocketAddr::from(([127, 0, 0, 1], 0)))
+                .unwrap();
+            let address = refusing.local_addr().unwrap();
             let url = Url::parse(&format!("https://{address}/")).unwrap();
             let client = client(&url, ca_file.clone(), &runtime);
             let failure = async || client.get(&url, DOCUMENT_TIMEOUT).await.unwrap_err().kind;

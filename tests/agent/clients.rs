@@ -10,13 +10,13 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 
 use crate::support::counts::reached;
 use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World, assert_issued, audit_lines};
-use crate::support::{eventually, has_program};
+use crate::support::{eventually, has_program, hold_port};
 
 const ORDERS: &str = "https://orders.example.test/v1/orders";
 const ADDED: &str = "https://origin.example.test/v1/orders";
@@ -206,11 +206,9 @@ async fn start_clients(proxy: &str, root: &Path, directory: &Path) -> Vec<Busy> 
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_outlive_the_agent() {
     let world = World::servers().await;
-    // The port stays the same over restarts: it is chosen here, and held without listening.
-    let port = TcpSocket::new_v4().unwrap();
-    port.set_reuseaddr(true).unwrap();
-    port.bind("127.0.0.1:0".parse().unwrap()).unwrap();
-    let address = port.local_addr().unwrap().to_string();
+    // The port stays the same over restarts.
+    let (_port, address) = hold_port(0).unwrap();
+    let address = address.to_string();
     let common = COMMON.replacen("127.0.0.1:0", &address, 1);
     let configuration = world.fill(&format!("{common}{DESTINATIONS}"));
     let with_another_host = world.fill(&format!("{common}{DESTINATIONS}{ADDED_DESTINATION}"));

@@ -12,8 +12,8 @@ use opentelemetry_proto::tonic::trace::v1::status::StatusCode;
 
 use crate::support::collector::{Collector, Manner, attribute};
 use crate::support::counts::reached;
-use crate::support::eventually;
 use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World};
+use crate::support::{eventually, hold_port};
 
 const PLAIN: &str = "http://plain.example.test/v1/orders";
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
@@ -282,11 +282,8 @@ async fn a_refusal_has_its_code() {
 async fn a_token_request_that_failed_is_a_span_of_the_request_that_led_it() {
     let collector = Collector::start(None, Manner::Takes).await;
     let mut world = World::servers().await;
-    let gone = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    world
-        .origins
-        .push(("auth".to_owned(), gone.local_addr().unwrap()));
-    drop(gone);
+    let (_held, refusing) = hold_port(0).unwrap();
+    world.origins.push(("auth".to_owned(), refusing));
     let endpoint = format!("endpoint: \"http://{}/\"", collector.address);
     let configuration = format!("{COMMON}{}{DESTINATIONS}", traces(&endpoint));
     world.start_agent(&configuration, POLICIES).await;
@@ -343,9 +340,8 @@ async fn requests_are_served_while_no_collector_takes_spans() {
         assert_eq!(counted(&world, counter), dropped, "{manner:?}");
     }
     let mut world = World::servers().await;
-    let gone = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let endpoint = format!("endpoint: \"http://{}\"", gone.local_addr().unwrap());
-    drop(gone);
+    let (_held, refusing) = hold_port(0).unwrap();
+    let endpoint = format!("endpoint: \"http://{refusing}\"");
     let configuration = format!("{COMMON}{}{DESTINATIONS}", traces(&endpoint));
     world.start_agent(&configuration, POLICIES).await;
     world.curl(&[PLAIN]).await.expect(200);

@@ -12,6 +12,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use crate::support::clock::MovedClock;
 use crate::support::counts::reached;
 use crate::support::gate::Gate;
+use crate::support::hold_port;
 use crate::support::name_server::{Addresses, with_name_server};
 use crate::support::origin::Origin;
 use crate::support::puppet::Puppet;
@@ -87,14 +88,6 @@ const ROWS: &[Row] = &[
     row("http://wordy.example.test", 502, "upstream_protocol", 1),
 ];
 
-/// A port at which nothing listens, and which nobody else gets.
-fn refusing() -> (TcpSocket, SocketAddr) {
-    let socket = TcpSocket::new_v4().unwrap();
-    socket.bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
-    let address = socket.local_addr().unwrap();
-    (socket, address)
-}
-
 /// A port whose queue of connections is full, so that no further one is answered; with those in it.
 async fn full() -> (TcpListener, Vec<TcpStream>, SocketAddr) {
     let socket = TcpSocket::new_v4().unwrap();
@@ -131,7 +124,7 @@ async fn a_destination_in_trouble_is_told_by_its_code() {
         })
     };
     let (_listener, _waiting, full) = full().await;
-    let (_reserved, refusing) = refusing();
+    let (_reserved, refusing) = hold_port(0).unwrap();
     // The kernel completes the connection; nobody reads what is sent on it.
     let mute = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let origins = [

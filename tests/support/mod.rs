@@ -32,8 +32,11 @@ pub mod strict_origin;
 pub mod world;
 
 use std::future::Future;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
+
+use tokio::net::TcpSocket;
 
 /// Another user than the one that runs the tests, and not the one that owns anything: `nobody`.
 pub const NOBODY: u32 = 65534;
@@ -86,6 +89,19 @@ pub fn has_program(test: &str, program: &str) -> bool {
         passed_over(test, program);
     }
     found
+}
+
+/// Holds a port of 127.0.0.1, any that is free for 0, without listening: who connects is refused, who asks
+/// for any port gets another, and who names this one may listen on it.
+///
+/// # Errors
+/// Somebody listens on it.
+pub fn hold_port(port: u16) -> std::io::Result<(TcpSocket, SocketAddr)> {
+    let socket = TcpSocket::new_v4()?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(SocketAddr::from(([127, 0, 0, 1], port)))?;
+    let address = socket.local_addr()?;
+    Ok((socket, address))
 }
 
 /// Asks until `probe` answers, at most `limit`.

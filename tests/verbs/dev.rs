@@ -8,11 +8,12 @@ use countersign::jwt::{SigningKey, numeric_date, unique_id};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::net::TcpSocket;
 use tokio::process::{Child, ChildStdout};
 
 use crate::program::{Finished, User, send};
 use crate::support::counts::reached;
-use crate::support::eventually;
+use crate::support::{eventually, hold_port};
 
 const API: &str = "https://orders.countersign.test";
 const AUTHORIZATION_SERVER: &str = "https://auth.countersign.test";
@@ -263,6 +264,18 @@ async fn the_api_of_dev_wants_its_own_issuers_token() {
     dev.interrupt().await;
 }
 
+/// Holds the ports that a configuration names as soon as they are free.
+async fn hold_ports(configuration: &str) -> Vec<TcpSocket> {
+    let mut held = Vec::new();
+    for named in configuration.split("\"127.0.0.1:").skip(1) {
+        let (port, _) = named.split_once('"').unwrap();
+        let port = port.parse().unwrap();
+        let free = eventually(Duration::from_secs(30), || async { hold_port(port).ok() });
+        held.push(free.await.0);
+    }
+    held
+}
+
 /// `exp` of a JWT, unverified.
 fn expiry(token: &str) -> u64 {
     use base64::Engine;
@@ -282,10 +295,9 @@ async fn the_configuration_that_dev_leaves_is_taken_by_run_as_it_is() {
     let injected = dev.said("1 injected").to_owned();
     let keep = dev.said("Keep it:").to_owned();
     user.sh(&injected).await.expect(0);
-    dev.interrupt().await;
-
     let path = user.path("countersign-dev/countersign.yaml");
     let kept = std::fs::read_to_string(&path).unwrap();
+    let (_held, ()) = tokio::join!(hold_ports(&kept), dev.interrupt());
     user.run(&["validate", "--config", path.to_str().unwrap()])
         .await
         .expect(0);

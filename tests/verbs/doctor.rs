@@ -20,7 +20,7 @@ use crate::program::{Finished, User, finish};
 use crate::support::counts::reached;
 use crate::support::faulty_authorization_server::{Fault, FaultyAuthorizationServer};
 use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World};
-use crate::support::{eventually, is_root, unprivileged};
+use crate::support::{eventually, hold_port, is_root, unprivileged};
 
 /// What each test induces; together every code that is documented.
 const IN_FILES: &[&str] = &[
@@ -461,8 +461,9 @@ async fn places(patient: &mut Patient) {
         .await;
 
     // An address in use is no fault of an agent that runs.
-    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-    let (free, used) = ("127.0.0.1:0", taken.local_addr().unwrap().to_string());
+    let (_held, address) = hold_port(0).unwrap();
+    let taken = TcpListener::bind(address).unwrap();
+    let (free, used) = ("127.0.0.1:0", address.to_string());
     let config = patient.variant(free, &used);
     finish(patient.command(&config, &[])).await.expect(0);
     let text = std::fs::read_to_string(&config).unwrap();

@@ -14,7 +14,7 @@ use crate::support::counts::reached;
 use crate::support::origin::Origin;
 use crate::support::repetitions::repetitions;
 use crate::support::world::{COMMON, DESTINATIONS, World};
-use crate::support::{has_program, is_root};
+use crate::support::{has_program, hold_port, is_root};
 
 /// How many numbers a node has, the 300 that the kernel reserves included.
 const PID_MAX: usize = 600;
@@ -84,9 +84,7 @@ async fn nobody_is_taken_for_another_who_had_or_got_the_number() {
     let answer = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
     let origin = Origin::start(None, |_| vec![answer.to_owned()]).await;
     world.origins.push(("plain".to_owned(), origin.address));
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let proxy = port.local_addr().unwrap();
-    drop(port);
+    let (_port, proxy) = hold_port(0).unwrap();
     let common = COMMON
         .replacen("127.0.0.1:0", &proxy.to_string(), 1)
         .replace("path: audit.jsonl", "path: audit.jsonl, rotate_size: 1GiB");

@@ -205,11 +205,11 @@ async fn an_issuer_that_does_not_answer_holds_nobody_up_for_long() {
 
 #[tokio::test]
 async fn a_server_that_is_not_there_could_not_run() {
-    let nobody = {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        listener.local_addr().unwrap()
-    };
-    let fetch = Arc::new(LoopbackFetch { address: nobody });
+    // It is bound, and does not listen.
+    let nobody = tokio::net::TcpSocket::new_v4().unwrap();
+    nobody.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = nobody.local_addr().unwrap();
+    let fetch = Arc::new(LoopbackFetch { address });
     let attestor = OidcAttestor::new(settings(), fetch, Arc::new(TestClock::default())).unwrap();
     assert_eq!(
         kind(&attest(&attestor, &good_token()).await),
