@@ -9,7 +9,9 @@ use serde_json::Value;
 use crate::support::client::Client;
 use crate::support::counts::reached;
 use crate::support::origin::Origin;
-use crate::support::puppet::{ARGUMENTS, Departure, Puppet, connect_send_exit, depart, program};
+use crate::support::puppet::{
+    ARGUMENTS, Departure, Puppet, connect_send_exit, copy_program, depart, program,
+};
 use crate::support::raw::exchange;
 use crate::support::world::{COMMON, World};
 use crate::support::{NOBODY, has_user_namespaces, is_root, unprivileged};
@@ -228,15 +230,10 @@ async fn a_file_mounted_over_a_permitted_one_is_not_taken_for_it() {
     }
     let mut world = World::servers().await;
     let permitted = world.path("permitted");
-    std::fs::copy(program(), &permitted).unwrap();
+    copy_program(program(), &permitted, "");
     // Another program, which happens to do the same.
     let other = world.path("other");
-    std::fs::copy(program(), &other).unwrap();
-    std::io::Write::write_all(
-        &mut std::fs::File::options().append(true).open(&other).unwrap(),
-        b"other",
-    )
-    .unwrap();
+    copy_program(program(), &other, "other");
     let (permitted, other) = (permitted.display().to_string(), other.display().to_string());
     let policies = format!(
         r#"

@@ -39,8 +39,18 @@ pub fn reachable(built: PathBuf, name: &str) -> PathBuf {
         return built;
     }
     let copy = std::env::temp_dir().join(format!("countersign-{name}-{}", std::process::id()));
-    std::fs::copy(built, &copy).unwrap();
+    copy_program(&built, &copy, "");
     copy
+}
+
+/// Copies a program that is executed next, with `end` behind it, by another process: what this one has open
+/// for writing is open, too, in every child that another test is starting, and can't be executed
+/// meanwhile (ETXTBSY, execve(2)).
+pub fn copy_program(from: &Path, to: &Path, end: &str) {
+    const COPY: &str = r#"install -m 755 "$1" "$2" && printf %s "$3" >> "$2""#;
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", COPY, "sh"]).args([from, to]).arg(end);
+    assert!(shell.status().unwrap().success());
 }
 
 /// The arguments that make the test binary a puppet.

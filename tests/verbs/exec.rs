@@ -1,6 +1,5 @@
 //! `countersign exec` against an agent that runs: what the command is given, and how it ends.
 
-use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -11,6 +10,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use crate::program::{User, finish, send};
 use crate::support::counts::reached;
 use crate::support::has_program;
+use crate::support::puppet::copy_program;
 use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World, assert_issued};
 
 const API: &str = "https://orders.example.test/v1/orders";
@@ -179,13 +179,14 @@ async fn a_runtime_that_would_go_direct_is_not_started() {
             "#!/bin/sh\n[ \"$1\" = --version ] && echo {version} && exit 0\ntouch {}\n",
             running.user.path("ran").display()
         );
+        let written = running.user.write("bin/written", &content);
         for name in ["bin/node", "bin/nodejs"] {
-            let path = running.user.write(name, &content);
-            std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
+            copy_program(&written, &running.user.path(name), "");
         }
     };
-    let tool = running.user.write("tool", "#!/usr/bin/env node\n");
-    std::fs::set_permissions(&tool, PermissionsExt::from_mode(0o755)).unwrap();
+    let written = running.user.write("written", "#!/usr/bin/env node\n");
+    let tool = running.user.path("tool");
+    copy_program(&written, &tool, "");
     let ran = || std::fs::remove_file(running.user.path("ran")).is_ok();
     let path = format!(
         "{}:{}",

@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 
 use crate::support::agent::Agent;
 use crate::support::counts::reached;
-use crate::support::puppet::{ARGUMENTS, Puppet, program};
+use crate::support::puppet::{ARGUMENTS, Puppet, copy_program, program};
 use crate::support::raw::exchange;
 use crate::support::world::DESTINATIONS;
 use crate::support::{NOBODY, has_program, is_root};
@@ -83,7 +83,7 @@ async fn t01_a_process_that_got_the_number_of_one_that_is_gone_is_not_taken_for_
     let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     std::fs::set_permissions(directory.path(), mode).unwrap();
     let permitted = directory.path().join("permitted");
-    std::fs::copy(program(), &permitted).unwrap();
+    copy_program(program(), &permitted, "");
     let permitted = permitted.to_str().unwrap();
     let policies = POLICIES.replace("{permitted}", permitted);
     let agent = Agent::start(None, DESTINATIONS, &policies).await;

@@ -6,7 +6,7 @@ use tokio::process::Command;
 
 use crate::cgroups::Cgroups;
 use crate::support::counts::reached;
-use crate::support::puppet::{ARGUMENTS, Departure, Puppet, depart, program};
+use crate::support::puppet::{ARGUMENTS, Departure, Puppet, copy_program, depart, program};
 use crate::support::raw::exchange;
 use crate::support::world::{COMMON, DESTINATIONS, World};
 use crate::support::{NOBODY, has_program, has_user_namespaces, is_root};
@@ -60,12 +60,7 @@ async fn t02_neither_an_exec_nor_a_forged_path_or_cgroup_makes_a_caller_another(
         .start_agent(&format!("{common}{DESTINATIONS}"), &policies)
         .await;
     let other = world.path("other");
-    std::fs::copy(program, &other).unwrap();
-    std::io::Write::write_all(
-        &mut std::fs::File::options().append(true).open(&other).unwrap(),
-        b"other",
-    )
-    .unwrap();
+    copy_program(program.as_ref(), &other, "other");
     let (other, arguments) = (other.to_str().unwrap(), ARGUMENTS.join(" "));
     let mounted = format!(
         "exec unshare -Urm sh -c 'mount --bind {other} {program} && exec {program} {arguments}'"
