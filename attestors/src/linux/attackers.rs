@@ -1044,6 +1044,11 @@ fn a_descriptor_that_was_passed_on_leaves_its_maker_nothing_to_be_taken_for() {
         fs::read_link(format!("/proc/{}/exe", holder.child.id()))
             .is_ok_and(|exe| !exe.starts_with("/proc") && exe.ends_with("sleep"))
     });
+    // What another test was starting meanwhile has the socket as well, until it executes.
+    wait_until("nobody else holds the socket", || {
+        let evidence = holder.connection.evidence();
+        !matches!(evidence, Err(EvidenceError::AmbiguousCaller))
+    });
     let evidence = holder.connection.evidence().unwrap();
     assert_eq!(evidence.process().unwrap().pid(), holder.child.id());
 }
