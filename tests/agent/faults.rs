@@ -336,8 +336,8 @@ async fn a_certificate_that_expired_is_named_and_a_new_authority_counts_within_a
 async fn a_slow_authorization_server_delays_nobody_else() {
     const WAITING: usize = 50;
     const REQUESTS: usize = 200;
-    const TIMEOUT: Duration = Duration::from_secs(6);
-    let (world, faulty) = start("6s").await;
+    const TIMEOUT: Duration = Duration::from_secs(12);
+    let (world, faulty) = start("12s").await;
     world.good().await;
     let puppet = Puppet::start(&world.address("proxy").to_string(), None).await;
     let mut served = Client::http1(&puppet).await;

@@ -125,7 +125,7 @@ async fn impatient(head: Duration) -> World {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_says_nothing_is_closed() {
-    const HEAD: Duration = Duration::from_secs(2);
+    const HEAD: Duration = Duration::from_secs(5);
     let world = impatient(HEAD).await;
     let seen = world.plain_api.seen().len();
     let proxy = world.target("proxy");
@@ -259,7 +259,7 @@ async fn one_identity_does_not_take_the_places_of_others() {
 /// Whoever asks only what is refused before the caller is attested has no more time than who asks nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_is_not_attested_keeps_no_connection() {
-    let world = impatient(Duration::from_secs(2)).await;
+    let world = impatient(Duration::from_secs(5)).await;
     let proxy = TcpStream::connect(world.target("proxy")).await.unwrap();
     let (mut sender, ended) = http2(proxy).await;
     let trace = asked(Method::TRACE, "http://plain.example.test/v1/orders");

@@ -39,7 +39,7 @@ async fn a_reload_moves_listeners_and_changes_who_may_connect() {
     let mut io = UnixStream::connect(path("moved.sock")).await.unwrap();
     exchange(&mut io, TO_GATEWAY).await.expect(200);
     // Its acceptor ends a moment later, and its socket with it.
-    eventually(Duration::from_secs(5), || async {
+    eventually(Duration::from_secs(30), || async {
         (!path("gateway.sock").exists()).then_some(())
     })
     .await;
