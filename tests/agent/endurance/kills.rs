@@ -211,7 +211,14 @@ async fn an_audit_is_whole_or_repaired_after_a_sigkill_in_the_middle_of_writing(
             .collect();
         assert!(
             lost.iter()
-                .all(|(request, _)| !records.requests.contains(request))
+                .all(|(request, _)| !records.requests.contains(request)),
+            "round {round}: of {} answers {} are recorded; the first {} are, the next is not",
+            answered.len(),
+            answered
+                .iter()
+                .filter(|(request, _)| records.requests.contains(request))
+                .count(),
+            answered.len() - lost.len(),
         );
         if let Some((_, first)) = lost.first() {
             // What was answered is read a moment later, and may be after the kill.
