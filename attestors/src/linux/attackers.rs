@@ -972,46 +972,47 @@ fn wait_until_it_sleeps(pid: u32) {
 }
 
 #[test]
-fn an_exec_of_one_of_several_holders_counts_where_it_keeps_the_socket() {
-    let node = Node::new();
-    for (redirection, expected) in [("3>&-", Ok(())), ("", Err(AttestationEnded::Executed))] {
-        let script = format!("read -r -n1 -u3; exec sleep 20 {redirection}");
-        let (mut caller, child) = call_with_child(&node, &script);
-        let evidence = caller.connection.evidence().unwrap();
-        assert_eq!(evidence.check_liveness(), Ok(()));
-        caller.connection.send();
-        wait_until_it_sleeps(child);
-        std::thread::sleep(Duration::from_millis(2));
-        assert_eq!(evidence.check_liveness(), expected);
-        if expected.is_ok() {
-            assert_eq!(evidence.process().unwrap().pid(), caller.child.id());
-        }
-        kill(child);
-    }
-}
-
-#[test]
 fn who_shares_its_socket_for_a_moment_only_is_served() {
     let node = Node::new();
-    // A pause of this machine can be longer than what is waited for.
-    let served = (0..30).filter(|_| {
-        let (caller, child) = call_with_child(&node, "exec sleep 20");
-        wait_until_it_sleeps(child);
-        let shared = caller.connection.evidence().unwrap_err();
-        assert_eq!(shared.code(), "caller_ambiguous");
-        let begins = std::sync::Barrier::new(2);
-        std::thread::scope(|scope| {
-            let looked = scope.spawn(|| {
+    // Another program, and one that is alike until it executes.
+    for (script, is_alike) in [
+        ("exec sleep 20", false),
+        ("read -r -n1 -u3; exec sleep 20 3>&-", true),
+    ] {
+        // A pause of this machine can be longer than what is waited for.
+        let served = (0..30).filter(|_| {
+            let (caller, child) = call_with_child(&node, script);
+            if !is_alike {
+                wait_until_it_sleeps(child);
+                let shared = caller.connection.evidence().unwrap_err();
+                assert_eq!(shared.code(), "caller_ambiguous");
+            }
+            let Connection::Tcp(stream) = &caller.connection else {
+                panic!("it is on TCP");
+            };
+            let begins = std::sync::Barrier::new(2);
+            let looked = std::thread::scope(|scope| {
+                let looked = scope.spawn(|| {
+                    begins.wait();
+                    caller.connection.evidence()
+                });
                 begins.wait();
-                caller.connection.evidence()
+                std::thread::sleep(Duration::from_millis(3));
+                match is_alike {
+                    true => (&*stream).write_all(b"x").unwrap(),
+                    false => kill(child),
+                }
+                looked.join().unwrap()
             });
-            begins.wait();
-            std::thread::sleep(Duration::from_millis(3));
-            kill(child);
-            looked.join().unwrap().is_ok()
-        })
-    });
-    assert_eq!(served.take(3).count(), 3);
+            if is_alike {
+                wait_until_it_sleeps(child);
+                kill(child);
+            }
+            std::thread::sleep(Duration::from_millis(2));
+            looked.is_ok_and(|evidence| evidence.check_liveness().is_ok())
+        });
+        assert_eq!(served.take(3).count(), 3, "{script}");
+    }
 }
 
 fn kill(pid: u32) {

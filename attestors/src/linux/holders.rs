@@ -20,7 +20,7 @@ use super::socket_diagnostics::TcpSocket;
 use crate::evidence::EvidenceError;
 use crate::observers::{self, MOST_WAITING, Turn};
 
-/// Between one look at holders that do not seem alike and the next: doubled each time, 15 ms in all.
+/// Between one look at several holders and the next: doubled each time, 15 ms in all.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(8);
 
@@ -71,22 +71,16 @@ enum Told {
 }
 
 /// Every process that holds the socket, where all attest alike. A child that is being started holds what its
-/// parent does until it executes: of several that do not seem alike it is seen whether they stay.
+/// parent does until it executes: of several it is seen whether they stay.
 pub(super) async fn of_socket(socket: &TcpSocket) -> Result<Vec<Process>, EvidenceError> {
     let mut pause = SHORTEST_PAUSE;
-    loop {
-        let processes = look_for(socket).await?;
-        let are_several = processes.len() > 1;
-        match one_workload(processes, socket).await {
-            Err(EvidenceError::AmbiguousCaller | EvidenceError::CallerGone)
-                if are_several && pause <= LONGEST_PAUSE =>
-            {
-                std::thread::sleep(pause);
-                pause *= 2;
-            }
-            found => return found,
-        }
+    let mut processes = look_for(socket).await?;
+    while processes.len() > 1 && pause <= LONGEST_PAUSE {
+        std::thread::sleep(pause);
+        pause *= 2;
+        processes = look_for(socket).await?;
     }
+    one_workload(processes, socket).await
 }
 
 /// The processes that hold the socket: first looked for where it was made, then everywhere.

@@ -16,7 +16,6 @@ mod tests;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, sockopt};
@@ -36,19 +35,9 @@ use crate::workload::AttestationEnded;
 #[derive(Debug)]
 pub(crate) struct Peer {
     /// Never empty. More than one only where all attest the same.
-    processes: Vec<Held>,
-    /// The socket that each of several holds.
-    inode: Option<u32>,
+    processes: Vec<Process>,
     /// In the words of [`crate::workload::WorkloadFacts::evidence`].
     words: Vec<&'static str>,
-}
-
-/// A process that held the connection when it was found.
-#[derive(Debug)]
-struct Held {
-    by: Process,
-    /// Set once an exec was seen to have closed it.
-    is_closed: AtomicBool,
 }
 
 impl Peer {
@@ -94,7 +83,7 @@ impl Peer {
             Ok(true) => {}
             Ok(false) => return Err(EvidenceError::CallerGone),
             Err(error) if process::gone(&error) => return Err(EvidenceError::CallerGone),
-            Err(error) => return Err(EvidenceError::from(error).of_user(connected.uid)),
+            Err(error) => return Err(error.into()),
         }
         process
             .check_liveness()
@@ -126,65 +115,36 @@ impl Peer {
         // may be somebody else's by now. While this connection lives nobody else connects from there.
         peer_of(stream)?;
         let processes = processes.map_err(|error| error.of_user(socket.uid))?;
-        let words = vec!["sock_diag", "pidfd"];
-        Ok(Some(Self::new(processes, Some(socket.inode), words)))
+        Ok(Some(Self::new(processes, vec!["sock_diag", "pidfd"])))
     }
 
-    fn new(processes: Vec<Process>, inode: Option<u32>, mut words: Vec<&'static str>) -> Self {
+    fn new(processes: Vec<Process>, mut words: Vec<&'static str>) -> Self {
         if !processes.iter().all(Process::exec_is_seen) {
             words.push("weaker:exec_unseen");
         }
-        let hold = |by| Held {
-            by,
-            is_closed: AtomicBool::new(false),
-        };
-        Self {
-            processes: processes.into_iter().map(hold).collect(),
-            inode,
-            words,
-        }
+        Self { processes, words }
     }
 
-    /// One that lives, where any does.
     pub(crate) fn process(&self) -> Option<&Process> {
-        let held = match &*self.processes {
-            [only] => Some(only),
-            several => several
-                .iter()
-                .find(|held| held.by.check_liveness().is_ok())
-                .or(several.first()),
-        };
-        held.map(|held| &held.by)
+        self.processes.first()
     }
 
     pub(crate) fn words(&self) -> &[&'static str] {
         &self.words
     }
 
-    /// An exec ends the attestation where the new program holds the socket too. The exit of one of several
-    /// holders does not, nor an exec that closed its socket: a child holds what its parent does until then.
+    /// An exec of any holder ends the attestation: the new program holds the socket too. The exit of
+    /// one of several does not.
     pub(crate) fn check_liveness(&self) -> Result<(), AttestationEnded> {
         let mut outcome = Err(AttestationEnded::Exited);
-        let are_several = self.processes.len() > 1;
-        for held in &self.processes {
-            match held.by.check_liveness() {
+        for process in &self.processes {
+            match process.check_liveness() {
                 Ok(()) => outcome = Ok(()),
                 Err(AttestationEnded::Exited) => {}
-                Err(_) if are_several && held.is_closed(self.inode) => {}
                 Err(ended) => return Err(ended),
             }
         }
         outcome
-    }
-}
-
-impl Held {
-    /// Whether the process, which has executed another program, was seen to hold the socket no longer.
-    fn is_closed(&self, inode: Option<u32>) -> bool {
-        let is_closed = self.is_closed.load(Ordering::Relaxed)
-            || inode.is_some_and(|inode| self.by.has_closed(inode));
-        self.is_closed.store(is_closed, Ordering::Relaxed);
-        is_closed
     }
 }
 
@@ -223,6 +183,6 @@ impl Connected {
         if self.uid != process.uid() {
             return Err(EvidenceError::AmbiguousCaller);
         }
-        Ok(Peer::new(vec![process], None, words))
+        Ok(Peer::new(vec![process], words))
     }
 }

@@ -13,7 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::time::{TimeSpec, TimeValLike};
 use nix::time::{ClockId, clock_gettime};
 
-use super::{Held, Process, find_socket, gone, kernel, open_file, read_whole};
+use super::{Held, Process, gone, kernel, open_file, read_whole};
 use crate::observers;
 use crate::workload::AttestationEnded;
 
@@ -67,26 +67,6 @@ impl Process {
         }
         held.last_check.store(now.0, Ordering::Relaxed);
         Ok(())
-    }
-
-    /// Whether this process, which has executed another program, was seen not to hold the socket with `inode`.
-    /// An exec closes what it closes after it has replaced the memory: that is waited for, for [`TOLD_WITHIN`].
-    pub(crate) fn has_closed(&self, inode: u32) -> bool {
-        let directory = Arc::clone(&self.held.directory);
-        let began = Moment::now();
-        let look = move || {
-            loop {
-                match find_socket(&directory, None, |_, held| held == inode) {
-                    Ok(false) => return true,
-                    Ok(true) if Moment::now().is_within(TOLD_WITHIN, began) => {
-                        std::thread::sleep(Duration::from_millis(1));
-                    }
-                    Ok(true) => return false,
-                    Err(error) => return gone(&error),
-                }
-            }
-        };
-        observers::ask_within(TOLD_WITHIN, look).unwrap_or(false)
     }
 
     /// Whether what was seen at `then` is of this caller, and `now` less than a millisecond old.
