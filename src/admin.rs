@@ -342,7 +342,8 @@ async fn bind_metrics(
     address: SocketAddr,
     manager: &mut ServiceManager,
 ) -> Result<MetricsListener, Diagnostic> {
-    let handed_over = match manager.take(METRICS, &Bind::Tcp(address))? {
+    let taken = manager.take(METRICS, &Bind::Tcp(address))?;
+    let handed_over = match taken.map(|handed_over| handed_over.socket) {
         Some(ListeningSocket::Tcp(socket)) => Some(socket),
         Some(ListeningSocket::Unix(..)) | None => None,
     };

@@ -50,9 +50,10 @@ pub struct ServiceManager {
 
 /// A socket that was handed over, listening.
 #[derive(Debug)]
-struct HandedOver {
+pub struct HandedOver {
     name: String,
-    socket: ListeningSocket,
+    /// The socket.
+    pub socket: ListeningSocket,
 }
 
 /// A listening socket of the standard library's.
@@ -118,15 +119,15 @@ impl ServiceManager {
     /// Gives up what an agent before this one had kept and no listener of `listeners` is bound to any more, so
     /// that it is in nobody's way.
     pub fn give_up_all_but(&mut self, listeners: &[Listener]) {
-        let is_wanted = |known: &str| {
-            !known.starts_with(KEPT)
+        let is_wanted = |known: &HandedOver| {
+            !known.is_kept()
                 || listeners
                     .iter()
-                    .any(|listener| kept_name(&listener.name, &listener.bind) == known)
+                    .any(|listener| kept_name(&listener.name, &listener.bind) == known.name)
         };
         let (wanted, unwanted): (Vec<_>, Vec<_>) = std::mem::take(&mut self.sockets)
             .into_iter()
-            .partition(|known| is_wanted(&known.name));
+            .partition(is_wanted);
         self.sockets = wanted;
         if unwanted.is_empty() {
             return;
@@ -149,7 +150,7 @@ impl ServiceManager {
     ///
     /// # Errors
     /// `handed_over_socket_unusable` where that socket is of the other kind (TCP, Unix), or its file is gone.
-    pub fn take(&mut self, name: &str, bind: &Bind) -> Result<Option<ListeningSocket>, Diagnostic> {
+    pub fn take(&mut self, name: &str, bind: &Bind) -> Result<Option<HandedOver>, Diagnostic> {
         let position = |is_it: &dyn Fn(&HandedOver) -> bool| self.sockets.iter().position(is_it);
         let kept = kept_name(name, bind);
         let Some(index) = position(&|known| known.name == kept)
@@ -158,41 +159,54 @@ impl ServiceManager {
         else {
             return Ok(None);
         };
-        let socket = self.sockets.swap_remove(index).socket;
+        let HandedOver {
+            name: handed_over_as,
+            socket,
+        } = self.sockets.swap_remove(index);
         self.sockets.retain(|known| !known.socket.is(&socket));
         let unusable = |message: String, next: &str| {
             Err(Diagnostic::error("handed_over_socket_unusable", SOURCE, message).next(next))
         };
-        match (socket, bind) {
+        let socket = match (socket, bind) {
             (ListeningSocket::Unix(socket, known), Bind::Unix(configured)) => {
                 // The agent moves the file of a socket that it binds; the kernel knows the name before.
                 match [&known, configured]
                     .into_iter()
                     .find(|path| is_socket(path))
                 {
-                    Some(path) => Ok(Some(ListeningSocket::Unix(socket, path.clone()))),
-                    None => unusable(
-                        format!(
-                            "the file of the socket handed over for `{name}` is gone, so that nobody can connect"
-                        ),
-                        "stop the service and start it again, which forgets the socket; keep its directory over restarts (`RuntimeDirectoryPreserve=yes`)",
-                    ),
+                    Some(path) => ListeningSocket::Unix(socket, path.clone()),
+                    None => {
+                        return unusable(
+                            format!(
+                                "the file of the socket handed over for `{name}` is gone, so that nobody can connect"
+                            ),
+                            "stop the service and start it again, which forgets the socket; keep its directory over restarts (`RuntimeDirectoryPreserve=yes`)",
+                        );
+                    }
                 }
             }
-            (socket @ ListeningSocket::Tcp(_), Bind::Tcp(_)) => Ok(Some(socket)),
-            (ListeningSocket::Tcp(_), Bind::Unix(_)) => unusable(
-                format!(
-                    "the socket handed over for `{name}` is TCP, and `{name}` is to be at `{bind}`"
-                ),
-                "change `bind`, or the name that the service manager gives the socket",
-            ),
-            (ListeningSocket::Unix(..), Bind::Tcp(_)) => unusable(
-                format!(
-                    "the socket handed over for `{name}` is a Unix socket, and `{name}` is to be at `{bind}`"
-                ),
-                "change `bind`, or the name that the service manager gives the socket",
-            ),
-        }
+            (socket @ ListeningSocket::Tcp(_), Bind::Tcp(_)) => socket,
+            (ListeningSocket::Tcp(_), Bind::Unix(_)) => {
+                return unusable(
+                    format!(
+                        "the socket handed over for `{name}` is TCP, and `{name}` is to be at `{bind}`"
+                    ),
+                    "change `bind`, or the name that the service manager gives the socket",
+                );
+            }
+            (ListeningSocket::Unix(..), Bind::Tcp(_)) => {
+                return unusable(
+                    format!(
+                        "the socket handed over for `{name}` is a Unix socket, and `{name}` is to be at `{bind}`"
+                    ),
+                    "change `bind`, or the name that the service manager gives the socket",
+                );
+            }
+        };
+        Ok(Some(HandedOver {
+            name: handed_over_as,
+            socket,
+        }))
     }
 
     /// Refuses what nobody took: callers would wait there for ever.
@@ -279,6 +293,11 @@ impl ServiceManager {
 }
 
 impl HandedOver {
+    /// Whether an agent before this one bound it, and had it kept: a Unix socket's file is the agent's then.
+    pub fn is_kept(&self) -> bool {
+        self.name.starts_with(KEPT)
+    }
+
     fn is_bound_to(&self, bind: &Bind) -> bool {
         match (&self.socket, bind) {
             (ListeningSocket::Tcp(socket), Bind::Tcp(address)) => {

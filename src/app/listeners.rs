@@ -74,8 +74,8 @@ impl Listeners {
             let bound = match self.bound_at(listener) {
                 Some(bound) => Ok(bound),
                 None => match manager.take(&listener.name, &listener.bind)? {
-                    Some(socket) => {
-                        BoundListener::take_over(socket, &listener.access).map(Arc::new)
+                    Some(handed_over) => {
+                        BoundListener::take_over(handed_over, &listener.access).map(Arc::new)
                     }
                     None => BoundListener::bind(&listener.bind, &listener.access)
                         .await

@@ -33,7 +33,7 @@ use crate::descriptors::leaves_few;
 use crate::hardening;
 use crate::listener::patience::{Place, Places};
 use crate::proxy::Worker;
-use crate::service_manager::ListeningSocket;
+use crate::service_manager::{HandedOver, ListeningSocket};
 use crate::short_writes::ShortWrites;
 use crate::socket_file::SocketFile;
 use crate::streams::CutReason;
@@ -48,8 +48,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// A bound listener, not yet accepting.
 pub struct BoundListener {
     socket: BoundSocket,
-    /// Who may connect.
-    access: Mutex<SocketAccess>,
+    /// Who may connect, where that is known.
+    access: Mutex<Option<SocketAccess>>,
     /// Whether somebody else has the socket too, so that it outlives this agent.
     outlives_us: AtomicBool,
 }
@@ -71,15 +71,16 @@ impl BoundListener {
         };
         Ok(Self {
             socket,
-            access: Mutex::new(access.clone()),
+            access: Mutex::new(Some(access.clone())),
             outlives_us: AtomicBool::new(false),
         })
     }
 
     /// Takes over a socket that the service manager handed over. Who may connect is as it was: `access` is what
-    /// the service manager is taken to have given it.
-    pub fn take_over(socket: ListeningSocket, access: &SocketAccess) -> io::Result<Self> {
-        let socket = match socket {
+    /// the service manager is taken to have given its own.
+    pub fn take_over(handed_over: HandedOver, access: &SocketAccess) -> io::Result<Self> {
+        let access = (!handed_over.is_kept()).then(|| access.clone());
+        let socket = match handed_over.socket {
             ListeningSocket::Tcp(socket) => BoundSocket::Tcp(TcpListener::from_std(socket)?),
             ListeningSocket::Unix(socket, path) => {
                 BoundSocket::HandedOverUnix(UnixListener::from_std(socket)?, path)
@@ -87,7 +88,7 @@ impl BoundListener {
         };
         Ok(Self {
             socket,
-            access: Mutex::new(access.clone()),
+            access: Mutex::new(access),
             outlives_us: AtomicBool::new(true),
         })
     }
@@ -108,13 +109,13 @@ impl BoundListener {
     /// Changes who may connect, where that is somebody else; of a TCP listener nothing.
     pub fn restrict(&self, access: &SocketAccess) -> io::Result<()> {
         let mut in_force = self.access.lock().unwrap_or_else(PoisonError::into_inner);
-        if *in_force != *access {
+        if in_force.as_ref() != Some(access) {
             match &self.socket {
                 BoundSocket::Tcp(_) => {}
                 BoundSocket::Unix(_, file) => restrict(file.path(), access)?,
                 BoundSocket::HandedOverUnix(_, path) => restrict(path, access)?,
             }
-            in_force.clone_from(access);
+            *in_force = Some(access.clone());
         }
         Ok(())
     }

@@ -5,6 +5,7 @@
 use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -614,8 +615,16 @@ async fn the_service_manager_is_told_and_keeps_sockets() {
     let mut tcp = TcpStream::connect(proxy).await.unwrap();
     let mut unix = UnixStream::connect(&socket).await.unwrap();
 
+    // Meanwhile fewer may connect to the Unix socket.
+    let written = std::fs::read_to_string(world.path("countersign.yaml")).unwrap();
+    let restricted = written.replace("mode: \"0666\"", "mode: \"0660\"");
+    assert_ne!(restricted, written);
+    world.write("countersign.yaml", &restricted);
+
     let mut next = Service::start(world.directory.path(), again(&kept));
     next.says("READY=1").await;
+    let file = std::fs::metadata(&socket).unwrap();
+    assert_eq!(PermissionsExt::mode(&file.permissions()) & 0o777, 0o660);
     assert_eq!(proxy_address(&world).await, proxy);
     exchange(&mut tcp, asked).await.expect(200);
     exchange(&mut unix, asked).await.expect(200);
@@ -663,6 +672,7 @@ async fn a_socket_that_was_kept_is_for_who_is_bound_there_next() {
     let after = before
         .replace(&proxy("proxy", &fixed.to_string()), &both)
         .replace("/proxy.sock", "/moved.sock");
+    assert_ne!(after, before);
     world.write("countersign.yaml", &after);
     let mut tcp = TcpStream::connect(fixed).await.unwrap();
     let mut next = Service::start(world.directory.path(), again(&kept));
