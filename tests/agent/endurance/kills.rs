@@ -22,6 +22,8 @@ const LIMIT: Duration = Duration::from_millis(50);
 
 /// Requests that are sent at once, so that their records are written at once.
 const BURST: usize = 256;
+/// Answers after which there is time between bursts.
+const QUICK: usize = 1500;
 /// Paths of which all is recorded, and long enough for writes that can be interrupted.
 const PATH_BYTES: usize = 2000;
 
@@ -35,7 +37,7 @@ credentials: []
 destinations: []
 policies: {directory: policies}
 audit:
-  sinks: [{type: file, path: audit.jsonl, rotate_size: 1MiB, keep: 5}]
+  sinks: [{type: file, path: audit.jsonl, rotate_size: 2MiB, keep: 5}]
 "#;
 
 /// What a line tells, as far as it matters here.
@@ -111,8 +113,13 @@ fn ask(socket: PathBuf) -> JoinHandle<Vec<(String, SystemTime)>> {
                 }
                 line.clear();
             }
-            // Everything else is quiet while the records are written.
-            std::thread::sleep(Duration::from_millis(8));
+            // Everything else is quiet while the records are written. Where the kill is late, the first of them
+            // are not to be rotated out.
+            let pause = match answered.len() < QUICK {
+                true => 8,
+                false => 200,
+            };
+            std::thread::sleep(Duration::from_millis(pause));
         }
         answered
     })
