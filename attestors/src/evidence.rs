@@ -75,9 +75,9 @@ pub enum EvidenceError {
         "the calling process is gone: it must keep the connection open until it has its answer"
     )]
     CallerGone,
-    /// The socket is held by processes that attest differently, or by another user than made it.
+    /// The socket is held by processes that attest differently, by more than 64, or by another user than made it.
     #[error(
-        "the connection is shared by processes that attest differently: each must open its own"
+        "the connection is shared by processes that attest differently, or by many: each must open its own"
     )]
     AmbiguousCaller,
     /// Who made the connection is a user whose processes the agent may not look at.

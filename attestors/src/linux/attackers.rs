@@ -1015,6 +1015,23 @@ fn who_shares_its_socket_for_a_moment_only_is_served() {
     }
 }
 
+#[test]
+fn a_socket_that_many_hold_is_nobodys() {
+    let node = Node::new();
+    let port = node.tcp.local_addr().unwrap().port();
+    for (children, is_served) in [(20, true), (70, false)] {
+        let script = format!(
+            "exec 3<>/dev/tcp/127.0.0.1/{port}; for ((i = 0; i < {children}; i++)); do (read -r -u3) & done; \
+             printf x >&3; wait"
+        );
+        let caller = node.call("", &node.tcp_address(), &mut bash(&script));
+        match caller.connection.evidence() {
+            Ok(_) => assert!(is_served, "{children}"),
+            Err(error) => assert_eq!((error.code(), is_served), ("caller_ambiguous", false)),
+        }
+    }
+}
+
 fn kill(pid: u32) {
     let pid = nix::unistd::Pid::from_raw(pid.try_into().unwrap());
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();

@@ -24,6 +24,9 @@ use crate::observers::{self, MOST_WAITING, Turn};
 const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(8);
 
+/// The most processes that may hold a socket: the agent holds descriptors of each.
+const MOST_HOLDERS: usize = 64;
+
 /// The cgroup whose processes are looked at; `None` for all that there are.
 type Place = Option<u64>;
 
@@ -95,6 +98,9 @@ async fn look_for(socket: &TcpSocket) -> Result<Vec<Process>, EvidenceError> {
     }
     if holders.is_empty() {
         holders = find(None, socket.inode).await?;
+    }
+    if holders.len() > MOST_HOLDERS {
+        return Err(EvidenceError::AmbiguousCaller);
     }
     let mut processes = Vec::with_capacity(holders.len());
     for holder in holders {
@@ -257,9 +263,10 @@ fn read_descriptors(
         let Some(holders) = holders.get_mut(&inode) else {
             return false;
         };
-        if holders
-            .last()
-            .is_none_or(|last| !Arc::ptr_eq(&last.directory, directory))
+        if holders.len() <= MOST_HOLDERS
+            && holders
+                .last()
+                .is_none_or(|last| !Arc::ptr_eq(&last.directory, directory))
         {
             holders.push(Holder {
                 pid,
