@@ -28,10 +28,7 @@ impl AddressGuard {
     pub fn check(&self, address: IpAddr, port: u16) -> Result<(), AddressRefused> {
         let canonical = address.to_canonical();
         if self.is_own_listener(canonical, port) {
-            return Err(AddressRefused {
-                address,
-                reason: OWN_LISTENER,
-            });
+            return Err(AddressRefused::OwnListener(address));
         }
         let class = AddressClass::of(address);
         let allowed = class == AddressClass::Global
@@ -41,10 +38,7 @@ impl AddressGuard {
                 .any(|range| range.contains(&address) || range.contains(&canonical));
         match allowed {
             true => Ok(()),
-            false => Err(AddressRefused {
-                address,
-                reason: class.reason(),
-            }),
+            false => Err(AddressRefused::Class(address, class)),
         }
     }
 
@@ -66,23 +60,15 @@ fn is_of_this_host(address: IpAddr) -> bool {
     UdpSocket::bind((address, 0)).is_ok()
 }
 
-const OWN_LISTENER: &str = "is one of the agent's own listeners";
-
 /// An address that the guard refuses.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("address `{address}` {reason}")]
-pub struct AddressRefused {
-    /// The address.
-    pub address: IpAddr,
-    /// What is wrong with it.
-    pub reason: &'static str,
-}
-
-impl AddressRefused {
-    /// Whether the agent listens there itself, which no configuration permits.
-    pub fn is_own_listener(&self) -> bool {
-        self.reason == OWN_LISTENER
-    }
+pub enum AddressRefused {
+    /// The agent listens there itself, which no configuration permits.
+    #[error("address `{0}` is one of the agent's own listeners")]
+    OwnListener(IpAddr),
+    /// Its class needs `allow_addresses`.
+    #[error("address `{0}` {reason}", reason = .1.reason())]
+    Class(IpAddr, AddressClass),
 }
 
 /// What an address is for (IANA special-purpose address registries; RFC 6890).

@@ -34,7 +34,7 @@ use tokio::task::spawn_local;
 use tokio::time::{sleep, timeout, timeout_at};
 use tokio_rustls::TlsConnector;
 
-use crate::address::AddressGuard;
+use crate::address::{AddressGuard, AddressRefused};
 use crate::clock::Clock;
 use crate::config::{Destination, Scheme};
 use crate::descriptors::{few_are_left, is_out_of_descriptors};
@@ -565,9 +565,9 @@ impl Upstreams {
                 ),
             ),
             (None, Some(refused)) => {
-                let code = match refused.is_own_listener() {
-                    true => RefusalCode::OwnListener,
-                    false => RefusalCode::AddressNotAllowed,
+                let code = match refused {
+                    AddressRefused::OwnListener(_) => RefusalCode::OwnListener,
+                    AddressRefused::Class(..) => RefusalCode::AddressNotAllowed,
                 };
                 Refusal::new(code, format!("`{}`: {refused}", way.target))
             }
