@@ -21,10 +21,12 @@ fn directory() -> tempfile::TempDir {
         fs::write(path.join(name), certificate.cert.pem()).unwrap();
     }
     let (_, key) = SigningKey::generate(SigningAlgorithm::Es256).unwrap();
+    let large = "-".repeat(64 * 1024 + 1);
     for (name, content) in [
         ("client.pem", key.as_str()),
         ("secret", "a secret"),
         ("blank", "\n"),
+        ("large", large.as_str()),
     ] {
         fs::write(path.join(name), content).unwrap();
         fs::set_permissions(path.join(name), fs::Permissions::from_mode(0o600)).unwrap();

@@ -490,9 +490,9 @@ fn holds_already(path: &Path, content: &[u8], mode: u32) -> bool {
     is_same_kind && fs::read(path).is_ok_and(|known| Zeroizing::new(known).as_slice() == content)
 }
 
-/// Whether a file holds a private key (PEM) that leaves can be signed with.
-pub fn holds_key(path: &Path) -> bool {
-    read_secret(path).is_ok_and(|pem| KeyPair::from_pem(&pem).is_ok())
+/// Whether a file's content is a private key (PEM) that leaves can be signed with.
+pub fn holds_key(content: &[u8]) -> bool {
+    str::from_utf8(content).is_ok_and(|pem| KeyPair::from_pem(pem).is_ok())
 }
 
 fn read_secret(path: &Path) -> Result<Zeroizing<String>, AuthorityError> {

@@ -312,7 +312,7 @@ impl Converter<'_> {
                         "`client_secret_basic` reads the secret there",
                     );
                 }
-                let secret_file = self.password_file(written.secret_file.as_ref());
+                let secret_file = self.client_secret_file(written.secret_file.as_ref());
                 Some(ClientAuthentication::ClientSecretBasic {
                     secret_file: secret_file?,
                 })

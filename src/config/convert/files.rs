@@ -55,7 +55,7 @@ impl Converter<'_> {
     }
 
     /// A file that holds a secret: nobody but its owner should read it.
-    pub(super) fn secret_file(&mut self, written: Option<&Text>) -> Option<PathBuf> {
+    fn secret_file(&mut self, written: Option<&Text>) -> Option<PathBuf> {
         let path = self.input_file(written)?;
         let mode = std::fs::metadata(&path).map_or(0, |metadata| metadata.permissions().mode());
         if let Some(written) = written
@@ -75,50 +75,62 @@ impl Converter<'_> {
         Some(path)
     }
 
+    /// A secret file whose content passes `check`; else an error with `code`.
+    pub(super) fn checked_secret_file(
+        &mut self,
+        written: Option<&Text>,
+        code: &'static str,
+        next: &'static str,
+        check: impl FnOnce(&[u8]) -> Result<(), String>,
+    ) -> Option<PathBuf> {
+        let path = self.secret_file(written)?;
+        let checked = secret_file::read(&path)
+            .map_err(|error| reason(&error))
+            .and_then(|content| check(&content));
+        if let (Some(written), Err(cause)) = (written, checked) {
+            self.error(
+                code,
+                written.place,
+                format!("`{}` cannot be used: {cause}", path.display()),
+                next,
+            );
+        }
+        Some(path)
+    }
+
     /// A file that holds a private key for `algorithm`.
     pub(super) fn key_file(
         &mut self,
         written: Option<&Text>,
         algorithm: Option<SigningAlgorithm>,
     ) -> Option<PathBuf> {
-        let path = self.secret_file(written)?;
-        if let (Some(written), Some(algorithm)) = (written, algorithm)
-            && let Err(cause) = secret_file::read(&path)
-                .map_err(|error| reason(&error))
-                .and_then(|content| {
-                    SigningKey::parse(&content, algorithm).map_err(|error| error.to_string())
-                })
-        {
-            self.error(
-                "invalid_key_file",
-                written.place,
-                format!("`{}` cannot be used: {cause}", path.display()),
-                "name a private key of the `algorithm`, in PEM or as a JWK; `countersign keys generate` makes one",
-            );
-        }
-        Some(path)
+        let Some(algorithm) = algorithm else {
+            return self.secret_file(written);
+        };
+        self.checked_secret_file(
+            written,
+            "invalid_key_file",
+            "name a private key of the `algorithm`, in PEM or as a JWK; `countersign keys generate` makes one",
+            |content| {
+                SigningKey::parse(content, algorithm)
+                    .map(drop)
+                    .map_err(|error| error.to_string())
+            },
+        )
     }
 
-    /// A file that holds a password, alone.
-    pub(super) fn password_file(&mut self, written: Option<&Text>) -> Option<PathBuf> {
-        let path = self.secret_file(written)?;
-        if let Some(written) = written
-            && let Err(cause) = secret_file::read(&path)
-                .map_err(|error| reason(&error))
-                .and_then(|content| {
-                    secret_file::secret_in(&content)
-                        .map(drop)
-                        .ok_or_else(|| "it is empty".to_owned())
-                })
-        {
-            self.error(
-                "invalid_secret_file",
-                written.place,
-                format!("`{}` cannot be used: {cause}", path.display()),
-                "write the client's secret into it, alone",
-            );
-        }
-        Some(path)
+    /// A file that holds a client secret, alone.
+    pub(super) fn client_secret_file(&mut self, written: Option<&Text>) -> Option<PathBuf> {
+        self.checked_secret_file(
+            written,
+            "invalid_secret_file",
+            "write the client's secret into it, alone",
+            |content| {
+                secret_file::secret_in(content)
+                    .map(drop)
+                    .ok_or_else(|| "it is empty".to_owned())
+            },
+        )
     }
 
     /// A PEM file with at least one certificate.

@@ -98,17 +98,15 @@ impl Converter<'_> {
                     );
                 }
                 let certificate_file = self.ca_file(written.certificate_file.as_ref());
-                let key_file = self.secret_file(written.key_file.as_ref());
-                if let (Some(written), Some(path)) = (&written.key_file, &key_file)
-                    && !holds_key(path)
-                {
-                    self.error(
-                        "invalid_authority_key_file",
-                        written.place,
-                        format!("`{}` holds no private key in PEM", path.display()),
-                        "name the private key of the intermediate in `certificate_file`",
-                    );
-                }
+                let key_file = self.checked_secret_file(
+                    written.key_file.as_ref(),
+                    "invalid_authority_key_file",
+                    "name the private key of the intermediate in `certificate_file`",
+                    |content| match holds_key(content) {
+                        true => Ok(()),
+                        false => Err("it holds no private key in PEM".to_owned()),
+                    },
+                );
                 Some(CaSource::Files {
                     certificate_file: certificate_file?,
                     key_file: key_file?,
