@@ -11,6 +11,7 @@ use countersign_attestors::{
 };
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
+use zeroize::Zeroizing;
 
 use crate::address::AddressGuard;
 use crate::clock::Clock;
@@ -330,7 +331,7 @@ fn configuration_sha256(config: &Config) -> String {
     let mut context = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
     for path in &config.watched_files {
         // Keys are watched as well; a digest of a digest says nothing of them.
-        if let Ok(content) = std::fs::read(path) {
+        if let Ok(content) = std::fs::read(path).map(Zeroizing::new) {
             let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &content);
             context.update(digest.as_ref());
         }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::client::dev_directory;
 use crate::config::SigningAlgorithm;
 use crate::jwt::SigningKey;
+use crate::secret_file;
 use crate::tls::interception::write_durably;
 
 /// How many `dev`s of one user may run at once.
@@ -76,7 +77,7 @@ impl Directory {
 
     /// The agent's key in `client.pem`, made where there is none that can be read.
     pub fn client_key(&self) -> io::Result<SigningKey> {
-        let known = fs::read(self.file(super::embedded::KEY_FILE))
+        let known = secret_file::read(&self.file(super::embedded::KEY_FILE))
             .ok()
             .and_then(|pem| SigningKey::parse(&pem, SigningAlgorithm::Es256).ok());
         if let Some(key) = known {

@@ -31,6 +31,7 @@ use zeroize::Zeroizing;
 use super::trust::expiry;
 use super::{ALPN_HTTP1, ALPN_HTTP2};
 use crate::config::{CaSource, Interception};
+use crate::secret_file;
 
 const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 const INTERMEDIATE_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -188,7 +189,7 @@ impl InterceptionAuthority {
         };
         let root = above.last().unwrap_or(intermediate);
         let root_pem = super::trust::pem_of([root]);
-        let key = KeyPair::from_pem(&read_secret(key_file)?)?;
+        let key = read_key(key_file)?;
         let issuer = Issuer::from_ca_cert_der(intermediate, key)?;
         // The root itself is not sent (RFC 8446 section 4.4.2).
         let below_root = certificates.len().saturating_sub(1).max(1);
@@ -402,7 +403,7 @@ fn open_generated_root(
         .mode();
     refuse_wider_than_owner(&key_path, mode, "0600")?;
     let pem = read_text(&certificate_path)?;
-    let key = KeyPair::from_pem(&read_secret(&key_path)?)?;
+    let key = read_key(&key_path)?;
     Ok((Issuer::from_ca_cert_pem(&pem, key)?, pem))
 }
 
@@ -492,11 +493,19 @@ fn holds_already(path: &Path, content: &[u8], mode: u32) -> bool {
 
 /// Whether a file's content is a private key (PEM) that leaves can be signed with.
 pub fn holds_key(content: &[u8]) -> bool {
-    str::from_utf8(content).is_ok_and(|pem| KeyPair::from_pem(pem).is_ok())
+    key_in(content).map(Zeroizing::new).is_ok()
 }
 
-fn read_secret(path: &Path) -> Result<Zeroizing<String>, AuthorityError> {
-    read_text(path).map(Zeroizing::new)
+fn key_in(content: &[u8]) -> Result<KeyPair, rcgen::Error> {
+    let der = PrivateKeyDer::from_pem_slice(content)
+        .map(Zeroizing::new)
+        .map_err(|_| rcgen::Error::CouldNotParseKeyPair)?;
+    KeyPair::try_from(&*der)
+}
+
+fn read_key(path: &Path) -> Result<KeyPair, AuthorityError> {
+    let content = secret_file::read(path).map_err(|error| file_error(path, error))?;
+    Ok(key_in(&content)?)
 }
 
 fn read_text(path: &Path) -> Result<String, AuthorityError> {

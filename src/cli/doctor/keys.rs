@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
-use serde_json::Value;
+use serde::Deserialize;
 use zeroize::Zeroizing;
 
 use super::finding::{Finding, FindingCode};
@@ -119,13 +119,18 @@ fn certificates(path: &Path, used: Use, now: SystemTime) -> Option<Finding> {
     })
 }
 
+/// What is read of a JWK: its other members may be secret, and are not copied.
+#[derive(Deserialize)]
+struct Jwk {
+    exp: Option<u64>,
+}
+
 /// When a key ends: by the certificate that stands in the file beside it, or by the JWK's `exp`
 /// (NumericDate, as OpenID Federation 1.0 section 8.7 writes it). Most keys have neither.
 fn key_expiry(path: &Path) -> Option<SystemTime> {
     let content = Zeroizing::new(std::fs::read(path).ok()?);
-    if let Ok(Value::Object(key)) = serde_json::from_slice(&content) {
-        let seconds = key.get("exp")?.as_u64()?;
-        return UNIX_EPOCH.checked_add(Duration::from_secs(seconds));
+    if let Ok(Jwk { exp }) = serde_json::from_slice(&content) {
+        return UNIX_EPOCH.checked_add(Duration::from_secs(exp?));
     }
     CertificateDer::pem_slice_iter(&content)
         .filter_map(Result::ok)
