@@ -31,7 +31,7 @@ use tokio_util::sync::CancellationToken;
 use crate::audit::Audit;
 use crate::config::{AdminConfig, Bind};
 use crate::credentials::CredentialStatus;
-use crate::diagnostics::{Diagnostic, system_words};
+use crate::diagnostics::{Diagnostic, is_transient, system_words};
 use crate::policy::Revoked;
 use crate::problem::{json_response, problem_response};
 use crate::request_id::RequestId;
@@ -362,10 +362,7 @@ async fn bind_metrics(
             ),
         )
         .next("set `admin.metrics_bind` to a free address")
-        .may_pass(matches!(
-            error.kind(),
-            io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable
-        ))
+        .is_transient(is_transient(&error))
     })?;
     Ok(MetricsListener {
         listener,
@@ -389,7 +386,7 @@ fn bind_unix(path: &Path, takes_over: bool) -> Result<AdminSocket, Diagnostic> {
                     "another process listens on the admin socket",
                 )
                 .next("end the agent that runs there, or set `admin.socket` to another path")
-                .may_pass(true));
+                .is_transient(true));
             }
         }
         Err(_) => {}

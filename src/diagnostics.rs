@@ -37,7 +37,7 @@ pub struct Diagnostic {
     /// What to do about it, in the same form.
     pub next: Option<String>,
     /// Whether it may pass by itself, so that trying again later is worth it.
-    pub may_pass: bool,
+    pub is_transient: bool,
 }
 
 impl Diagnostic {
@@ -50,7 +50,7 @@ impl Diagnostic {
             span: None,
             message: printable(message.into()),
             next: None,
-            may_pass: false,
+            is_transient: false,
         }
     }
 
@@ -82,8 +82,8 @@ impl Diagnostic {
 
     /// Says whether it may pass by itself.
     #[must_use]
-    pub fn may_pass(mut self, may_pass: bool) -> Self {
-        self.may_pass = may_pass;
+    pub fn is_transient(mut self, is_transient: bool) -> Self {
+        self.is_transient = is_transient;
         self
     }
 }
@@ -203,11 +203,13 @@ impl Diagnostics {
             .any(|item| item.severity == Severity::Error)
     }
 
-    /// Whether whatever stops the load may pass by itself.
-    pub fn may_pass(&self) -> bool {
-        self.items
-            .iter()
-            .all(|item| item.severity == Severity::Warning || item.may_pass)
+    /// Whether the load is stopped, and whatever stops it may pass by itself.
+    pub fn is_transient(&self) -> bool {
+        self.has_errors()
+            && self
+                .items
+                .iter()
+                .all(|item| item.severity == Severity::Warning || item.is_transient)
     }
 
     /// Where a diagnostic is; `None` when it concerns a whole file or the text was not kept.
@@ -335,6 +337,13 @@ pub fn did_you_mean<'a>(
         .map(|(_, candidate)| format!("did you mean `{candidate}`?"))
 }
 
+/// Whether what kept an address from being bound may pass by itself: another process has it, or this machine does
+/// not have it yet.
+pub(crate) fn is_transient(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{AddrInUse, AddrNotAvailable};
+    matches!(error.kind(), AddrInUse | AddrNotAvailable)
+}
+
 /// An I/O error in the operating system's words, without its number, in the style of our messages.
 pub(crate) fn system_words(error: &std::io::Error) -> String {
     let text = error.to_string();
@@ -437,6 +446,18 @@ mod tests {
         diagnostics.push(Diagnostic::warning("one", "file", "message"));
         assert!(!diagnostics.has_errors());
         assert!(sample().has_errors());
+    }
+
+    #[test]
+    fn a_set_is_transient_where_all_its_errors_are() {
+        let mut diagnostics = Diagnostics::new();
+        assert!(!diagnostics.is_transient());
+        diagnostics.push(Diagnostic::warning("one", "file", "message"));
+        assert!(!diagnostics.is_transient());
+        diagnostics.push(Diagnostic::error("two", "file", "message").is_transient(true));
+        assert!(diagnostics.is_transient());
+        diagnostics.push(Diagnostic::error("three", "file", "message"));
+        assert!(!diagnostics.is_transient());
     }
 
     #[test]

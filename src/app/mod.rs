@@ -27,7 +27,7 @@ use crate::audit::{Audit, AuditWriter, LifecycleEvent, OtherAgents};
 use crate::clock::Clock;
 use crate::config::{self, Bind, Config, Listener, ListenerKind};
 use crate::credentials::{Credentials, TokenEvent, TokenEvents};
-use crate::diagnostics::{Diagnostic, Diagnostics, system_words};
+use crate::diagnostics::{Diagnostic, Diagnostics, is_transient, system_words};
 use crate::fetch::{FetchClient, FetchSettings};
 use crate::hardening;
 use crate::limits::IdentityLimits;
@@ -621,21 +621,18 @@ fn worker_count(config: &Config) -> usize {
 
 fn bind_problem(config: &Config, listener: &Listener, error: &io::Error) -> Diagnostics {
     let name = &listener.name;
-    let (is_passing, remedy) = match (error.kind(), &listener.bind) {
-        (ErrorKind::AddrInUse, _) => (true, "end what listens there, or write another `bind`"),
-        (ErrorKind::AddrNotAvailable, _) => (
-            true,
-            "write an address of this machine as its `bind`, or give it the address",
-        ),
-        (ErrorKind::PermissionDenied, Bind::Tcp(_)) => (
-            false,
-            "a port below 1024 needs CAP_NET_BIND_SERVICE: grant it, or write another port in its `bind`",
-        ),
-        (_, Bind::Tcp(_)) => (false, "write another `bind`"),
-        (_, Bind::Unix(_)) => (
-            false,
-            "write as its `bind` a path in a directory that exists and that the agent may write to, and as its `access.group` a group that exists and that the agent may give files to",
-        ),
+    let remedy = match (error.kind(), &listener.bind) {
+        (ErrorKind::AddrInUse, _) => "end what listens there, or write another `bind`",
+        (ErrorKind::AddrNotAvailable, _) => {
+            "write an address of this machine as its `bind`, or give it the address"
+        }
+        (ErrorKind::PermissionDenied, Bind::Tcp(_)) => {
+            "a port below 1024 needs CAP_NET_BIND_SERVICE: grant it, or write another port in its `bind`"
+        }
+        (_, Bind::Tcp(_)) => "write another `bind`",
+        (_, Bind::Unix(_)) => {
+            "write as its `bind` a path in a directory that exists and that the agent may write to, and as its `access.group` a group that exists and that the agent may give files to"
+        }
     };
     Diagnostic::error(
         "listener_not_bound",
@@ -647,7 +644,7 @@ fn bind_problem(config: &Config, listener: &Listener, error: &io::Error) -> Diag
         ),
     )
     .next(format!("under `name: {name}` in `listeners`: {remedy}"))
-    .may_pass(is_passing)
+    .is_transient(is_transient(error))
     .into()
 }
 

@@ -164,7 +164,9 @@ async fn start_generated(directory: Directory, port: Option<u16>) -> Result<Runn
                     set_aside,
                 });
             }
-            Err(NotStarted::Problems(problems)) if attempt < ATTEMPTS && problems.may_pass() => {
+            Err(NotStarted::Problems(problems))
+                if attempt < ATTEMPTS && problems.is_transient() =>
+            {
                 attempt += 1;
             }
             Err(problems) => return Err(problems),

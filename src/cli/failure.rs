@@ -63,7 +63,7 @@ impl Failure {
 
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Diagnostics(diagnostics) if diagnostics.may_pass() => EXIT_UNAVAILABLE,
+            Self::Diagnostics(diagnostics) if diagnostics.is_transient() => EXIT_UNAVAILABLE,
             Self::Diagnostics(_) => EXIT_CONFIGURATION,
             Self::Refused(code, _) | Self::Message(code, _) => *code,
         }
@@ -73,7 +73,7 @@ impl Failure {
     fn to_json(&self) -> Value {
         match self {
             Self::Diagnostics(diagnostics) => json!({
-                "detail": match diagnostics.may_pass() {
+                "detail": match diagnostics.is_transient() {
                     true => "what the configuration asks for cannot be had now",
                     false => "the configuration is not valid",
                 },
