@@ -304,7 +304,7 @@ async fn welcome(running: &Running, began: Instant) -> String {
         text.push_str(&format!("  {name:<13} {value}\n"));
     };
     line("you", you);
-    if let Some(hidden) = hardening::hidden_callers(config, &hardening::observers_keep()) {
+    if let Some(hidden) = hardening::hidden_callers(config, &hardening::observer_capabilities()) {
         line("others", hidden);
     }
     line("proxy", proxies.join("     "));

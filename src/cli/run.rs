@@ -58,7 +58,7 @@ pub fn run(arguments: &RunArguments) -> ExitCode {
     }
     // Before there is another thread.
     hardening::confine(&Needs::of(&config));
-    if let Some(hidden) = hardening::hidden_callers(&config, &hardening::observers_keep()) {
+    if let Some(hidden) = hardening::hidden_callers(&config, &hardening::observer_capabilities()) {
         tracing::warn!("{hidden}; run it as root, or with them");
     }
     match on_control_runtime(serve(config, watcher, service_manager, arguments.output)) {

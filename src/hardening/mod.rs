@@ -209,7 +209,7 @@ pub fn confine(needs: &Needs) {
 
 /// The capabilities, by name, with which the threads that look at callers were left, or in a process that is not
 /// confined would be.
-pub fn observers_keep() -> Vec<String> {
+pub fn observer_capabilities() -> Vec<String> {
     match IN_FORCE.get().map(|in_force| &in_force.privileges) {
         Some(Ok(kept)) => kept.observers.clone(),
         Some(Err(_)) | None => privileges::names(privileges::held() & privileges::OBSERVER),

@@ -117,7 +117,7 @@ impl Running {
     }
 
     /// The capabilities, by name, of the threads that look at callers, where the agent has said.
-    pub(super) fn observers_keep(&self) -> Option<Vec<String>> {
+    pub(super) fn observer_capabilities(&self) -> Option<Vec<String>> {
         let parts = self.status.as_ref()?.get("hardening")?.as_array()?;
         let kept = parts.iter().find_map(|part| part.get("kept"))?;
         serde_json::from_value(kept.get("observers")?.clone()).ok()

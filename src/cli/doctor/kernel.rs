@@ -45,8 +45,8 @@ pub(super) fn check(config: &Config, running: &Running) -> Vec<Finding> {
         }
     }
     let held = running
-        .observers_keep()
-        .unwrap_or_else(hardening::observers_keep);
+        .observer_capabilities()
+        .unwrap_or_else(hardening::observer_capabilities);
     let hidden = hardening::hidden_callers(config, &held);
     findings.extend(hidden.map(|hidden| Finding::new(FindingCode::CallersHidden, hidden)));
     findings
