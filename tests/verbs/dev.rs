@@ -423,9 +423,9 @@ async fn a_policy_that_was_edited_is_kept_and_dev_says_where() {
     let dev = Dev::in_text(&user).await;
     dev.interrupt().await;
     let says = "your policies/orders.cedar of last time is kept beside it, as policies/orders.cedar.before";
-    for edited in ["// In text.\n", "// In JSON.\n"] {
+    for (edited, in_json) in [("// In text.\n", false), ("// In JSON.\n", true)] {
         std::fs::write(&policy, edited).unwrap();
-        let (dev, said) = match edited.contains("JSON") {
+        let (dev, said) = match in_json {
             false => {
                 let dev = Dev::in_text(&user).await;
                 let said = dev.printed.concat();
