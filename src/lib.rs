@@ -37,6 +37,7 @@ pub mod dev;
 pub mod diagnostics;
 pub mod exchange;
 pub mod fetch;
+pub mod files;
 pub mod hardening;
 pub mod inject;
 pub mod jwt;

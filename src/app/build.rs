@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use countersign_attestors::{
@@ -18,11 +18,12 @@ use crate::clock::Clock;
 use crate::config::{Attestors, CaSource, Config, Interception, OidcIssuer, Unmatched};
 use crate::diagnostics::{Diagnostic, Diagnostics};
 use crate::fetch::{FetchClient, FetchSettings};
+use crate::files::write_durably;
 use crate::policy::{PolicyEngine, PolicySnapshot, Revocations};
 use crate::routing::Routes;
 use crate::snapshot::{Issuers, Roots, Snapshot, prepare, read_roots, verified_tls};
 use crate::telemetry::metrics::Metrics;
-use crate::tls::interception::{InterceptionAuthority, write_durably};
+use crate::tls::interception::InterceptionAuthority;
 use crate::tls::trust::bundle;
 use crate::upstream::DestinationTls;
 
@@ -258,13 +259,17 @@ impl SnapshotBuilder {
 
 /// Writes the public certificates that clients load, where they are not there yet.
 fn publish(interception: &Interception, authority: &InterceptionAuthority) -> Result<(), String> {
+    let write = |path: &Path, content: &str| {
+        write_durably(path, content.as_bytes(), 0o644)
+            .map_err(|error| format!("`{}`: {error}", path.display()))
+    };
     let root = authority.root_certificate_pem();
     if let Some(path) = &interception.ca_certificate_file {
-        write_durably(path, root.as_bytes(), 0o644).map_err(|error| error.to_string())?;
+        write(path, root)?;
     }
     if let Some(path) = &interception.trust_bundle_file {
         let bundle = bundle(root).map_err(|error| error.to_string())?;
-        write_durably(path, bundle.as_bytes(), 0o644).map_err(|error| error.to_string())?;
+        write(path, &bundle)?;
     }
     Ok(())
 }

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use crate::client::dev_directory;
 use crate::config::SigningAlgorithm;
+use crate::files::write_durably;
 use crate::jwt::SigningKey;
 use crate::secret_file;
-use crate::tls::interception::write_durably;
 
 /// How many `dev`s of one user may run at once.
 const AT_ONCE: usize = 64;
@@ -56,7 +56,9 @@ impl Directory {
 
     /// Writes a file that its owner alone may read.
     pub fn write(&self, name: &str, content: &str) -> io::Result<()> {
-        write_durably(&self.file(name), content.as_bytes(), 0o600).map_err(io::Error::other)
+        let path = self.file(name);
+        write_durably(&path, content.as_bytes(), 0o600)
+            .map_err(|error| io::Error::other(format!("`{}`: {error}", path.display())))
     }
 
     /// Writes a file that the user is invited to edit. What is in its place and differs is kept as

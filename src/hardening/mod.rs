@@ -33,7 +33,7 @@ use self::files::Files;
 pub(crate) use self::files::directory_of;
 use crate::config::{AuditSink, Bind, CaSource, Checked, Config};
 use crate::diagnostics::{Diagnostic, Diagnostics};
-use crate::tls::interception::make_private_directory;
+use crate::files::make_private_directory;
 
 static IN_FORCE: OnceLock<InForce> = OnceLock::new();
 
