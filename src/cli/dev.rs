@@ -1,7 +1,7 @@
 //! `countersign dev`: the agent with an embedded authorization server and API, until a signal.
 
 use std::io::Write;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, TcpListener};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -140,19 +140,23 @@ async fn start_generated(directory: Directory, port: Option<u16>) -> Result<Runn
     let path = directory.file(CONFIG_FILE);
     let mut attempt = 1;
     loop {
+        let proxy = match port {
+            None => bind(PROXY_PORT).or_else(|_| bind(0)),
+            Some(port) => bind(port),
+        }
+        .map_err(|error| {
+            NotStarted::Unavailable(format!(
+                "port {} cannot be bound: {error}",
+                port.unwrap_or(PROXY_PORT)
+            ))
+        })?;
+        let gateway = bind(GATEWAY_PORT).or_else(|_| bind(0))?;
         let listeners = Listeners {
-            proxy: match port {
-                None => free_address(PROXY_PORT).or_else(|_| free_address(0)),
-                Some(port) => free_address(port),
-            }
-            .map_err(|error| {
-                NotStarted::Unavailable(format!(
-                    "port {} cannot be bound: {error}",
-                    port.unwrap_or(PROXY_PORT)
-                ))
-            })?,
-            gateway: free_address(GATEWAY_PORT).or_else(|_| free_address(0))?,
+            proxy: proxy.local_addr()?,
+            gateway: gateway.local_addr()?,
         };
+        // Ports that are free now: the configuration that stays names them.
+        drop((proxy, gateway));
         let set_aside = write_configuration(&directory, listeners, &servers)?;
         match start(&path, None).await {
             Ok((app, watcher)) => {
@@ -218,9 +222,8 @@ fn log(config: &LogConfig) -> Result<(), NotStarted> {
     telemetry::logs::init(config).map_err(|error| NotStarted::Unavailable(error.to_string()))
 }
 
-/// A port that is free now; the configuration that stays names it.
-fn free_address(port: u16) -> std::io::Result<SocketAddr> {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, port))?.local_addr()
+fn bind(port: u16) -> std::io::Result<TcpListener> {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, port))
 }
 
 /// Where things are, by name.
