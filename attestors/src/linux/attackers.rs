@@ -1016,6 +1016,19 @@ fn who_shares_its_socket_for_a_moment_only_is_served() {
 }
 
 #[test]
+fn of_several_holders_one_that_lives_is_attested() {
+    let node = Node::new();
+    let (mut caller, child) = call_with_child(&node, "read -r -u3");
+    let evidence = caller.connection.evidence().unwrap();
+    caller.child.kill().unwrap();
+    caller.child.wait().unwrap();
+    std::thread::sleep(Duration::from_millis(2));
+    assert_eq!(evidence.check_liveness(), Ok(()));
+    assert_eq!(evidence.process().unwrap().pid(), child);
+    kill(child);
+}
+
+#[test]
 fn a_socket_that_many_hold_is_nobodys() {
     let node = Node::new();
     let port = node.tcp.local_addr().unwrap().port();

@@ -83,7 +83,7 @@ impl Peer {
             Ok(true) => {}
             Ok(false) => return Err(EvidenceError::CallerGone),
             Err(error) if process::gone(&error) => return Err(EvidenceError::CallerGone),
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(EvidenceError::from(error).of_user(connected.uid)),
         }
         process
             .check_liveness()
@@ -125,8 +125,15 @@ impl Peer {
         Self { processes, words }
     }
 
+    /// One that lives, where any does.
     pub(crate) fn process(&self) -> Option<&Process> {
-        self.processes.first()
+        match &*self.processes {
+            [only] => Some(only),
+            several => several
+                .iter()
+                .find(|process| process.check_liveness().is_ok())
+                .or(several.first()),
+        }
     }
 
     pub(crate) fn words(&self) -> &[&'static str] {
