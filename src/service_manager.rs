@@ -160,10 +160,18 @@ impl ServiceManager {
             return Ok(None);
         };
         let HandedOver {
-            name: handed_over_as,
+            name: mut handed_over_as,
             socket,
         } = self.sockets.swap_remove(index);
-        self.sockets.retain(|known| !known.socket.is(&socket));
+        // One of a socket unit is the unit's, whoever had it kept as well.
+        for copy in self
+            .sockets
+            .extract_if(.., |known| known.socket.is(&socket))
+        {
+            if !copy.is_kept() {
+                handed_over_as = copy.name;
+            }
+        }
         let unusable = |message: String, next: &str| {
             Err(Diagnostic::error("handed_over_socket_unusable", SOURCE, message).next(next))
         };

@@ -624,7 +624,7 @@ async fn the_service_manager_is_told_and_keeps_sockets() {
     let mut next = Service::start(world.directory.path(), again(&kept));
     next.says("READY=1").await;
     let file = std::fs::metadata(&socket).unwrap();
-    assert_eq!(PermissionsExt::mode(&file.permissions()) & 0o777, 0o660);
+    assert_eq!(file.permissions().mode() & 0o777, 0o660);
     assert_eq!(proxy_address(&world).await, proxy);
     exchange(&mut tcp, asked).await.expect(200);
     exchange(&mut unix, asked).await.expect(200);
@@ -716,6 +716,9 @@ async fn a_socket_that_is_handed_over_twice_is_taken_once() {
     agent.signal(Signal::SIGTERM);
     assert!(agent.ended().await.success(), "{}", agent.log());
 
+    // Who may connect is for the socket unit to say.
+    let mode = PermissionsExt::from_mode(0o600);
+    std::fs::set_permissions(world.path("proxy.sock"), mode).unwrap();
     let [_, local] = sockets.handed_over().try_into().unwrap();
     let handed_over = vec![local, (&*name, renamed)];
     let mut next = Service::start(world.directory.path(), handed_over);
@@ -724,6 +727,8 @@ async fn a_socket_that_is_handed_over_twice_is_taken_once() {
         "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
     let mut unix = UnixStream::connect(world.path("proxy.sock")).await.unwrap();
     exchange(&mut unix, asked).await.expect(200);
+    let file = std::fs::metadata(world.path("proxy.sock")).unwrap();
+    assert_eq!(file.permissions().mode() & 0o777, 0o600);
     good(&world, proxy_address(&world).await).await;
 }
 
