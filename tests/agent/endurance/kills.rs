@@ -20,6 +20,9 @@ use crate::support::{Stalls, come_first, eventually};
 /// What a SIGKILL may lose.
 const LIMIT: Duration = Duration::from_millis(50);
 
+/// How long an agent may say nothing to its client.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// Requests that are sent at once, so that their records are written at once.
 const BURST: usize = 256;
 /// Answers after which there is time between bursts.
@@ -101,7 +104,11 @@ fn ask(socket: PathBuf) -> JoinHandle<Vec<(String, SystemTime)>> {
     );
     let burst = request.repeat(BURST);
     std::thread::spawn(move || {
-        let mut io = BufReader::new(UnixStream::connect(socket).unwrap());
+        let io = UnixStream::connect(socket).unwrap();
+        // Where the agent was killed before it accepted, the kept socket has the connection, and nobody reads.
+        io.set_read_timeout(Some(PATIENCE)).unwrap();
+        io.set_write_timeout(Some(PATIENCE)).unwrap();
+        let mut io = BufReader::new(io);
         let mut answered = Vec::new();
         let mut line = String::new();
         while io.get_mut().write_all(burst.as_bytes()).is_ok() {
