@@ -72,23 +72,25 @@ impl WorkloadFacts {
             .unwrap_or_else(|| "unknown".to_owned())
     }
 
+    fn text(&self, group: &str, name: &str) -> Option<String> {
+        Some(self.attribute(group, name)?.to_string())
+    }
+
     /// Whom the kernel shows: container, unit and uid, or uid; `None` where no attestor states any of them.
     pub(crate) fn kernel_identity(&self) -> Option<String> {
-        let text = |group: &str, name: &str| Some(self.attribute(group, name)?.to_string());
-        let container = || Some(format!("container {}", text("container", "id")?));
+        let container = || Some(format!("container {}", self.text("container", "id")?));
         // Not the unit of a user's manager: its processes go from one to another as they like.
         let unit = || {
-            let unit = text("systemd", "system_unit")?;
-            let uid = text("unix", "uid").unwrap_or_default();
+            let unit = self.text("systemd", "system_unit")?;
+            let uid = self.text("unix", "uid").unwrap_or_default();
             Some(format!("unit {unit} uid {uid}"))
         };
-        let user = || Some(format!("uid {}", text("unix", "uid")?));
+        let user = || Some(format!("uid {}", self.text("unix", "uid")?));
         container().or_else(unit).or_else(user)
     }
 
     /// What connections and tokens of a workload with these facts are never shared across.
     pub fn isolation_key(&self) -> IsolationKey {
-        let text = |group: &str, name: &str| Some(self.attribute(group, name)?.to_string());
         let mut key = self
             .kernel_identity()
             .unwrap_or_else(|| "unknown".to_owned());
@@ -97,7 +99,9 @@ impl WorkloadFacts {
             .keys()
             .filter(|group| !KERNEL_GROUPS.contains(&group.as_str()))
         {
-            if let (Some(issuer), Some(subject)) = (text(group, "iss"), text(group, "sub")) {
+            if let (Some(issuer), Some(subject)) =
+                (self.text(group, "iss"), self.text(group, "sub"))
+            {
                 // The lengths keep two fields from reading as two others.
                 key.push_str(&format!(
                     " issuer {}:{issuer} sub {}:{subject}",
