@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use countersign_attestors::IsolationKey;
 use tokio::runtime::Handle;
 use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::spawn_blocking;
 
 /// How many names are looked up at once for each of: the agent itself, destinations, all identities.
 const MOST: usize = 64;
@@ -161,12 +162,14 @@ impl Lookup {
         let _ = self.began.set(Instant::now());
         let (sender, answer) = watch::channel(None);
         let lookup = Arc::clone(self);
-        runtime.spawn_blocking(move || {
+        let look_up = move || {
             let found = (lookup.all.resolver)(&lookup.name).map_err(Arc::new);
             drop(turns);
             lookup.forget();
             sender.send_replace(Some(found));
-        });
+        };
+        // By a thread of the runtime, which may make another: a data worker may not.
+        runtime.spawn(async { spawn_blocking(look_up).await });
         answer
     }
 

@@ -7,7 +7,7 @@
 //! | Threads | System calls | Files | Capabilities |
 //! |---|---|---|---|
 //! | observers: look at callers | no process, no program, and so on | read, by seccomp: Landlock would not let them look at other processes | those to look at other users' processes |
-//! | data workers: requests | the same | none is opened, by seccomp | the one to compare an executable |
+//! | data workers: requests | the same, and no thread | none is opened, by seccomp | the one to compare an executable |
 //! | all others: configuration, keys, tokens, audit | the same | what the configuration names, by Landlock | those that a listener or a file needs; usually none |
 //!
 //! Threads of one process share their memory: this holds back a mistake, and a caller that makes the
@@ -240,12 +240,13 @@ pub fn hidden_callers(config: &Config, kept: &[String]) -> Option<String> {
     })
 }
 
-/// Confines a data worker further: it opens no file.
+/// Confines a data worker further: it opens no file and makes no thread.
 pub fn confine_data_worker() {
     if IN_FORCE.get().is_none() {
         return;
     }
-    let confined = privileges::keep_only(privileges::DATA_WORKER).and(system_calls::refuse_files());
+    let confined = privileges::keep_only(privileges::DATA_WORKER)
+        .and(system_calls::refuse_files_and_threads());
     if let Err(missing) = confined {
         tracing::warn!(missing, "a data worker runs without a protection");
     }
@@ -375,7 +376,7 @@ impl InForce {
                 "data_workers",
                 self.system_calls.is_ok(),
                 "data workers",
-                "opening a file, and changing the file system (seccomp)",
+                "opening a file, changing the file system, and making a thread (seccomp)",
             ),
             privileges,
         ])

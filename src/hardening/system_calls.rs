@@ -163,13 +163,13 @@ pub(super) fn refuse_to_all() -> Result<(), String> {
     install(always([&libc::SYS_clone3]), libc::ENOSYS)
 }
 
-/// Refuses to this thread to open a file, or to change the file system.
-pub(super) fn refuse_files() -> Result<(), String> {
+/// Refuses to this thread to open a file, to change the file system, and to make a thread: that would be
+/// refused the same, whatever it were made for.
+pub(super) fn refuse_files_and_threads() -> Result<(), String> {
     let opens = OPENS.iter().chain(OPENS_HERE).map(|(number, _)| number);
-    install(
-        always(CHANGES.iter().chain(CHANGES_HERE).chain(opens)),
-        libc::EPERM,
-    )
+    let files = CHANGES.iter().chain(CHANGES_HERE).chain(opens);
+    let threads = [&libc::SYS_clone, &libc::SYS_clone3];
+    install(always(files.chain(threads)), libc::EPERM)
 }
 
 /// Refuses to this thread, and to all that it makes, to open a file but for reading, or to change the
@@ -300,8 +300,9 @@ mod tests {
             refused(std::os::unix::fs::symlink(&there, &new).unwrap_err());
         });
         on_a_thread(move || {
-            refuse_files().unwrap();
+            refuse_files_and_threads().unwrap();
             refused(File::open(&path).unwrap_err());
+            refused(std::thread::Builder::new().spawn(|| ()).unwrap_err());
             assert!(std::fs::metadata(&path).is_ok());
         });
     }

@@ -9,6 +9,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use countersign_attestors::hexadecimal;
+use futures_util::future::join_all;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
@@ -18,7 +19,8 @@ use crate::support::agent::Agent;
 use crate::support::collector::{Collector, Manner};
 use crate::support::counts::reached;
 use crate::support::curl::{curl, curl_as};
-use crate::support::world::{DESTINATIONS, POLICIES};
+use crate::support::name_server::{Addresses, with_name_server};
+use crate::support::world::{DESTINATIONS, POLICIES, World};
 use crate::support::{NOBODY, eventually, has_program, is_root, unprivileged};
 
 const ORDERS: &str = "https://orders.example.test/v1/orders";
@@ -327,6 +329,57 @@ async fn no_thread_keeps_what_it_does_not_need_and_callers_are_attested_all_the_
         );
     }
     reached("parts_of_status", parts.len());
+}
+
+#[test]
+fn names_are_looked_up_by_threads_that_no_data_worker_made() {
+    let name = "names_are_looked_up_by_threads_that_no_data_worker_made";
+    with_name_server(name, names_beside_dead_ones);
+}
+
+/// What a thread gave away, those that it makes do not have either.
+async fn names_beside_dead_ones(addresses: Addresses) {
+    let world = World::servers().await;
+    let api = world.plain_api.address();
+    addresses.lock().unwrap().push(api.ip());
+    let hosts: Vec<String> = ["dead", "live"]
+        .iter()
+        .flat_map(|kind| (0..8).map(move |number| format!("{kind}{number}.named.test")))
+        .collect();
+    let (dead, live) = hosts.split_at(8);
+    let named = format!(
+        r#"{DESTINATIONS}
+  - name: named
+    hosts: {hosts:?}
+    ports: [{}]
+    scheme: http
+    credentials: [{{name: orders-api}}]
+    allow_addresses: [127.0.0.0/8]
+"#,
+        api.port()
+    );
+    let agent = Agent::start_in(world, None, &named, POLICIES).await;
+    let ask = async |host: &String| {
+        let url = format!("http://{host}:{}/v1/orders", api.port());
+        agent.curl(None, &url).await
+    };
+    // Each has a thread to itself.
+    let dead = join_all(dead.iter().map(ask));
+    let asked_beside_them = async {
+        for host in live {
+            ask(host).await.expect(200);
+        }
+        // The threads that look names up read the configuration, too.
+        agent.admin("POST", "/v1/reload").await.expect(200);
+        for (thread, may) in threads(agent.pid()) {
+            let serves = thread.starts_with("control");
+            assert!(!serves || may["CapEff"] == 0, "{thread}: {may:?}");
+        }
+    };
+    let (dead, ()) = tokio::join!(dead, asked_beside_them);
+    for answer in dead {
+        assert_eq!(answer.code(), "upstream_timeout");
+    }
 }
 
 #[tokio::test]
