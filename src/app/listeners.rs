@@ -64,7 +64,7 @@ impl PreparedListeners {
 impl Listeners {
     /// Binds what a configuration adds. What is served stays as it is, also where this fails.
     /// At the start, what the service manager handed over is taken instead.
-    pub(super) async fn prepare(
+    pub(super) fn prepare(
         &self,
         config: &Config,
         manager: &mut ServiceManager,
@@ -77,9 +77,7 @@ impl Listeners {
                     Some(handed_over) => {
                         BoundListener::take_over(handed_over, &listener.access).map(Arc::new)
                     }
-                    None => BoundListener::bind(&listener.bind, &listener.access)
-                        .await
-                        .map(Arc::new),
+                    None => BoundListener::bind(&listener.bind, &listener.access).map(Arc::new),
                 },
             }
             .map_err(|error| bind_problem(config, listener, &error))?;

@@ -160,7 +160,7 @@ impl App {
         let manager = &mut options.service_manager;
         let mut listeners = Listeners::default();
         manager.give_up_all_but(&config.listeners);
-        let prepared = listeners.prepare(&config, manager).await?;
+        let prepared = listeners.prepare(&config, manager)?;
         let mut admin = AdminServer::bind(&config.admin, manager).await?;
         manager.refuse_the_rest()?;
         let own_listeners = prepared.own(admin.metrics_address());
@@ -369,9 +369,7 @@ impl App {
         let config = Arc::new(config);
         let mut listeners = self.listeners.lock().await;
         // What it handed over was taken, or refused, at the start.
-        let prepared = listeners
-            .prepare(&config, &mut ServiceManager::default())
-            .await?;
+        let prepared = listeners.prepare(&config, &mut ServiceManager::default())?;
         let own_listeners = prepared.own(self.bound.metrics);
         // Built anew where somebody was revoked meanwhile, for revoking waits for nothing that may hang.
         let (previous, snapshot, revoking) = loop {

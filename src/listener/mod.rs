@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use countersign_attestors::evidence::EvidenceError;
 use countersign_attestors::{ConnectionAttestation, PeerEvidence, observers};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 use tokio::runtime::LocalOptions;
 use tokio::sync::mpsc;
 use tokio::task::spawn_local;
@@ -42,6 +42,9 @@ use crate::telemetry::metrics::OpenConnection;
 /// How often open streams and idle connections are looked over; a permission that ends is noticed
 /// within this and a second.
 const SWEEP: Duration = Duration::from_millis(250);
+/// How many callers wait at a TCP listener to be accepted: as many as at a Unix socket, or at those of
+/// `deploy/systemd`, where the kernel lets them (`net.core.somaxconn`). Others try again after a second.
+const BACKLOG: u32 = 4096;
 /// How long accepting pauses when descriptors have run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -64,9 +67,9 @@ enum BoundSocket {
 
 impl BoundListener {
     /// Binds a listener. A socket file that nobody listens on is replaced.
-    pub async fn bind(bind: &Bind, access: &SocketAccess) -> io::Result<Self> {
+    pub fn bind(bind: &Bind, access: &SocketAccess) -> io::Result<Self> {
         let socket = match bind {
-            Bind::Tcp(address) => BoundSocket::Tcp(TcpListener::bind(address).await?),
+            Bind::Tcp(address) => BoundSocket::Tcp(bind_tcp(*address)?),
             Bind::Unix(path) => bind_unix(path, access)?,
         };
         Ok(Self {
@@ -153,6 +156,17 @@ impl AsFd for BoundListener {
             }
         }
     }
+}
+
+fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    // Connections of a former agent that have yet to time out are in nobody's way.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 fn bind_unix(path: &Path, access: &SocketAccess) -> io::Result<BoundSocket> {
@@ -464,5 +478,32 @@ async fn evidence_of(
     match asked {
         Ok((socket, evidence)) => (Some(socket), evidence),
         Err(error) => (None, Err(EvidenceError::Unavailable(error))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_burst_of_callers_waits_to_be_accepted() {
+        let directory = tempfile::tempdir().unwrap();
+        for bind in [
+            Bind::Tcp(SocketAddr::from(([127, 0, 0, 1], 0))),
+            Bind::Unix(directory.path().join("proxy.sock")),
+        ] {
+            let bound = BoundListener::bind(&bind, &SocketAccess::default()).unwrap();
+            let callers = async {
+                let (mut tcp, mut unix) = (Vec::new(), Vec::new());
+                for _ in 0..300 {
+                    match bound.address().unwrap() {
+                        Bind::Tcp(address) => tcp.push(TcpStream::connect(address).await.unwrap()),
+                        Bind::Unix(path) => unix.push(UnixStream::connect(path).await.unwrap()),
+                    }
+                }
+            };
+            let connected = tokio::time::timeout(Duration::from_secs(20), callers).await;
+            assert!(connected.is_ok(), "{bind:?}");
+        }
     }
 }

@@ -44,9 +44,7 @@ impl Proxy {
         let agent = Arc::clone(world.app().agent());
         let mut listener = agent.snapshot.load().config.listeners[0].clone();
         listener.name = "patient".to_owned();
-        let bound = BoundListener::bind(&listener.bind, &SocketAccess::default())
-            .await
-            .unwrap();
+        let bound = BoundListener::bind(&listener.bind, &SocketAccess::default()).unwrap();
         let Bind::Tcp(address) = bound.address().unwrap() else {
             panic!("it is bound to TCP");
         };
