@@ -7,13 +7,14 @@ import signal
 import sys
 import unittest
 
-from . import exec_clients, keycloak, oidc_provider
+from . import exec_clients, keycloak, oidc_provider, systemd
 from .processes import HERE
 
 TESTS = {
     "oidc-provider": oidc_provider.OidcProviderTest,
     "keycloak": keycloak.KeycloakTest,
     "clients": exec_clients.ExecClientsTest,
+    "systemd": systemd.SystemdTest,
 }
 
 
