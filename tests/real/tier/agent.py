@@ -159,7 +159,7 @@ class Configuration:
     scopes: [{SCOPE}]
     resources: [{audience}]
     ca_file: {tier_ca}
-    timeout: 10s"""
+    timeout: 60s"""
             for credential, audience in audiences.items()
         )
         destinations = "\n".join(origin.destination(tier_ca) for origin in origins)
@@ -179,6 +179,7 @@ interception:
   trust_bundle_file: {self.trust_bundle}
 policies: {{directory: policies}}
 audit:
+  on_failure: degrade
   sinks: [{{type: file, path: {self.audit}}}]
 telemetry: {{log: {{format: json, level: debug}}}}
 admin: {{socket: {self.admin_socket}}}

@@ -94,12 +94,15 @@ class Server(unittest.TestCase):
         """What reached the API since the test began."""
         return self.received()[self.seen_before :]
 
+    def assert_issued(self, jti: str, client: str) -> None:
+        """The server's own log names the token, soon after it was issued at the latest, and the client."""
+        server = self.authorization_server
+        self.assertEqual(server.process.until(lambda: server.issued().get(jti), 30), client)
+
     def assert_injected(self, body: dict, client: str = NODE_CLIENT) -> dict:
         """The API verified a token, and the server's own log names it; gives what the API saw."""
         jti = body["verified"]["jti"]
-        issued = self.authorization_server.issued()
-        self.assertIn(jti, issued, "the token's `jti` is not in the server's log")
-        self.assertEqual(issued[jti], client)
+        self.assert_issued(jti, client)
         seen = self.arrived()[-1]
         self.assertEqual(seen["jti"], jti)
         self.assertTrue(seen["verified"])

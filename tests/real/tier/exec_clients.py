@@ -186,11 +186,10 @@ class ExecClientsTest(Server):
         """These requests and no others, each with one token that the authorization server issued for this host."""
         arrived = self.arrived()
         self.assertEqual([event["path"].partition("?")[0] for event in arrived], list(paths))
-        issued = self.authorization_server.issued()
         for event in arrived:
             self.assertTrue(event["verified"], event)
             self.assertEqual(len(event["authorization"]), 1)
-            self.assertEqual(issued[event["jti"]], NODE_CLIENT)
+            self.assert_issued(event["jti"], NODE_CLIENT)
             self.assertEqual(event["authority"].removesuffix(":443"), host)
             self.assertNotIn("proxy-authorization", event["header_names"])
         self.forget()

@@ -16,9 +16,9 @@ from .cases import PLAIN_ORDERS, SECURE_ORDERS, Cases, Server
 from .processes import AGENT, HERE, PYTHON, node_server
 
 SUBJECT = f"repo:acme/orders:ref:{BRANCH}"
-TOKEN_SECONDS = 5
-REFRESH_SECONDS = 2
-JOB_SECONDS = 4 * TOKEN_SECONDS
+TOKEN_SECONDS = 15
+REFRESH_SECONDS = 3
+JOB_SECONDS = 40
 
 
 class CiSystem:
@@ -137,16 +137,14 @@ class KeycloakTest(Cases, KeycloakServer):
             raise AssertionError(f"exec ended with {ended.returncode}: {ended.stdout[-1000:]}{ended.stderr[-3000:]}") from None
 
     def assert_names_the_workload(self, jti: str) -> None:
-        issued = self.authorization_server.issued()
-        self.assertIn(jti, issued, "the token's `jti` is not in the server's log")
-        self.assertEqual(issued[jti], WORKLOAD_CLIENT)
+        self.assert_issued(jti, WORKLOAD_CLIENT)
         self.assertEqual(self.authorization_server.subjects()[jti], SUBJECT)
 
     def test_a_token_in_the_proxys_url_is_the_assertion(self) -> None:
         """And a request on the same agent without one is asked for it."""
         agent = Agent(self.keyless)
         self.addCleanup(agent.stop)
-        token = self.ci.mint(self.authorization_server.issuer)
+        token = self.ci.mint(self.authorization_server.issuer, lifetime=60)
         presenting, bare = Clients(agent), Clients(agent)
         for name in ("http_proxy", "https_proxy"):
             presenting.environment[name] = f"http://token:{token}@127.0.0.1:{agent.relay_port}"
@@ -168,7 +166,7 @@ class KeycloakTest(Cases, KeycloakServer):
         answers = job["answers"]
         self.assertEqual([answer["status"] for answer in answers], [200] * len(answers), answers[-1])
         self.assertGreater(len(answers), 10)
-        self.assertGreaterEqual(answers[-1]["time"] - answers[0]["time"], 3 * TOKEN_SECONDS)
+        self.assertGreaterEqual(answers[-1]["time"] - answers[0]["time"], 2 * TOKEN_SECONDS)
         tokens = {answer["body"]["verified"]["jti"] for answer in answers}
         self.assertGreater(len(tokens), 2)
         for jti in tokens:

@@ -25,6 +25,7 @@ CACHE = pathlib.Path(os.environ["COUNTERSIGN_REAL_CACHE"])
 NODE = CACHE / "node" / "bin" / "node"
 PYTHON = CACHE / "venv" / "bin" / "python"
 AGENT = pathlib.Path(os.environ["COUNTERSIGN_BINARY"])
+HOLDERS: list[socket.socket] = []
 
 
 class Process:
@@ -62,7 +63,7 @@ class Process:
             if self.process.poll() is not None:
                 raise AssertionError(f"{self.name} ended with {self.process.returncode}: {self.tail()}")
             if time.monotonic() > deadline:
-                raise AssertionError(f"{self.name} was not ready within {seconds} s: {self.tail()}")
+                raise AssertionError(f"{self.name} did not come to it within {seconds} s: {self.tail()}")
             time.sleep(0.05)
         return found
 
@@ -96,9 +97,12 @@ def node_server(name: str, script: str, directory: pathlib.Path, settings: dict,
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port of 127.0.0.1 that nobody else is given: it is held without listening, so that whoever names it may listen."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    HOLDERS.append(holder)
+    return holder.getsockname()[1]
 
 
 @dataclasses.dataclass
