@@ -1,7 +1,6 @@
 //! `Alt-Svc` leads no client past the agent (RFC 7838), on whichever answer it stands.
 
 use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
 
 use crate::support::origin::Origin;
 use crate::support::raw::read_response;
@@ -30,7 +29,7 @@ async fn no_answer_offers_another_way() {
         .start_agent(&format!("{COMMON}{DESTINATIONS}{destination}"), POLICIES)
         .await;
     world.good().await;
-    let mut io = TcpStream::connect(world.address("proxy")).await.unwrap();
+    let mut io = world.connect().await;
     let get = "GET http://origin.example.test/ HTTP/1.1\r\nHost: origin.example.test\r\n";
     io.write_all(format!("{get}\r\n").as_bytes()).await.unwrap();
     let hints = read_response(&mut io).await.expect(103);

@@ -38,6 +38,10 @@ async fn a_caller_that_cannot_be_named_gets_no_credential() {
         let answer = tokio::task::spawn_blocking(move || read_response_blocking(&mut io))
             .await
             .unwrap();
+        // What another test starts holds it, too, until it executes.
+        if answer.contains("\"code\":\"caller_ambiguous\"") {
+            continue;
+        }
         if answer.contains("\"code\":\"caller_gone\"") {
             assert!(answer.starts_with("HTTP/1.1 403 "), "{answer}");
             break;

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UnixStream};
 
 use crate::support::counts::reached;
 use crate::support::eventually;
@@ -252,10 +252,10 @@ async fn connections_to_the_workload_api_count_for_their_identity() {
     let limits = "limits: {per_identity: {connections: 1}}";
     let configuration = format!("{COMMON}{limits}\n{DESTINATIONS}").replace(
         "listeners:\n",
-        "listeners:\n  - {name: api, type: workload_api, bind: \"127.0.0.1:0\"}\n",
+        "listeners:\n  - {name: api, type: workload_api, bind: \"unix:{directory}/api.sock\"}\n",
     );
     world.start_agent(&configuration, POLICIES).await;
-    let connect = || TcpStream::connect(world.target("api"));
+    let connect = || UnixStream::connect(world.path("api.sock"));
     // Who asks for nothing that is the caller's keeps no place.
     let mut unknown = connect().await.unwrap();
     let ready = WHOAMI.replace("whoami", "proxy");

@@ -6,7 +6,6 @@ use countersign::admin::AdminActions;
 use countersign::config::SigningAlgorithm;
 use countersign::jwt::SigningKey;
 use serde_json::{Value, json};
-use tokio::net::TcpStream;
 
 use crate::support::curl::curl;
 use crate::support::origin::Origin;
@@ -72,7 +71,7 @@ async fn an_issuer_whose_keys_are_away_is_named() {
         )
     };
     let presented = format!("Proxy-Authorization: Bearer {token}\r\n");
-    let mut io = TcpStream::connect(world.address("proxy")).await.unwrap();
+    let mut io = world.connect().await;
     exchange(&mut io, &request(&presented)).await.expect(200);
 
     let status = world.app().status().await;
@@ -129,7 +128,7 @@ async fn the_age_of_keys_is_shown_and_what_was_not_decided_is_counted() {
             &json!({}),
         )
         .unwrap();
-    let mut io = TcpStream::connect(world.address("proxy")).await.unwrap();
+    let mut io = world.connect().await;
     let request = format!(
         "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\nProxy-Authorization: Bearer {token}\r\n\r\n"
     );
@@ -172,9 +171,9 @@ async fn listeners_are_shown_where_they_are_now() {
     );
     assert_eq!(bound("gateway").await, None);
     let another = bound("another-gateway").await.unwrap();
-    let mut io = TcpStream::connect(&another).await.unwrap();
-    let request = "GET /v1/orders HTTP/1.1\r\nHost: gateway\r\n\r\n";
-    exchange(&mut io, request).await.expect(200);
+    curl(&[&format!("http://{another}/v1/orders")])
+        .await
+        .expect(200);
 }
 
 /// The events with this name, in order.

@@ -1,10 +1,11 @@
 //! What callers get of whom nothing is known yet: not much, and not for long.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use countersign::config::{Bind, SocketAccess};
+use countersign::config::{Bind, Listener};
 use countersign::listener::{BoundListener, Workers, accept};
 use futures_util::future::select_all;
 use http::{Method, Request};
@@ -13,7 +14,7 @@ use hyper::client::conn::http2;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 
 use crate::support::counts::reached;
@@ -29,7 +30,7 @@ const SOON: Duration = Duration::from_secs(20);
 
 /// A further proxy of the world's agent.
 struct Proxy {
-    address: std::net::SocketAddr,
+    path: PathBuf,
     task: JoinHandle<()>,
 }
 
@@ -42,12 +43,13 @@ impl Drop for Proxy {
 impl Proxy {
     async fn start(world: &World, unattested: usize) -> Self {
         let agent = Arc::clone(world.app().agent());
-        let mut listener = agent.snapshot.load().config.listeners[0].clone();
+        let listeners = agent.snapshot.load().config.listeners.clone();
+        let is_local = |listener: &Listener| listener.name == "local";
+        let mut listener = listeners.into_iter().find(is_local).unwrap();
+        let path = world.path("patient.sock");
         listener.name = "patient".to_owned();
-        let bound = BoundListener::bind(&listener.bind, &SocketAccess::default()).unwrap();
-        let Bind::Tcp(address) = bound.address().unwrap() else {
-            panic!("it is bound to TCP");
-        };
+        listener.bind = Bind::Unix(path.clone());
+        let bound = BoundListener::bind(&listener.bind, &listener.access).unwrap();
         let workers = Workers::start(&agent, 1).unwrap();
         let task = tokio::spawn(accept(
             agent,
@@ -56,16 +58,16 @@ impl Proxy {
             listener,
             unattested,
         ));
-        Self { address, task }
+        Self { path, task }
     }
 
-    async fn connect(&self) -> TcpStream {
-        TcpStream::connect(self.address).await.unwrap()
+    async fn connect(&self) -> UnixStream {
+        UnixStream::connect(&self.path).await.unwrap()
     }
 }
 
 /// HTTP/2 in clear, and what ends with the connection.
-async fn http2(io: TcpStream) -> (http2::SendRequest<Empty<Bytes>>, JoinHandle<()>) {
+async fn http2(io: UnixStream) -> (http2::SendRequest<Empty<Bytes>>, JoinHandle<()>) {
     let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(io))
         .await
         .unwrap();
@@ -90,7 +92,7 @@ async fn tunnel(sender: &mut http2::SendRequest<Empty<Bytes>>) -> TokioIo<Upgrad
 }
 
 /// Waits until nothing more comes; when that was.
-async fn closed(mut io: TcpStream) -> Instant {
+async fn closed(mut io: UnixStream) -> Instant {
     let rest = async { while matches!(io.read(&mut [0; 512]).await, Ok(1..)) {} };
     tokio::time::timeout(SOON, rest)
         .await
@@ -99,7 +101,7 @@ async fn closed(mut io: TcpStream) -> Instant {
 }
 
 /// Waits until one of these connections is closed, and takes it away.
-async fn one_is_closed(open: &mut Vec<TcpStream>) {
+async fn one_is_closed(open: &mut Vec<UnixStream>) {
     let ends = open.iter_mut().map(|io| {
         Box::pin(async move { while matches!(io.read(&mut [0; 512]).await, Ok(1..)) {} })
     });
@@ -126,7 +128,6 @@ async fn whoever_says_nothing_is_closed() {
     const HEAD: Duration = Duration::from_secs(5);
     let world = impatient(HEAD).await;
     let seen = world.plain_api.seen().len();
-    let proxy = world.target("proxy");
     let mut waiting = Vec::new();
     for said in [
         "",
@@ -140,13 +141,13 @@ async fn whoever_says_nothing_is_closed() {
         "GET http://plain.example.test/v1/orders HTTP/1.1\r\nHost: plain.example.test\r\nX: ",
     ] {
         let began = Instant::now();
-        let mut io = TcpStream::connect(&proxy).await.unwrap();
+        let mut io = world.connect().await;
         io.write_all(said.as_bytes()).await.unwrap();
         waiting.push((began, tokio::spawn(closed(io))));
     }
     // One that drips: every byte is new, and the head never whole.
     let began = Instant::now();
-    let mut io = TcpStream::connect(&proxy).await.unwrap();
+    let mut io = world.connect().await;
     io.write_all(b"GET http://plain.example.test/ HTTP/1.1\r\nX: ")
         .await
         .unwrap();
@@ -160,7 +161,7 @@ async fn whoever_says_nothing_is_closed() {
     waiting.push((began, tokio::spawn(dripping)));
     // And one that is idle between two requests.
     let began = Instant::now();
-    let mut io = TcpStream::connect(&proxy).await.unwrap();
+    let mut io = world.connect().await;
     exchange(&mut io, PLAIN).await.expect(200);
     waiting.push((began, tokio::spawn(closed(io))));
     let mut silent = 0;
@@ -240,7 +241,7 @@ async fn one_identity_does_not_take_the_places_of_others() {
     let world = World::start().await;
     world.good().await;
     let proxy = Proxy::start(&world, PLACES).await;
-    let other = Puppet::start(&proxy.address.to_string(), Some(NOBODY)).await;
+    let other = Puppet::start(proxy.path.to_str().unwrap(), Some(NOBODY)).await;
     let (mut sender, _) = http2(proxy.connect().await).await;
     let mut tunnels = Vec::new();
     for _ in 0..2 * PLACES {
@@ -258,7 +259,7 @@ async fn one_identity_does_not_take_the_places_of_others() {
 #[tokio::test(flavor = "multi_thread")]
 async fn who_is_not_attested_keeps_no_connection() {
     let world = impatient(Duration::from_secs(5)).await;
-    let proxy = TcpStream::connect(world.target("proxy")).await.unwrap();
+    let proxy = world.connect().await;
     let (mut sender, ended) = http2(proxy).await;
     let trace = asked(Method::TRACE, "http://plain.example.test/v1/orders");
     let refused = sender.send_request(trace).await.unwrap();
@@ -273,7 +274,7 @@ async fn a_connection_stays_for_the_tunnels_in_it() {
     /// Longer than a connection that is cut has to end.
     const LONG: Duration = Duration::from_secs(12);
     let world = impatient(Duration::from_secs(4)).await;
-    let proxy = TcpStream::connect(world.target("proxy")).await.unwrap();
+    let proxy = world.connect().await;
     let (mut sender, ended) = http2(proxy).await;
     let mut inside = tunnel(&mut sender).await;
     let began = Instant::now();
@@ -329,7 +330,7 @@ async fn each_tunnel_of_an_http2_connection_counts_for_its_identity() {
     world
         .start_agent(&format!("{COMMON}{limits}\n{DESTINATIONS}"), POLICIES)
         .await;
-    let proxy = TcpStream::connect(world.target("proxy")).await.unwrap();
+    let proxy = world.connect().await;
     let (mut sender, _) = http2(proxy).await;
     let mut tunnels = Vec::new();
     for _ in 0..3 {
@@ -345,7 +346,7 @@ async fn each_tunnel_of_an_http2_connection_counts_for_its_identity() {
     served(&mut last, INSIDE).await;
     // An HTTP/1 connection that is a tunnel is one.
     drop(last);
-    let mut proxy = TcpStream::connect(world.target("proxy")).await.unwrap();
+    let mut proxy = world.connect().await;
     open_tunnel(&mut proxy, "plain.example.test:80")
         .await
         .expect(200);

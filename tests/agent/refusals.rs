@@ -11,6 +11,7 @@ use hyper::body::Frame;
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
 use crate::support::counts::reached;
@@ -373,6 +374,7 @@ async fn what_the_destination_says_is_passed_on() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_answer_arrives_though_the_caller_goes_on_sending() {
     let world = World::start().await;
+    let puppet = Puppet::start(&world.target("proxy"), None).await;
     world.good().await;
     let upload = "Host: plain.example.test\r\nContent-Length: 524288\r\n\r\n";
     let denied = format!("DELETE http://plain.example.test/v1/orders HTTP/1.1\r\n{upload}");
@@ -383,9 +385,7 @@ async fn the_answer_arrives_though_the_caller_goes_on_sending() {
     );
     let mut arrived = 0;
     for (head, status) in [(denied, 403), (elsewhere, 403), (many_lines, 431)] {
-        let mut io = tokio::net::TcpStream::connect(world.address("proxy"))
-            .await
-            .unwrap();
+        let mut io = puppet.connect().await;
         io.write_all(head.as_bytes()).await.unwrap();
         for _ in 0..8 {
             io.write_all(&[b'x'; 64 * 1024]).await.unwrap();
@@ -412,8 +412,8 @@ async fn heads_that_cannot_be_read_are_refused_and_recorded() {
         format!("{COMMON}{DESTINATIONS}limits: {{per_identity: {{head_size: 128KiB}}}}\n");
     world.start_agent(&configuration, POLICIES).await;
     world.good().await;
-    let proxy = world.address("proxy").to_string();
-    let gateway = world.address("gateway").to_string();
+    let proxy = world.target("local");
+    let gateway = world.target("local-gateway");
     let many_lines = format!("GET /v1/orders HTTP/1.1\r\n{}\r\n", "X: a\r\n".repeat(200));
     let long = format!("GET /{} HTTP/1.1\r\n\r\n", "a".repeat(70_000));
     let large = format!("GET / HTTP/1.1\r\nX: {}\r\n\r\n", "a".repeat(140_000));
@@ -431,9 +431,9 @@ async fn heads_that_cannot_be_read_are_refused_and_recorded() {
         (&gateway, "GET / HTTP/9.9\r\n\r\n", 400, "malformed_request"),
     ];
     let mut refused = 0;
-    for (address, head, status, code) in rows {
-        let known = *address == proxy;
-        let mut io = tokio::net::TcpStream::connect(address).await.unwrap();
+    for (path, head, status, code) in rows {
+        let known = *path == proxy;
+        let mut io = UnixStream::connect(path).await.unwrap();
         if known {
             exchange(&mut io, GOOD).await.expect(200);
         }
@@ -462,7 +462,7 @@ async fn heads_that_cannot_be_read_are_refused_and_recorded() {
     let line = format!("countersign_refusals_total{{code=\"{code}\"}} {count}\n");
     assert!(metrics.contains(&line), "{metrics}");
     // A password in the authority is not said again.
-    let mut io = tokio::net::TcpStream::connect(&proxy).await.unwrap();
+    let mut io = UnixStream::connect(&proxy).await.unwrap();
     let secret =
         "GET http://me:s3cret@plain.example.test/ HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
     let answer = exchange(&mut io, secret).await.expect(400);
@@ -478,7 +478,7 @@ async fn a_refused_stream_is_not_reset_while_the_caller_sends() {
     let world = World::start().await;
     world.good().await;
     let seen = world.api.seen().len();
-    let io = tokio::net::TcpStream::connect(world.address("gateway"))
+    let io = UnixStream::connect(world.target("local-gateway"))
         .await
         .unwrap();
     let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(io))

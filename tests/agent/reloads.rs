@@ -8,7 +8,7 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use countersign::dev::OidcIssuer;
 use countersign::policy::{Revocation, Revoked};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::UnixStream;
 
 use crate::support::counts::reached;
 use crate::support::eventually;
@@ -45,8 +45,8 @@ async fn a_reload_moves_listeners_and_changes_who_may_connect() {
     .await;
     let mode = std::fs::metadata(path("proxy.sock")).unwrap().permissions();
     assert_eq!(mode.mode() & 0o777, 0o600);
-    let mut io = TcpStream::connect(world.address("proxy")).await.unwrap();
-    exchange(&mut io, PLAIN).await.expect(200);
+    let plain = "http://plain.example.test/v1/orders";
+    world.curl(&[plain]).await.expect(200);
 
     // An address that somebody else has: the reload fails, and takes nothing away.
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -244,7 +244,7 @@ async fn what_is_revoked_while_a_reload_is_under_way_stays_revoked() {
     drop(writer);
     reload.await.unwrap().unwrap();
 
-    let mut io = TcpStream::connect(world.address("proxy")).await.unwrap();
+    let mut io = world.connect().await;
     let answer = exchange(&mut io, PLAIN).await.expect(403);
     assert_eq!(answer.code(), "revoked");
     held += 1;
@@ -262,7 +262,7 @@ async fn a_request_that_waits_while_its_credential_is_renamed_is_decided_again()
     world.origins.push(("issuer".to_owned(), gate.address));
     let common = COMMON.replace(
         "listeners:\n",
-        "listeners:\n  - {name: api, type: workload_api, bind: \"127.0.0.1:0\"}\n",
+        "listeners:\n  - {name: api, type: workload_api, bind: \"unix:{directory}/api.sock\"}\n",
     );
     let configuration = format!("{common}{DESTINATIONS}");
     let all = "@id(\"all\") permit (principal, action, resource) when { principal has unix };";
@@ -273,9 +273,9 @@ async fn a_request_that_waits_while_its_credential_is_renamed_is_decided_again()
     let token = world.issuer.mint("job", "countersign", lifetime, &claims);
     let token = token.unwrap();
     let send = |listener: &str, request: String| {
-        let address = world.address(listener);
+        let path = world.target(listener);
         tokio::spawn(async move {
-            let mut io = TcpStream::connect(address).await.unwrap();
+            let mut io = UnixStream::connect(path).await.unwrap();
             exchange(&mut io, &request).await
         })
     };
@@ -289,7 +289,7 @@ async fn a_request_that_waits_while_its_credential_is_renamed_is_decided_again()
     let issued = format!(
         "POST /v1/token HTTP/1.1\r\nHost: agent\r\nAuthorization: Bearer {token}\r\nContent-Length: {length}\r\n\r\n{ask}"
     );
-    let (injected, issued) = (send("proxy", injected), send("api", issued));
+    let (injected, issued) = (send("local", injected), send("api", issued));
     gate.is_waited_at().await;
     let renamed = configuration.replace("orders-api", "orders-v2");
     world.write("countersign.yaml", &world.fill(&renamed));
@@ -505,7 +505,7 @@ async fn a_reload_reads_trusted_roots_again() {
         .start_agent(&configuration, &format!("{POLICIES}{OF_JOBS}"))
         .await;
     let claims = serde_json::json!({"repository": "acme/orders"});
-    let mut proxy = TcpStream::connect(world.address("proxy")).await.unwrap();
+    let mut proxy = world.connect().await;
     let mut read = 0;
     world.good().await;
 

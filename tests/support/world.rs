@@ -18,6 +18,7 @@ use countersign::dev::{
 use countersign::jwt::{SigningKey, VerifyingKey};
 use serde_json::Value;
 use tempfile::TempDir;
+use tokio::net::UnixStream;
 
 use super::curl::{Answer, curl_as};
 
@@ -259,6 +260,12 @@ impl World {
             Bind::Tcp(address) => address.to_string(),
             Bind::Unix(path) => path.display().to_string(),
         }
+    }
+
+    /// Connects to the proxy from this process, on its Unix socket. A TCP connection of this process is held by
+    /// whatever another test starts, too, until that executes: the agent may find two callers.
+    pub async fn connect(&self) -> UnixStream {
+        UnixStream::connect(self.path("proxy.sock")).await.unwrap()
     }
 
     /// The proxy's URL.

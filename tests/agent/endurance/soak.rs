@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use tokio::io::{AsyncWriteExt, BufReader};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::UnixStream;
 
 use super::descriptors::descriptors;
 use super::{PLAIN, forgetful_origin};
@@ -45,7 +45,7 @@ async fn cycle(agent: &Agent, puppet: &Puppet, root: &Path) -> usize {
         answered += 1;
     }
     for _ in 0..5 {
-        let mut io = BufReader::new(TcpStream::connect(&agent.address).await.unwrap());
+        let mut io = BufReader::new(puppet.connect().await);
         exchange(&mut io, PLAIN).await.expect(200);
         answered += 1;
         // One that leaves in the middle of a request.
