@@ -465,8 +465,8 @@ impl App {
     pub async fn drain(&self) {
         let window = self.agent.snapshot.load().config.drain;
         let began = Instant::now();
-        self.options.service_manager.stopping(window);
         self.agent.phase.send_replace(Phase::LastAnswers);
+        self.options.service_manager.stopping(window);
         self.ending.cancel();
         tracing::info!(?window, open = self.workers.open_connections(), "draining");
         let closing = began + LAST_ANSWERS.min(window / 2);
