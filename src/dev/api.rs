@@ -123,8 +123,9 @@ impl Shared {
     }
 
     fn respond(&self, request: Request<Incoming>) -> Response<Body> {
-        let token = self.authenticate(request.headers());
-        self.record(&request, &token);
+        let now = SystemTime::now();
+        let token = self.authenticate(request.headers(), now);
+        self.record(&request, &token, now);
         let is_grpc = request
             .headers()
             .get(CONTENT_TYPE)
@@ -138,7 +139,7 @@ impl Shared {
     }
 
     /// RFC 6750 section 2.1 and RFC 9068 section 4.
-    fn authenticate(&self, headers: &HeaderMap) -> Result<Verified, &'static str> {
+    fn authenticate(&self, headers: &HeaderMap, now: SystemTime) -> Result<Verified, &'static str> {
         let mut values = headers.get_all(AUTHORIZATION).iter();
         let (Some(value), None) = (values.next(), values.next()) else {
             return Err("there is not exactly one Authorization header");
@@ -167,11 +168,16 @@ impl Shared {
         if !is_meant {
             return Err("the token is for another audience");
         }
-        check_times(&verified, SystemTime::now()).map_err(|error| error.0)?;
+        check_times(&verified, now).map_err(|error| error.0)?;
         Ok(verified)
     }
 
-    fn record(&self, request: &Request<Incoming>, token: &Result<Verified, &'static str>) {
+    fn record(
+        &self,
+        request: &Request<Incoming>,
+        token: &Result<Verified, &'static str>,
+        at: SystemTime,
+    ) {
         let authority = request
             .headers()
             .get(http::header::HOST)
@@ -183,7 +189,7 @@ impl Shared {
                     .map(|authority| authority.as_str())
             });
         let seen = Seen {
-            at: SystemTime::now(),
+            at,
             method: request.method().clone(),
             path: request
                 .uri()
