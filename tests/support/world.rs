@@ -231,7 +231,13 @@ impl World {
         let directory = self.path("policies");
         std::fs::create_dir_all(&directory).unwrap();
         let policies = policies.replace("{uid}", &nix::unistd::geteuid().to_string());
-        std::fs::write(directory.join("all.cedar"), policies).unwrap();
+        // Whole at once, whenever an agent looks.
+        std::fs::write(directory.join(".all.cedar.new"), policies).unwrap();
+        std::fs::rename(
+            directory.join(".all.cedar.new"),
+            directory.join("all.cedar"),
+        )
+        .unwrap();
     }
 
     pub fn write(&self, name: &str, content: &str) {
@@ -321,10 +327,11 @@ impl World {
     }
 }
 
-/// The lines of an audit file.
+/// The lines of an audit file; one that is still being written is left out.
 pub fn audit_lines(path: &Path) -> Vec<Value> {
-    std::fs::read_to_string(path)
-        .unwrap_or_default()
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let (whole, _) = text.rsplit_once('\n').unwrap_or_default();
+    whole
         .lines()
         .map(|line| serde_json::from_str(line).unwrap())
         .collect()
