@@ -91,15 +91,23 @@ pub fn has_program(test: &str, program: &str) -> bool {
     found
 }
 
-/// Holds a port of 127.0.0.1, any that is free for 0, without listening: who connects is refused, who asks
-/// for any port gets another, and who names this one may listen on it.
+/// Holds a port of 127.0.0.1, as [`hold`].
 ///
 /// # Errors
 /// Somebody listens on it.
 pub fn hold_port(port: u16) -> std::io::Result<(TcpSocket, SocketAddr)> {
+    hold(SocketAddr::from(([127, 0, 0, 1], port)))
+}
+
+/// Holds a port of an address, any that is free for 0, without listening: who connects is refused, who asks
+/// for any port gets another, and who names this one may listen on it.
+///
+/// # Errors
+/// Somebody listens on it.
+pub fn hold(address: SocketAddr) -> std::io::Result<(TcpSocket, SocketAddr)> {
     let socket = TcpSocket::new_v4()?;
     socket.set_reuseaddr(true)?;
-    socket.bind(SocketAddr::from(([127, 0, 0, 1], port)))?;
+    socket.bind(address)?;
     let address = socket.local_addr()?;
     Ok((socket, address))
 }

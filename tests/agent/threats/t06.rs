@@ -7,8 +7,8 @@ use crate::support::curl::curl_as;
 use crate::support::origin::Origin;
 use crate::support::puppet::Puppet;
 use crate::support::raw::{open_tunnel, read_response};
-use crate::support::unprivileged;
 use crate::support::world::{COMMON, POLICIES, World};
+use crate::support::{hold, unprivileged};
 
 /// The agent's listeners, at an address that is nobody else's; the ports are free ones.
 const LISTENERS: &str = r#"
@@ -81,12 +81,6 @@ const SPELLINGS: [&str; 30] = [
     "127.0.6.1#@orders.example.test",
 ];
 
-/// Ports that nobody has at the address.
-fn free_ports() -> [u16; 4] {
-    let listeners = PORTS.map(|_| std::net::TcpListener::bind("127.0.6.1:0").unwrap());
-    listeners.map(|listener| listener.local_addr().unwrap().port())
-}
-
 /// The status of an answer to a head.
 async fn ask(caller: &Puppet, head: &str) -> (u16, String) {
     let mut io = caller.connect().await;
@@ -110,9 +104,10 @@ async fn t06_no_spelling_of_its_own_listeners_leads_the_agent_to_them() {
     let (_, after) = after.split_once("\nattestors:").unwrap();
     let destinations = DESTINATIONS.replace("{origin-port}", &port.to_string());
     let mut configuration = format!("{before}{LISTENERS}attestors:{after}{ADMIN}{destinations}");
-    let ports = free_ports();
-    for (written, free) in PORTS.iter().zip(ports) {
-        configuration = configuration.replace(written, &free.to_string());
+    let held = PORTS.map(|_| hold("127.0.6.1:0".parse().unwrap()).unwrap());
+    let ports = held.each_ref().map(|(_, address)| address.port());
+    for (written, port) in PORTS.iter().zip(ports) {
+        configuration = configuration.replace(written, &port.to_string());
     }
     world
         .start_agent(&configuration, &format!("{POLICIES}{CONNECTS}"))
