@@ -19,6 +19,8 @@ use crate::support::puppet::Puppet;
 use crate::support::raw::{read_head, read_response};
 use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World};
 
+/// How many records may wait.
+const CAPACITY: u64 = 16_384;
 const SOON: Duration = Duration::from_secs(20);
 const BLIND: &str =
     "  - {name: blind, hosts: [blind.example.test], ports: [7], connect_to: \"{plain}\"}\n";
@@ -237,18 +239,20 @@ async fn requests_go_on_without_records_only_where_that_is_configured() {
     setting.stall().await;
     let audit = setting.world.app().agent().audit.clone();
     let mut queued = 0;
-    while audit.state().dropped == 0 {
+    let mut fill = || {
         audit.lifecycle(marker("filler")).unwrap();
         queued += 1;
+    };
+    // Until the agent has taken what it can't write, and the queue is full again.
+    while audit.state().queue_depth <= CAPACITY {
+        fill();
+    }
+    let dropped = audit.state().dropped;
+    while audit.state().dropped == dropped {
+        fill();
     }
     // For longer than `block` would wait.
     tokio::time::sleep(Duration::from_millis(200)).await;
-    // Where the agent emptied the queue once more before it found the pipe full.
-    let dropped = audit.state().dropped;
-    while audit.state().dropped == dropped {
-        audit.lifecycle(marker("filler")).unwrap();
-        queued += 1;
-    }
     let kept = queued - audit.state().dropped;
     let answer = setting.send().await.expect(200);
     assert_eq!(setting.world.api.seen().len(), 2);

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -46,7 +47,9 @@ impl Proxy {
         let listeners = agent.snapshot.load().config.listeners.clone();
         let is_local = |listener: &Listener| listener.name == "local";
         let mut listener = listeners.into_iter().find(is_local).unwrap();
-        let path = world.path("patient.sock");
+        static STARTED: AtomicUsize = AtomicUsize::new(0);
+        let number = STARTED.fetch_add(1, Ordering::Relaxed);
+        let path = world.path(&format!("patient-{number}.sock"));
         listener.name = "patient".to_owned();
         listener.bind = Bind::Unix(path.clone());
         let bound = BoundListener::bind(&listener.bind, &listener.access).unwrap();
@@ -272,8 +275,8 @@ async fn who_is_not_attested_keeps_no_connection() {
 async fn a_connection_stays_for_the_tunnels_in_it() {
     const INSIDE: &str = "GET /v1/orders HTTP/1.1\r\nHost: plain.example.test\r\n\r\n";
     /// Longer than a connection that is cut has to end.
-    const LONG: Duration = Duration::from_secs(12);
-    let world = impatient(Duration::from_secs(4)).await;
+    const LONG: Duration = Duration::from_secs(18);
+    let world = impatient(Duration::from_secs(10)).await;
     let proxy = world.connect().await;
     let (mut sender, ended) = http2(proxy).await;
     let mut inside = tunnel(&mut sender).await;
@@ -292,19 +295,18 @@ async fn a_connection_stays_for_the_tunnels_in_it() {
 async fn a_tunnel_has_a_place_until_somebody_in_it_is_attested() {
     let world = World::start().await;
     world.good().await;
-    let proxy = Proxy::start(&world, 12).await;
-    let (mut sender, _) = http2(proxy.connect().await).await;
-    let mut tunnels = [tunnel(&mut sender).await, tunnel(&mut sender).await];
-    for inside in &mut tunnels {
-        inside
-            .write_all(b"GET /v1/orders HTTP/1.1\r\nX: ")
-            .await
-            .unwrap();
-    }
-    eventually(SOON, || async {
+    // A newcomer that is let in may have a tunnel's place: then anew.
+    let (proxy, _sender, mut tunnels) = eventually(SOON, || async {
+        let proxy = Proxy::start(&world, 12).await;
+        let (mut sender, _) = http2(proxy.connect().await).await;
+        let mut tunnels = [tunnel(&mut sender).await, tunnel(&mut sender).await];
+        for inside in &mut tunnels {
+            let begun = b"GET /v1/orders HTTP/1.1\r\nX: ";
+            inside.write_all(begun).await.unwrap();
+        }
         let newcomer = closed(proxy.connect().await);
         let waited = tokio::time::timeout(Duration::from_secs(1), newcomer).await;
-        waited.ok()
+        waited.is_ok().then_some((proxy, sender, tunnels))
     })
     .await;
     // The connection's place, and that of one tunnel.

@@ -289,10 +289,10 @@ async fn a_request_that_waits_while_its_credential_is_renamed_is_decided_again()
     let issued = format!(
         "POST /v1/token HTTP/1.1\r\nHost: agent\r\nAuthorization: Bearer {token}\r\nContent-Length: {length}\r\n\r\n{ask}"
     );
-    let (injected, issued) = (send("local", injected), send("api", issued));
-    gate.is_waited_at().await;
     let renamed = configuration.replace("orders-api", "orders-v2");
     world.write("countersign.yaml", &world.fill(&renamed));
+    let (injected, issued) = (send("local", injected), send("api", issued));
+    gate.is_waited_at().await;
     world.app().reload().await.unwrap();
     gate.open();
 
@@ -377,12 +377,10 @@ async fn a_reload_that_hangs_fails_in_time_and_lets_the_next_succeed() {
         let (path, whole) = (world.path(hangs), world.path("whole"));
         std::fs::rename(&path, &whole).unwrap();
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        // Returns once it is read; nothing is ever written.
-        let to_open = path.clone();
-        let opening = move || std::fs::File::options().write(true).open(to_open).unwrap();
-        let opened = tokio::task::spawn_blocking(opening);
+        // Who reads it waits: nothing is ever written.
+        let mut open = std::fs::File::options();
+        let _writer = open.read(true).write(true).open(&path).unwrap();
         let problems = world.app().reload().await.unwrap_err();
-        let _writer = opened.await.unwrap();
         let codes: Vec<_> = problems.iter().map(|problem| problem.code).collect();
         assert_eq!(codes, ["reload_timeout"], "{hangs}");
         let records = world.audit().await;

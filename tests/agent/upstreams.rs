@@ -12,13 +12,13 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use crate::support::clock::MovedClock;
 use crate::support::counts::reached;
 use crate::support::gate::Gate;
-use crate::support::hold_port;
 use crate::support::name_server::{Addresses, with_name_server};
 use crate::support::origin::Origin;
 use crate::support::puppet::Puppet;
 use crate::support::raw::{exchange, open_tunnel, read_head};
 use crate::support::strict_origin::StrictOrigin;
 use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World};
+use crate::support::{eventually, hold_port};
 
 /// Of `timeouts` in these tests.
 const SHORT: Duration = Duration::from_millis(500);
@@ -190,11 +190,12 @@ async fn a_destination_in_trouble_is_told_by_its_code() {
             let waited = record["latency_us"]["upstream"].as_u64().unwrap();
             assert!(Duration::from_micros(waited) >= SHORT, "{host}: {record}");
         }
-        let arrived = origins
-            .iter()
-            .find(|(name, _)| host.contains(name))
-            .map_or(0, |(_, origin)| origin.heads().len());
-        assert_eq!(arrived, row.arrive, "{host}");
+        let arrived = || {
+            let origin = origins.iter().find(|(name, _)| host.contains(name));
+            origin.map_or(0, |(_, origin)| origin.heads().len())
+        };
+        eventually(SOON, || async { (arrived() >= row.arrive).then_some(()) }).await;
+        assert_eq!(arrived(), row.arrive, "{host}");
     }
     assert_eq!(records.len(), 1 + ROWS.len());
     let less = world.curl(&["http://wordy.example.test/less"]).await;

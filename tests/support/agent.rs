@@ -92,6 +92,11 @@ impl Agent {
     /// Ends it by a signal.
     pub async fn end(&mut self, signal: Signal) -> ExitStatus {
         self.signal(signal);
+        self.ended().await
+    }
+
+    /// Waits until it has ended.
+    pub async fn ended(&mut self) -> ExitStatus {
         let ended = tokio::time::timeout(Duration::from_secs(30), self.process.wait()).await;
         ended.expect("the agent ends").unwrap()
     }
