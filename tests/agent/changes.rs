@@ -129,7 +129,7 @@ impl Setting {
             }),
         ));
         // The last is on its way only once the origin has seen it.
-        crate::support::eventually(Duration::from_secs(10), || async {
+        crate::support::eventually(Duration::from_secs(30), || async {
             (self.silent.heads().len() > before).then_some(())
         })
         .await;
@@ -347,7 +347,7 @@ async fn a_request_whose_token_is_revoked_before_the_answer_is_told_so() {
     io.write_all(b"GET http://silent.example.test/ HTTP/1.1\r\nHost: silent.example.test\r\n\r\n")
         .await
         .unwrap();
-    crate::support::eventually(Duration::from_secs(10), || async {
+    crate::support::eventually(Duration::from_secs(30), || async {
         (!setting.silent.heads().is_empty()).then_some(())
     })
     .await;

@@ -624,7 +624,7 @@ async fn t12_no_secret_is_logged_recorded_counted_shown_or_answered() {
     for path in ["/metrics", "/v1/status", "/v1/credentials"] {
         shown += &agent.admin("GET", path).await.expect(200).body;
     }
-    let audited = eventually(Duration::from_secs(10), || async {
+    let audited = eventually(Duration::from_secs(30), || async {
         let audited = std::fs::read_to_string(agent.world.path("audit.jsonl")).unwrap();
         (audited.matches("\"kind\":\"request\"").count() >= 5).then_some(audited)
     })

@@ -97,7 +97,7 @@ async fn a_running_agent_is_reloaded_and_its_credentials_revoked() {
     assert_eq!(code().await, Value::Null);
 
     // A revocation ends by itself, when its time is over.
-    verb("revoke --credential orders-api --for 5s").await;
+    verb("revoke --credential orders-api --for 15s").await;
     assert_eq!(code().await, "revoked");
     eventually(Duration::from_secs(30), || async {
         (code().await == Value::Null).then_some(())
@@ -109,7 +109,7 @@ async fn a_running_agent_is_reloaded_and_its_credentials_revoked() {
         .path("countersign-dev/audit.jsonl")
         .display()
         .to_string();
-    eventually(Duration::from_secs(10), || async {
+    eventually(Duration::from_secs(30), || async {
         let text = std::fs::read_to_string(&audit).unwrap();
         ["reload_failed", "revoked", "lifted"]
             .iter()

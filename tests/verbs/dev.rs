@@ -87,7 +87,7 @@ impl Dev {
 
 /// The last two records, once there are two of requests: they are written within 50 ms of the answer.
 async fn two_records(user: &User, line: &str) -> Vec<String> {
-    eventually(Duration::from_secs(10), || async move {
+    eventually(Duration::from_secs(30), || async move {
         let record = user.sh(line).await.expect(0);
         let lines: Vec<String> = record.out.lines().map(str::to_owned).collect();
         (lines.len() == 2 && lines.iter().all(|line| line.contains(" orders/v1/orders")))

@@ -100,7 +100,7 @@ async fn a_python_job_outlives_the_token_in_its_file() {
     let finished = loop {
         tokio::select! {
             finished = &mut running => break finished,
-            () = tokio::time::sleep(LIFETIME / 2) => job.write_token(&job.token(LIFETIME)),
+            () = tokio::time::sleep(LIFETIME / 4) => job.write_token(&job.token(LIFETIME)),
         }
     };
     let finished = finished.expect(0);
