@@ -38,6 +38,15 @@ const SYSTEM: &[&str] = &[
     "/dev/urandom",
 ];
 
+/// Files of `/etc` that may be links to elsewhere: what names are looked up by, and the time zone.
+const LINKS: &[&str] = &[
+    "/etc/resolv.conf",
+    "/etc/hosts",
+    "/etc/nsswitch.conf",
+    "/etc/gai.conf",
+    "/etc/localtime",
+];
+
 /// Written by whoever wants nothing written.
 const NULL: &str = "/dev/null";
 
@@ -59,6 +68,7 @@ pub(super) fn confine(needs: &Needs) -> Result<Files, String> {
         .iter()
         .flat_map(|path| places(path))
         .chain(SYSTEM.iter().map(PathBuf::from))
+        .chain(LINKS.iter().flat_map(|path| places(Path::new(path))))
         .chain(trust_from_environment())
         .filter_map(|path| path.canonicalize().ok())
         .collect();
@@ -123,7 +133,10 @@ impl Files {
 /// Where a named file, its replacements, and what it links to are.
 fn places(path: &Path) -> Vec<PathBuf> {
     let mut places = vec![directory_of(path)];
-    places.extend(path.canonicalize().ok().map(|path| directory_of(&path)));
+    places.extend(match path.canonicalize() {
+        Ok(file) => Some(directory_of(&file)),
+        Err(_) => awaited(path),
+    });
     // A directory of links, as a ConfigMap's or that of a package.
     for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_symlink())
@@ -133,6 +146,14 @@ fn places(path: &Path) -> Vec<PathBuf> {
         }
     }
     places
+}
+
+/// Where a link leads to a file that somebody has yet to make, as a resolver that starts later does: the nearest
+/// directory above it that there is, short of the root directory.
+fn awaited(link: &Path) -> Option<PathBuf> {
+    let target = link.parent()?.join(std::fs::read_link(link).ok()?);
+    let above = target.ancestors().skip(1).find(|above| above.is_dir())?;
+    (above != Path::new("/")).then(|| above.to_owned())
 }
 
 /// A directory itself, and a file's directory; of a file in the root directory only the file.
@@ -149,13 +170,13 @@ pub(crate) fn directory_of(path: &Path) -> PathBuf {
 
 /// OpenSSL's variables, which the trust store obeys.
 fn trust_from_environment() -> impl Iterator<Item = PathBuf> {
-    let file = std::env::var_os("SSL_CERT_FILE").map(|file| directory_of(Path::new(&file)));
+    let file = std::env::var_os("SSL_CERT_FILE").map(|file| places(Path::new(&file)));
     let directories = std::env::var_os("SSL_CERT_DIR");
     let directories: Vec<PathBuf> = directories
         .iter()
         .flat_map(|value| std::env::split_paths(value).collect::<Vec<_>>())
         .collect();
-    file.into_iter().chain(directories)
+    file.into_iter().flatten().chain(directories)
 }
 
 /// The path without links, as far as it exists.
@@ -222,6 +243,14 @@ mod tests {
         assert_eq!(
             places(&root.join("agent.yaml")),
             [root.clone(), root.join("..2026_01")]
+        );
+        // Of a link that leads nowhere yet, what there is on the way.
+        let link = root.join("elsewhere/resolv.conf");
+        let target = root.join("policies/resolve/resolv.conf");
+        std::os::unix::fs::symlink(target, &link).unwrap();
+        assert_eq!(
+            places(&link),
+            [root.join("elsewhere"), root.join("policies")]
         );
         let policies = root.join("policies");
         assert_eq!(
