@@ -134,6 +134,7 @@ fn try_open(path: &Path) -> io::Result<Option<File>> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
+    use std::time::{Duration, Instant};
 
     use super::*;
 
@@ -146,7 +147,12 @@ mod tests {
         assert_eq!(fs::metadata(&ours).unwrap().mode() & 0o777, 0o700);
         assert!(try_open(&ours).unwrap().is_none(), "it is in use");
         drop(lock);
-        assert!(try_open(&ours).unwrap().is_some());
+        // A child that another test is starting has it open, too, until it executes.
+        let dropped = Instant::now();
+        while try_open(&ours).unwrap().is_none() {
+            assert!(dropped.elapsed() < Duration::from_secs(20));
+            std::thread::yield_now();
+        }
 
         let link = parent.path().join("link");
         std::os::unix::fs::symlink(&ours, &link).unwrap();

@@ -374,6 +374,18 @@ pub(super) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
+/// What is found once only the caller has its socket open: a child that another test is starting has it, too,
+/// until it executes.
+pub(super) fn settled(
+    look: impl Fn() -> Result<PeerEvidence, EvidenceError>,
+) -> Result<PeerEvidence, EvidenceError> {
+    let mut found = None;
+    wait_until("nobody else holds the socket", || {
+        !matches!(found.insert(look()), Err(EvidenceError::AmbiguousCaller))
+    });
+    found.unwrap()
+}
+
 #[test]
 fn who_connects_sends_and_exits_is_never_taken_for_root() {
     let node = Node::new();
@@ -1058,10 +1070,8 @@ fn a_descriptor_that_was_passed_on_leaves_its_maker_nothing_to_be_taken_for() {
     let stream = TcpStream::connect(node.tcp.local_addr().unwrap()).unwrap();
     let (accepted, _) = node.tcp.accept().unwrap();
     let accepted = Connection::Tcp(accepted);
-    assert_eq!(
-        accepted.evidence().unwrap().process().unwrap().pid(),
-        std::process::id()
-    );
+    let evidence = settled(|| accepted.evidence()).unwrap();
+    assert_eq!(evidence.process().unwrap().pid(), std::process::id());
 
     let holder = sleep()
         .stdin(Stdio::from(OwnedFd::from(stream)))
@@ -1075,11 +1085,6 @@ fn a_descriptor_that_was_passed_on_leaves_its_maker_nothing_to_be_taken_for() {
         fs::read_link(format!("/proc/{}/exe", holder.child.id()))
             .is_ok_and(|exe| !exe.starts_with("/proc") && exe.ends_with("sleep"))
     });
-    // What another test was starting meanwhile has the socket as well, until it executes.
-    wait_until("nobody else holds the socket", || {
-        let evidence = holder.connection.evidence();
-        !matches!(evidence, Err(EvidenceError::AmbiguousCaller))
-    });
-    let evidence = holder.connection.evidence().unwrap();
+    let evidence = settled(|| holder.connection.evidence()).unwrap();
     assert_eq!(evidence.process().unwrap().pid(), holder.child.id());
 }

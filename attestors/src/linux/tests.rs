@@ -20,13 +20,13 @@ use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpSocket;
 
-use super::attackers::wait_until;
+use super::attackers::{settled, wait_until};
 use super::{executable, kernel};
 use crate::evidence::{EvidenceError, PeerEvidence};
 use crate::observers::look_here;
 
 fn of_loopback_tcp(accepted: &TcpStream) -> Result<PeerEvidence, EvidenceError> {
-    look_here(PeerEvidence::of_loopback_tcp(accepted))
+    settled(|| look_here(PeerEvidence::of_loopback_tcp(accepted)))
 }
 
 /// Why there is no caller after its socket was closed: a child that another test is starting has it open, too,
@@ -73,7 +73,8 @@ fn both_ways_of_a_unix_socket_find_the_same_process() {
     assert_eq!(evidence.process().unwrap().pid(), std::process::id());
     assert_eq!(evidence.words(), ["pidfd"]);
 
-    let weaker = || look_here(PeerEvidence::of_unix_stream_by_credentials(server.as_fd()));
+    let weaker =
+        || settled(|| look_here(PeerEvidence::of_unix_stream_by_credentials(server.as_fd())));
     let found = weaker().unwrap();
     assert_eq!(found.process().unwrap().pid(), std::process::id());
     assert_eq!(found.words(), ["pidfd", "weaker:peercred"]);
