@@ -1234,7 +1234,7 @@ async fn what_was_distrusted_stays_so_whoever_comes_late() {
         obtained.map(drop).map_err(|failed| failed.refusal.code)
     };
     let invalid = Err(RefusalCode::TokenResponseInvalid);
-    bench.server.change(Fault::LateHtml(seconds(3)));
+    bench.server.change(Fault::HeldHtml);
     let late = ask("late");
     let meanwhile = async {
         while bench.requests() == 0 {
@@ -1244,6 +1244,7 @@ async fn what_was_distrusted_stays_so_whoever_comes_late() {
         assert_eq!(ask("first").await, invalid);
         assert_eq!(ask("second").await, invalid);
         assert_eq!(bench.server.metadata_requests(), 2);
+        bench.server.let_go();
     };
     assert_eq!(tokio::join!(late, meanwhile).0, invalid);
     bench.server.change(Fault::None);

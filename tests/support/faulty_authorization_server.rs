@@ -14,9 +14,11 @@ use http::{Request, Response};
 use rustls::ServerConfig;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::Notify;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 /// What goes wrong at the token endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,8 +37,8 @@ pub enum Fault {
     Empty,
     /// Status 200 and a page for people.
     Html,
-    /// As [`Html`](Self::Html), after this long.
-    LateHtml(Duration),
+    /// As [`Html`](Self::Html), once it is [let go](FaultyAuthorizationServer::let_go).
+    HeldHtml,
     /// Half of the body that `Content-Length` announces.
     Truncated,
     /// A body without an end.
@@ -76,6 +78,9 @@ struct Shared {
     metadata_requests: AtomicUsize,
     /// Whether metadata fails too.
     metadata_fails: AtomicBool,
+    let_go: Notify,
+    /// What accepts, and the connections.
+    tasks: TaskTracker,
 }
 
 impl FaultyAuthorizationServer {
@@ -92,6 +97,8 @@ impl FaultyAuthorizationServer {
             metadata: Mutex::new(None),
             metadata_requests: AtomicUsize::new(0),
             metadata_fails: AtomicBool::new(false),
+            let_go: Notify::new(),
+            tasks: TaskTracker::new(),
         });
         let stop = CancellationToken::new();
         let reserved = TcpSocket::new_v4().unwrap();
@@ -113,11 +120,14 @@ impl FaultyAuthorizationServer {
         self.address
     }
 
-    /// Sets what goes wrong from now on. Existing connections are closed.
+    /// Sets what goes wrong from now on. Existing connections are closed: none is answered afterwards.
     pub async fn set(&self, fault: Fault) {
         let next = CancellationToken::new();
         let previous = std::mem::replace(&mut *self.stop.lock().unwrap(), next.clone());
         previous.cancel();
+        self.shared.tasks.close();
+        self.shared.tasks.wait().await;
+        self.shared.tasks.reopen();
         *self.shared.fault.lock().unwrap() = fault.clone();
         if fault == Fault::Refused {
             // Until nothing accepts any more.
@@ -154,6 +164,11 @@ impl FaultyAuthorizationServer {
         *self.shared.metadata.lock().unwrap() = Some(document);
     }
 
+    /// Lets an answer go that is held, or else the next.
+    pub fn let_go(&self) {
+        self.shared.let_go.notify_one();
+    }
+
     /// From now on metadata fails as the token endpoint does.
     pub fn let_metadata_fail(&self) {
         self.shared.metadata_fails.store(true, Ordering::SeqCst);
@@ -187,21 +202,24 @@ async fn serve(
     let acceptor = TlsAcceptor::from(Arc::new(tls));
     let listener = TcpListener::bind(address).await?;
     let shared = Arc::clone(shared);
-    tokio::spawn(async move {
+    let tasks = shared.tasks.clone();
+    tasks.clone().spawn(async move {
         loop {
             let accepted = tokio::select! {
+                biased;
                 () = stop.cancelled() => return,
                 accepted = listener.accept() => accepted,
             };
             let Ok((stream, _)) = accepted else { continue };
             let (shared, acceptor, stop) = (Arc::clone(&shared), acceptor.clone(), stop.clone());
-            tokio::spawn(async move {
+            tasks.spawn(async move {
                 let connection = async {
                     if let Ok(mut stream) = acceptor.accept(stream).await {
                         while answer_one(&shared, &mut stream).await.is_ok() {}
                     }
                 };
                 tokio::select! {
+                    biased;
                     () = stop.cancelled() => {}
                     () = connection => {}
                 }
@@ -267,9 +285,9 @@ async fn fail(shared: &Shared, stream: &mut TlsStream<TcpStream>, fault: &Fault)
             .await
         }
         Fault::Empty => write(shared, stream, "200 OK", json, &[], "").await,
-        Fault::Html | Fault::LateHtml(_) => {
-            if let Fault::LateHtml(time) = fault {
-                tokio::time::sleep(*time).await;
+        Fault::Html | Fault::HeldHtml => {
+            if *fault == Fault::HeldHtml {
+                shared.let_go.notified().await;
             }
             let page = "<!doctype html><title>Sign in</title>";
             write(shared, stream, "200 OK", "text/html", &[], page).await
