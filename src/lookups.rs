@@ -57,6 +57,7 @@ pub struct Lookups(Arc<All>);
 
 struct All {
     resolver: Box<Resolver>,
+    joined_for: Duration,
     queues: Mutex<HashMap<Asker, Queue>>,
     /// Held by the lookups of identities.
     identities: Arc<Semaphore>,
@@ -81,15 +82,17 @@ struct Lookup {
 /// The lookups of this process.
 pub fn lookups() -> &'static Lookups {
     static LOOKUPS: OnceLock<Lookups> = OnceLock::new();
-    LOOKUPS.get_or_init(|| Lookups::new(|name| Ok(name.to_socket_addrs()?.collect())))
+    LOOKUPS.get_or_init(|| Lookups::new(JOINED_FOR, |name| Ok(name.to_socket_addrs()?.collect())))
 }
 
 impl Lookups {
     fn new(
+        joined_for: Duration,
         resolver: impl Fn(&Name) -> io::Result<Arc<[SocketAddr]>> + Send + Sync + 'static,
     ) -> Self {
         Self(Arc::new(All {
             resolver: Box::new(resolver),
+            joined_for,
             queues: Mutex::default(),
             identities: Arc::new(Semaphore::new(MOST)),
         }))
@@ -175,7 +178,7 @@ impl Lookup {
 
     fn is_joined(&self) -> bool {
         let began = self.began.get();
-        began.is_none_or(|began| began.elapsed() < JOINED_FOR)
+        began.is_none_or(|began| began.elapsed() < self.all.joined_for)
     }
 
     /// Who comes now looks the name up anew.
@@ -228,12 +231,12 @@ mod tests {
     }
 
     impl Fixture {
-        fn new() -> Self {
+        fn new(joined_for: Duration) -> Self {
             let (release, held) = mpsc::channel();
             let held = Mutex::new(held);
             let begun = Arc::<AtomicUsize>::default();
             let count = Arc::clone(&begun);
-            let lookups = Lookups::new(move |(host, _)| {
+            let lookups = Lookups::new(joined_for, move |(host, _)| {
                 count.fetch_add(1, Ordering::SeqCst);
                 if host.starts_with("dead") {
                     let _ = held.lock().unwrap().recv();
@@ -287,7 +290,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_lookup_under_way_is_shared_and_its_answer_is_not_kept() {
-        let fixture = Fixture::new();
+        let fixture = Fixture::new(Duration::MAX);
         let asker = Asker::Destinations;
         for _ in 0..3 {
             fixture.ask_in_vain(slice::from_ref(&asker), 1, 1).await;
@@ -304,17 +307,16 @@ mod tests {
 
     #[tokio::test]
     async fn a_lookup_that_takes_long_is_not_joined() {
-        let fixture = Fixture::new();
+        let fixture = Fixture::new(Duration::ZERO);
         let asker = Asker::Destinations;
         fixture.ask_in_vain(slice::from_ref(&asker), 1, 1).await;
-        tokio::time::sleep(JOINED_FOR).await;
         fixture.ask_in_vain(slice::from_ref(&asker), 2, 3).await;
         assert_eq!(fixture.known(), 2);
     }
 
     #[tokio::test]
     async fn names_without_an_answer_hold_up_only_those_who_ask_alike() {
-        let fixture = Fixture::new();
+        let fixture = Fixture::new(Duration::MAX);
         let one = [identity("one")];
         fixture.ask_in_vain(&one, 1000, MOST_OF_IDENTITY).await;
         // Who waited for a turn has left nothing.
