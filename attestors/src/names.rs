@@ -118,8 +118,8 @@ mod tests {
                 outcome
             })
         };
-        ask(Err(io::Error::other("the directory is away"))).unwrap_err();
         let began = Instant::now();
+        ask(Err(io::Error::other("the directory is away"))).unwrap_err();
         // At once without being asked.
         while let Err(error) = ask(Ok(Some("orders".to_owned()))) {
             assert_eq!(error.to_string(), "the directory is away");
