@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::unistd::chown;
@@ -41,16 +42,20 @@ when { principal has systemd.user_unit && principal has systemd.user_unit_uid &&
 pub(crate) struct Cgroups {
     pub(crate) mount: PathBuf,
     made: Vec<PathBuf>,
+    /// Tests share what is above their own directories.
+    _alone: MutexGuard<'static, ()>,
 }
 
 impl Cgroups {
     pub(crate) fn find() -> Option<Self> {
+        static ALONE: Mutex<()> = Mutex::new(());
         let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
         let mount = table.lines().find(|line| line.contains(" - cgroup2 "))?;
         let mount = PathBuf::from(mount.split(' ').nth(4)?);
         Some(Self {
             mount,
             made: Vec::new(),
+            _alone: ALONE.lock().unwrap_or_else(PoisonError::into_inner),
         })
     }
 

@@ -21,7 +21,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -767,16 +767,20 @@ const HOSTILE_CGROUPS: &[u8] = include_bytes!("hostile-cgroups.txt");
 struct CgroupTree {
     mount: PathBuf,
     made: Vec<PathBuf>,
+    /// Tests share what is above their own directories.
+    _alone: MutexGuard<'static, ()>,
 }
 
 impl CgroupTree {
     fn find() -> Option<Self> {
+        static ALONE: Mutex<()> = Mutex::new(());
         let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let mount = table.lines().find(|line| line.contains(" - cgroup2 "))?;
         let mount = PathBuf::from(mount.split(' ').nth(4)?);
         Some(Self {
             mount,
             made: Vec::new(),
+            _alone: ALONE.lock().unwrap_or_else(PoisonError::into_inner),
         })
     }
 
