@@ -60,6 +60,8 @@ pub struct Needs {
     reads: BTreeSet<PathBuf>,
     /// Directories in which files and sockets are made, and devices that are written.
     writes: BTreeSet<PathBuf>,
+    /// Audit files that are there already: they are read, and written on.
+    audit_files: BTreeSet<PathBuf>,
     /// A directory of `writes` that the agent makes where there is none.
     state_directory: Option<PathBuf>,
     /// The lowest port that is bound, but for 0.
@@ -72,7 +74,16 @@ impl Needs {
     /// What a configuration needs.
     pub fn of(config: &Config) -> Self {
         let mut needs = Self {
-            reads: config.watched_files.iter().cloned().collect(),
+            reads: config
+                .watched_files
+                .iter()
+                .cloned()
+                .chain(policy_files(&config.policy_directory))
+                .collect(),
+            audit_files: audit_files(config)
+                .filter(|path| path.is_file())
+                .map(Path::to_owned)
+                .collect(),
             ..Self::default()
         };
         for path in written(config) {
@@ -118,10 +129,6 @@ impl Needs {
 
 /// The files, sockets and directories that an agent makes.
 pub(crate) fn written(config: &Config) -> impl Iterator<Item = &Path> {
-    let sinks = config.audit.sinks.iter().filter_map(|sink| match sink {
-        AuditSink::File { path, .. } => Some(path.as_path()),
-        AuditSink::Stdout => None,
-    });
     let sockets = config
         .listeners
         .iter()
@@ -134,11 +141,25 @@ pub(crate) fn written(config: &Config) -> impl Iterator<Item = &Path> {
         let bundle = interception.trust_bundle_file.as_deref();
         [certificate, bundle].into_iter().flatten()
     });
-    sinks
+    audit_files(config)
         .chain(sockets)
         .chain(interception)
         .chain(state_directory(config))
         .chain(config.admin.socket.as_deref())
+}
+
+fn policy_files(directory: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|suffix| suffix == "cedar"))
+}
+
+fn audit_files(config: &Config) -> impl Iterator<Item = &Path> {
+    config.audit.sinks.iter().filter_map(|sink| match sink {
+        AuditSink::File { path, .. } => Some(path.as_path()),
+        AuditSink::Stdout => None,
+    })
 }
 
 /// The directory that the agent makes where there is none.

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::unistd::{AccessFlags, faccessat};
 use rustix::thread::{
@@ -43,7 +44,7 @@ pub(super) fn needed(needs: &Needs) -> CapabilitySet {
 }
 
 /// Root without capabilities is a user like others: what it may use by its capabilities alone is
-/// found by trying without them.
+/// found by trying without them. EACCES alone is what they overcome, be it on the way to a file.
 fn needed_for_files(needs: &Needs) -> CapabilitySet {
     let mut needed = CapabilitySet::empty();
     let Ok(sets) = capabilities(None) else {
@@ -57,7 +58,7 @@ fn needed_for_files(needs: &Needs) -> CapabilitySet {
         return needed;
     }
     let may = |path: &Path, how: AccessFlags| {
-        !path.exists() || faccessat(AT_FDCWD, path, how, AtFlags::AT_EACCESS).is_ok()
+        faccessat(AT_FDCWD, path, how, AtFlags::AT_EACCESS) != Err(Errno::EACCES)
     };
     let search = |path: &Path| match path.is_dir() {
         true => AccessFlags::X_OK,
@@ -70,9 +71,10 @@ fn needed_for_files(needs: &Needs) -> CapabilitySet {
     {
         needed |= CapabilitySet::DAC_READ_SEARCH;
     }
-    let writes = needs.writes.iter();
+    let (writes, audit_files) = (needs.writes.iter(), needs.audit_files.iter());
     if !writes
         .map(|path| (path, AccessFlags::W_OK | search(path)))
+        .chain(audit_files.map(|path| (path, AccessFlags::R_OK | AccessFlags::W_OK)))
         .all(|(path, how)| may(path, how))
     {
         needed |= CapabilitySet::DAC_OVERRIDE;

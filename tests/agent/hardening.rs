@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
-use crate::support::agent::Agent;
+use crate::support::agent::{Agent, give};
 use crate::support::collector::{Collector, Manner};
 use crate::support::counts::reached;
 use crate::support::curl::{curl, curl_as};
@@ -543,6 +543,40 @@ async fn a_confined_agent_opens_and_writes_nothing_that_its_start_did_not_name()
     agent.restart().await;
     agent.good(None).await;
     assert!(audit.exists());
+}
+
+#[tokio::test]
+async fn root_keeps_what_it_takes_to_use_another_users_files() {
+    if !is_root("root_keeps_what_it_takes_to_use_another_users_files") {
+        return;
+    }
+    let mut agent = Agent::start(None, DESTINATIONS, POLICIES).await;
+    let (read, write) = ("CAP_DAC_READ_SEARCH", "CAP_DAC_OVERRIDE");
+    let give_only = |path: &Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+        give(path, NOBODY);
+    };
+    // A file in a directory of root's, as logrotate makes one; a policy there; and a whole directory.
+    give_only(&agent.world.path("audit.jsonl"), 0o640);
+    agent.restart().await;
+    keeps(&agent, &[write]).await;
+    give_only(&agent.world.path("policies/all.cedar"), 0o600);
+    agent.restart().await;
+    keeps(&agent, &[write, read]).await;
+    give_only(agent.world.directory.path(), 0o700);
+    agent.restart().await;
+    keeps(&agent, &[write, read]).await;
+}
+
+/// What the threads that use files have kept. They serve with it, and reload.
+async fn keeps(agent: &Agent, capabilities: &[&str]) {
+    let status = agent.admin("GET", "/v1/status").await.expect(200).json();
+    let parts = status["hardening"].as_array().unwrap();
+    let privileges = parts.iter().find(|part| part["name"] == "privileges");
+    let kept = &privileges.unwrap()["kept"]["others"];
+    assert_eq!(*kept, json!(capabilities), "{status}");
+    agent.admin("POST", "/v1/reload").await.expect(200);
+    agent.good(None).await;
 }
 
 #[tokio::test]

@@ -176,8 +176,8 @@ fn log(working_directory: &Path) -> File {
         .unwrap()
 }
 
-/// Gives a directory and all in it to a user.
-fn give(path: &Path, uid: u32) {
+/// Gives a file, or a directory and all in it, to a user.
+pub fn give(path: &Path, uid: u32) {
     chown(path, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid))).unwrap();
     for entry in std::fs::read_dir(path).into_iter().flatten() {
         give(&entry.unwrap().path(), uid);
