@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use tokio::task::JoinHandle;
 
-use super::bind_problem;
+use super::{access_problem, bind_problem};
 use crate::agent::Agent;
 use crate::config::{Bind, Config, Listener, ListenerKind};
 use crate::diagnostics::Diagnostics;
 use crate::listener::patience::UNATTESTED;
-use crate::listener::{BoundListener, Workers, accept};
+use crate::listener::{AccessChange, BoundListener, Workers, accept};
 use crate::service_manager::ServiceManager;
 
 /// A listener is known by what its configuration calls it: several may ask for any free port.
@@ -37,6 +37,7 @@ struct PreparedListener {
     listener: Listener,
     bound: Arc<BoundListener>,
     address: Bind,
+    access_change: Option<AccessChange>,
 }
 
 impl PreparedListeners {
@@ -59,6 +60,21 @@ impl PreparedListeners {
             .chain(metrics)
             .collect()
     }
+
+    /// Changes who may connect to the sockets that were there before, to all or to none.
+    pub(super) fn change_access(&self, config: &Config) -> Result<(), Diagnostics> {
+        for (index, prepared) in self.0.iter().enumerate() {
+            let made = prepared.access_change.as_ref().map(AccessChange::make);
+            if let Some(Err(error)) = made {
+                let begun = self.0.iter().take(index + 1);
+                for change in begun.filter_map(|prepared| prepared.access_change.as_ref()) {
+                    change.undo();
+                }
+                return Err(access_problem(config, &prepared.listener, &error));
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Listeners {
@@ -71,16 +87,28 @@ impl Listeners {
     ) -> Result<PreparedListeners, Diagnostics> {
         let mut prepared = Vec::new();
         for listener in &config.listeners {
-            let bound = match self.bound_at(listener) {
-                Some(bound) => Ok(bound),
+            // A socket unit's socket is taken to have what is configured.
+            let mut former = Some(&listener.access);
+            let bound = match self.serving_at(listener) {
+                Some(acceptor) => {
+                    former = Some(&acceptor.listener.access);
+                    Ok(Arc::clone(&acceptor.bound))
+                }
                 None => match manager.take(&listener.name, &listener.bind)? {
                     Some(handed_over) => {
-                        BoundListener::take_over(handed_over, &listener.access).map(Arc::new)
+                        former = former.filter(|_| !handed_over.is_kept());
+                        BoundListener::take_over(handed_over).map(Arc::new)
                     }
                     None => BoundListener::bind(&listener.bind, &listener.access).map(Arc::new),
                 },
             }
             .map_err(|error| bind_problem(config, listener, &error))?;
+            let access_change = match former == Some(&listener.access) {
+                true => None,
+                false => bound
+                    .access_change(former, &listener.access)
+                    .map_err(|error| access_problem(config, listener, &error))?,
+            };
             let address = bound
                 .address()
                 .map_err(|error| bind_problem(config, listener, &error))?;
@@ -88,15 +116,16 @@ impl Listeners {
                 listener: listener.clone(),
                 bound,
                 address,
+                access_change,
             });
         }
         Ok(PreparedListeners(prepared))
     }
 
-    /// The socket that a listener has already, or takes over from one that was renamed.
-    fn bound_at(&self, listener: &Listener) -> Option<Arc<BoundListener>> {
+    /// What serves at a listener's socket already, also under another name.
+    fn serving_at(&self, listener: &Listener) -> Option<&Acceptor> {
         let asks_for_any = matches!(&listener.bind, Bind::Tcp(address) if address.port() == 0);
-        let acceptor = match asks_for_any {
+        match asks_for_any {
             true => self
                 .acceptors
                 .get(&(listener.bind.clone(), listener.name.clone())),
@@ -104,8 +133,7 @@ impl Listeners {
                 .acceptors
                 .values()
                 .find(|acceptor| acceptor.listener.bind == listener.bind),
-        };
-        acceptor.map(|acceptor| Arc::clone(&acceptor.bound))
+        }
     }
 
     /// Serves what was prepared, and closes everything else. The service manager keeps what is served.
@@ -121,9 +149,6 @@ impl Listeners {
             listener, bound, ..
         } in prepared.0
         {
-            if let Err(error) = bound.restrict(&listener.access) {
-                tracing::error!(%error, listener = listener.name, "access to the socket could not be changed");
-            }
             let key = (listener.bind.clone(), listener.name.clone());
             if let Some(acceptor) = self.acceptors.get_mut(&key) {
                 if serves_alike(&acceptor.listener.kind, &listener.kind) {

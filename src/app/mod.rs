@@ -233,6 +233,7 @@ impl App {
             admin_socket: config.admin.socket.clone(),
             metrics: admin.metrics_address(),
         };
+        prepared.change_access(&config)?;
         // Nothing that may fail comes after this: it is what an agent that hands over loses.
         admin.take_place()?;
         listeners.replace(prepared, &agent, &workers, manager);
@@ -390,6 +391,7 @@ impl App {
                 break (previous, snapshot, revoking);
             }
         };
+        prepared.change_access(&config)?;
         let config = Arc::clone(&snapshot.config);
         let policy_version = snapshot.policy.engine().version().to_string();
         self.agent
@@ -642,6 +644,24 @@ fn bind_problem(config: &Config, listener: &Listener, error: &io::Error) -> Diag
         ),
     )
     .next(format!("under `name: {name}` in `listeners`: {remedy}"))
+    .is_transient(is_transient(error))
+    .into()
+}
+
+fn access_problem(config: &Config, listener: &Listener, error: &io::Error) -> Diagnostics {
+    let name = &listener.name;
+    Diagnostic::error(
+        "socket_access_unusable",
+        &config.path,
+        format!(
+            "listener `{name}` cannot give `{}` its `access`: {}",
+            listener.bind,
+            system_words(error)
+        ),
+    )
+    .next(format!(
+        "under `name: {name}` in `listeners`: write as its `access.group` a group that exists and that the agent may give files to; the access to a socket unit's socket is changed in the unit"
+    ))
     .is_transient(is_transient(error))
     .into()
 }

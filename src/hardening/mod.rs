@@ -27,6 +27,7 @@ use std::sync::{OnceLock, mpsc};
 
 use countersign_attestors::observers;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+use rustix::thread::CapabilitySet;
 use serde_json::{Value, json};
 
 use self::files::Files;
@@ -46,11 +47,12 @@ struct InForce {
     privileges: Result<Privileges, String>,
 }
 
-/// Names of capabilities.
+/// Capabilities, those that are kept by name.
 struct Privileges {
     observers: Vec<String>,
     data_workers: Vec<String>,
     others: Vec<String>,
+    given_up: CapabilitySet,
 }
 
 /// What an agent uses after its start.
@@ -213,6 +215,7 @@ pub fn confine(needs: &Needs) {
             observers: privileges::names(held & privileges::OBSERVER),
             data_workers: privileges::names(held & privileges::DATA_WORKER),
             others: privileges::names(kept),
+            given_up: held.difference(kept),
         });
     let files = files::confine(needs);
     let in_force = InForce {
@@ -273,38 +276,47 @@ pub fn confine_data_worker() {
     }
 }
 
-/// Looks for what the configuration at `path`, read again, names and a confined agent may not use.
+/// Looks for what the configuration at `path`, read again, names and a confined agent may not use, and for what
+/// it takes that the agent has given up.
 ///
 /// # Errors
-/// An error for each such file: Landlock cannot be widened.
+/// An error for each: Landlock cannot be widened, and no capability gained.
 pub fn permit(path: &Path, checked: &Checked) -> Result<(), Diagnostics> {
-    let Some(Ok(files)) = IN_FORCE.get().map(|in_force| &in_force.files) else {
+    let Some(in_force) = IN_FORCE.get() else {
         return Ok(());
     };
-    let read = checked
-        .files
-        .paths()
-        .map(PathBuf::as_path)
-        .filter(|named| !files.may_read(named));
-    let written = checked
-        .config
-        .iter()
-        .flat_map(written)
-        .filter(|named| !files.may_write(named));
     let mut refused = Diagnostics::new();
-    let read = read.map(|named| (named, "read"));
-    for (named, what) in read.chain(written.map(|named| (named, "write"))) {
+    let mut refuse = |detail: String| {
         refused.push(
-            Diagnostic::error(
-                "restart_needed",
-                path,
-                format!(
-                    "`{}` lies outside of the directories that this agent may {what} since its start",
-                    named.display()
-                ),
-            )
-            .next("restart the agent: a running one cannot be given more"),
+            Diagnostic::error("restart_needed", path, detail)
+                .next("restart the agent: a running one cannot be given more"),
         );
+    };
+    if let Ok(files) = &in_force.files {
+        let named = checked.files.paths().map(PathBuf::as_path);
+        let read = named.filter(|named| !files.may_read(named));
+        let written = checked.config.iter().flat_map(written);
+        let written = written.filter(|named| !files.may_write(named));
+        let read = read.map(|named| (named, "read"));
+        for (named, what) in read.chain(written.map(|named| (named, "write"))) {
+            refuse(format!(
+                "`{}` lies outside of the directories that this agent may {what} since its start",
+                named.display()
+            ));
+        }
+    }
+    if let (Ok(privileges), Some(config)) = (&in_force.privileges, &checked.config) {
+        let missing = privileges::needed_for_sockets(&Needs::of(config)) & privileges.given_up;
+        for (capability, user) in [
+            (CapabilitySet::CHOWN, "a listener's `access.group`"),
+            (CapabilitySet::NET_BIND_SERVICE, "a port below 1024"),
+        ] {
+            for name in privileges::names(missing & capability) {
+                refuse(format!(
+                    "{user} needs {name}, which this agent gave up at its start"
+                ));
+            }
+        }
     }
     match refused.has_errors() {
         true => Err(refused),

@@ -29,6 +29,11 @@ pub(super) fn held() -> CapabilitySet {
 
 /// What of that the threads need which neither look at processes nor serve requests.
 pub(super) fn needed(needs: &Needs) -> CapabilitySet {
+    (needed_for_sockets(needs) | needed_for_files(needs)) & held()
+}
+
+/// What binding a configuration's sockets, and giving them away, takes.
+pub(super) fn needed_for_sockets(needs: &Needs) -> CapabilitySet {
     let mut needed = CapabilitySet::empty();
     if needs
         .lowest_port
@@ -39,8 +44,7 @@ pub(super) fn needed(needs: &Needs) -> CapabilitySet {
     if needs.gives_sockets_to_groups {
         needed |= CapabilitySet::CHOWN;
     }
-    needed |= needed_for_files(needs);
-    needed & held()
+    needed
 }
 
 /// Root without capabilities is a user like others: what it may use by its capabilities alone is

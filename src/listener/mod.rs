@@ -6,17 +6,18 @@ pub mod linger;
 pub mod patience;
 pub mod serve;
 pub mod sniff;
+mod socket_access;
 pub mod unreadable;
 pub mod workload_api;
 
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use countersign_attestors::evidence::EvidenceError;
@@ -32,12 +33,15 @@ use crate::connection::{Caller, CallerAttestation, Entry};
 use crate::descriptors::leaves_few;
 use crate::hardening;
 use crate::listener::patience::{Place, Places};
+use crate::listener::socket_access::restrict;
 use crate::proxy::Worker;
 use crate::service_manager::{HandedOver, ListeningSocket};
 use crate::short_writes::ShortWrites;
 use crate::socket_file::SocketFile;
 use crate::streams::CutReason;
 use crate::telemetry::metrics::OpenConnection;
+
+pub use self::socket_access::AccessChange;
 
 /// How often open streams and idle connections are looked over; a permission that ends is noticed
 /// within this and a second.
@@ -51,8 +55,6 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// A bound listener, not yet accepting.
 pub struct BoundListener {
     socket: BoundSocket,
-    /// Who may connect, where that is known.
-    access: Mutex<Option<SocketAccess>>,
     /// Whether somebody else has the socket too, so that it outlives this agent.
     outlives_us: AtomicBool,
 }
@@ -74,15 +76,12 @@ impl BoundListener {
         };
         Ok(Self {
             socket,
-            access: Mutex::new(Some(access.clone())),
             outlives_us: AtomicBool::new(false),
         })
     }
 
-    /// Takes over a socket that the service manager handed over. Who may connect is as it was: `access` is what
-    /// the service manager is taken to have given its own.
-    pub fn take_over(handed_over: HandedOver, access: &SocketAccess) -> io::Result<Self> {
-        let access = (!handed_over.is_kept()).then(|| access.clone());
+    /// Takes over a socket that the service manager handed over. Who may connect is as it was.
+    pub fn take_over(handed_over: HandedOver) -> io::Result<Self> {
         let socket = match handed_over.socket {
             ListeningSocket::Tcp(socket) => BoundSocket::Tcp(TcpListener::from_std(socket)?),
             ListeningSocket::Unix(socket, path) => {
@@ -91,7 +90,6 @@ impl BoundListener {
         };
         Ok(Self {
             socket,
-            access: Mutex::new(access),
             outlives_us: AtomicBool::new(true),
         })
     }
@@ -109,18 +107,22 @@ impl BoundListener {
         }
     }
 
-    /// Changes who may connect, where that is somebody else; of a TCP listener nothing.
-    pub fn restrict(&self, access: &SocketAccess) -> io::Result<()> {
-        let mut in_force = self.access.lock().unwrap_or_else(PoisonError::into_inner);
-        if in_force.as_ref() != Some(access) {
-            match &self.socket {
-                BoundSocket::Tcp(_) => {}
-                BoundSocket::Unix(_, file) => restrict(file.path(), access)?,
-                BoundSocket::HandedOverUnix(_, path) => restrict(path, access)?,
-            }
-            *in_force = Some(access.clone());
-        }
-        Ok(())
+    /// What gives the socket what `access` says, where it has what `former` said, if that is known; of a TCP
+    /// listener nothing.
+    ///
+    /// # Errors
+    /// There is no such group, or the socket's file is gone.
+    pub fn access_change(
+        &self,
+        former: Option<&SocketAccess>,
+        access: &SocketAccess,
+    ) -> io::Result<Option<AccessChange>> {
+        let path = match &self.socket {
+            BoundSocket::Tcp(_) => return Ok(None),
+            BoundSocket::Unix(_, file) => file.path(),
+            BoundSocket::HandedOverUnix(_, path) => path,
+        };
+        AccessChange::new(path, former, access).map(Some)
     }
 
     /// The address in force, with the port that the kernel chose.
@@ -188,20 +190,6 @@ fn bind_unix(path: &Path, access: &SocketAccess) -> io::Result<BoundSocket> {
     restrict(&private, access)?;
     file.move_to(path)?;
     Ok(BoundSocket::Unix(listener, file))
-}
-
-/// Gives a socket file its group and mode.
-fn restrict(path: &Path, access: &SocketAccess) -> io::Result<()> {
-    if let Some(group) = &access.group {
-        let group = nix::unistd::Group::from_name(group)
-            .map_err(io::Error::from)?
-            .ok_or_else(|| {
-                io::Error::new(io::ErrorKind::NotFound, format!("no group `{group}`"))
-            })?;
-        nix::unistd::chown(path, None, Some(group.gid)).map_err(io::Error::from)?;
-    }
-    let mode = access.mode.unwrap_or(0o600);
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
 }
 
 /// A connection on its way to a data worker.

@@ -93,13 +93,12 @@ const HOLDER: &str =
 
 /// A configuration that names what the agent may not use since its start: the one that is in force
 /// stays in force.
-async fn refuses(agent: &Agent, named: &Path) {
+async fn refuses(agent: &Agent, named: &str) {
     let answer = agent.admin("POST", "/v1/reload").await.expect(422);
     let first = &answer.json()["diagnostics"][0];
     assert_eq!(first["code"], "restart_needed", "{answer:#?}");
-    let named = named.display().to_string();
     assert!(
-        first["message"].as_str().unwrap().contains(&named),
+        first["message"].as_str().unwrap().contains(named),
         "{first}"
     );
     assert!(
@@ -489,7 +488,7 @@ async fn a_confined_agent_opens_and_writes_nothing_that_its_start_did_not_name()
     let answer = agent.curl(None, BILLING).await;
     assert_eq!(answer.code(), "client_key_unavailable", "{answer:#?}");
     assert!(agent.world.plain_api.seen().is_empty());
-    refuses(&agent, &key).await;
+    refuses(&agent, key.to_str().unwrap()).await;
     // The file itself is the agent's to read again.
     std::fs::remove_file(&key).unwrap();
     std::fs::rename(&aside, &key).unwrap();
@@ -517,7 +516,7 @@ async fn a_confined_agent_opens_and_writes_nothing_that_its_start_did_not_name()
         ),
     ] {
         std::fs::write(&path, good.replace(from, &to)).unwrap();
-        refuses(&agent, named).await;
+        refuses(&agent, named.to_str().unwrap()).await;
     }
     assert!(!audit.exists());
     std::fs::write(&path, &good).unwrap();
@@ -543,6 +542,93 @@ async fn a_confined_agent_opens_and_writes_nothing_that_its_start_did_not_name()
     agent.restart().await;
     agent.good(None).await;
     assert!(audit.exists());
+}
+
+/// Group and mode of a listener's socket.
+fn group_and_mode(agent: &Agent, socket: &str) -> (u32, u32) {
+    let file = std::fs::metadata(agent.world.path(socket)).unwrap();
+    (file.gid(), file.mode() & 0o777)
+}
+
+/// Writes other access for sockets that are everybody's in `good`.
+fn write_access(agent: &Agent, good: &str, sockets: &[(&str, &str)]) {
+    let mut text = good.to_owned();
+    for (socket, access) in sockets {
+        let bind = format!("{socket}\"");
+        let (before, after) = text.split_once(&bind).unwrap();
+        let after = after.replacen("{mode: \"0666\"}", access, 1);
+        text = format!("{before}{bind}{after}");
+    }
+    agent.world.write("countersign.yaml", &text);
+}
+
+#[tokio::test]
+async fn a_reload_that_takes_a_capability_which_was_given_up_is_refused() {
+    if !is_root("a_reload_that_takes_a_capability_which_was_given_up_is_refused") {
+        return;
+    }
+    let group = nix::unistd::Group::from_gid(1.into()).unwrap().unwrap();
+    let mut agent = Agent::start(None, DESTINATIONS, POLICIES).await;
+    let good = std::fs::read_to_string(agent.world.path("countersign.yaml")).unwrap();
+    let narrower = format!("{{mode: \"0660\", group: {}}}", group.name);
+
+    write_access(&agent, &good, &[("proxy.sock", &narrower)]);
+    refuses(&agent, "CAP_CHOWN").await;
+    assert_eq!(group_and_mode(&agent, "proxy.sock"), (0, 0o666));
+    let first = std::fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").unwrap();
+    if first.trim().parse::<u16>().unwrap() > 1 {
+        let gateway = "{name: gateway, type: gateway, bind: \"127.0.0.1:";
+        let low = good.replace(&format!("{gateway}0"), &format!("{gateway}1"));
+        agent.world.write("countersign.yaml", &low);
+        refuses(&agent, "CAP_NET_BIND_SERVICE").await;
+    }
+
+    // Another start keeps the capability: the group is given, and taken back.
+    write_access(&agent, &good, &[("proxy.sock", &narrower)]);
+    agent.restart().await;
+    assert_eq!(group_and_mode(&agent, "proxy.sock"), (1, 0o660));
+    write_access(&agent, &good, &[("gateway.sock", &narrower)]);
+    agent.admin("POST", "/v1/reload").await.expect(200);
+    assert_eq!(group_and_mode(&agent, "proxy.sock"), (0, 0o666));
+    assert_eq!(group_and_mode(&agent, "gateway.sock"), (1, 0o660));
+    agent.good(None).await;
+}
+
+#[tokio::test]
+async fn a_reload_that_cannot_narrow_a_socket_fails_and_changes_none() {
+    if !is_root("a_reload_that_cannot_narrow_a_socket_fails_and_changes_none") {
+        return;
+    }
+    let group = nix::unistd::Group::from_gid(1.into()).unwrap().unwrap();
+    let agent = Agent::start(Some(NOBODY), DESTINATIONS, POLICIES).await;
+    let good = std::fs::read_to_string(agent.world.path("countersign.yaml")).unwrap();
+    let sockets = ["proxy.sock", "gateway.sock"];
+    // One to which the agent may not give files, and one that does not exist.
+    for group in [&group.name, "no-such-group"] {
+        let given = format!("{{mode: \"0660\", group: {group}}}");
+        let access = [("proxy.sock", "{mode: \"0600\"}"), ("gateway.sock", &given)];
+        write_access(&agent, &good, &access);
+        let answer = agent.admin("POST", "/v1/reload").await.expect(422);
+        let first = &answer.json()["diagnostics"][0];
+        assert_eq!(first["code"], "socket_access_unusable", "{first}");
+        let next = first["next"].as_str().unwrap();
+        assert!(
+            next.contains("name: local-gateway") && next.contains("access.group"),
+            "{first}"
+        );
+        let status = agent.admin("GET", "/v1/status").await.expect(200).json();
+        assert_eq!(status["last_reload"]["succeeded"], false, "{status}");
+        for socket in sockets {
+            assert_eq!(group_and_mode(&agent, socket), (NOBODY, 0o666), "{socket}");
+        }
+        agent.good(Some(NOBODY)).await;
+    }
+    let access = sockets.map(|socket| (socket, "{mode: \"0600\"}"));
+    write_access(&agent, &good, &access);
+    agent.admin("POST", "/v1/reload").await.expect(200);
+    for socket in sockets {
+        assert_eq!(group_and_mode(&agent, socket), (NOBODY, 0o600), "{socket}");
+    }
 }
 
 #[tokio::test]
