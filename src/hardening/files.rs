@@ -72,6 +72,14 @@ pub(super) fn confine(needs: &Needs) -> Result<Files, String> {
         .chain(trust_from_environment())
         .filter_map(|path| path.canonicalize().ok())
         .collect();
+    for link in LINKS {
+        if std::fs::symlink_metadata(link).is_ok() && !Path::new(link).exists() {
+            tracing::warn!(
+                link,
+                "leads to no file yet; where it will lead is not read before the agent is started again"
+            );
+        }
+    }
     let mut writes: BTreeSet<PathBuf> = needs
         .writes
         .iter()
@@ -133,10 +141,7 @@ impl Files {
 /// Where a named file, its replacements, and what it links to are.
 fn places(path: &Path) -> Vec<PathBuf> {
     let mut places = vec![directory_of(path)];
-    places.extend(match path.canonicalize() {
-        Ok(file) => Some(directory_of(&file)),
-        Err(_) => awaited(path),
-    });
+    places.extend(path.canonicalize().ok().map(|path| directory_of(&path)));
     // A directory of links, as a ConfigMap's or that of a package.
     for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_symlink())
@@ -146,14 +151,6 @@ fn places(path: &Path) -> Vec<PathBuf> {
         }
     }
     places
-}
-
-/// Where a link leads to a file that somebody has yet to make, as a resolver that starts later does: the nearest
-/// directory above it that there is, short of the root directory.
-fn awaited(link: &Path) -> Option<PathBuf> {
-    let target = link.parent()?.join(std::fs::read_link(link).ok()?);
-    let above = target.ancestors().skip(1).find(|above| above.is_dir())?;
-    (above != Path::new("/")).then(|| above.to_owned())
 }
 
 /// A directory itself, and a file's directory; of a file in the root directory only the file.
@@ -243,14 +240,6 @@ mod tests {
         assert_eq!(
             places(&root.join("agent.yaml")),
             [root.clone(), root.join("..2026_01")]
-        );
-        // Of a link that leads nowhere yet, what there is on the way.
-        let link = root.join("elsewhere/resolv.conf");
-        let target = root.join("policies/resolve/resolv.conf");
-        std::os::unix::fs::symlink(target, &link).unwrap();
-        assert_eq!(
-            places(&link),
-            [root.join("elsewhere"), root.join("policies")]
         );
         let policies = root.join("policies");
         assert_eq!(
