@@ -48,7 +48,7 @@ pub(super) fn needed_for_sockets(needs: &Needs) -> CapabilitySet {
 }
 
 /// Root without capabilities is a user like others: what it may use by its capabilities alone is
-/// found by trying without them. EACCES alone is what they overcome, be it on the way to a file.
+/// found by trying without them. What they overcome is EACCES, be it on the way to a file, and EPERM.
 fn needed_for_files(needs: &Needs) -> CapabilitySet {
     let mut needed = CapabilitySet::empty();
     let Ok(sets) = capabilities(None) else {
@@ -62,7 +62,8 @@ fn needed_for_files(needs: &Needs) -> CapabilitySet {
         return needed;
     }
     let may = |path: &Path, how: AccessFlags| {
-        faccessat(AT_FDCWD, path, how, AtFlags::AT_EACCESS) != Err(Errno::EACCES)
+        let tried = faccessat(AT_FDCWD, path, how, AtFlags::AT_EACCESS);
+        !matches!(tried, Err(Errno::EACCES | Errno::EPERM))
     };
     let search = |path: &Path| match path.is_dir() {
         true => AccessFlags::X_OK,
@@ -73,7 +74,11 @@ fn needed_for_files(needs: &Needs) -> CapabilitySet {
         .map(|path| (path, AccessFlags::R_OK | search(path)))
         .all(|(path, how)| may(path, how))
     {
-        needed |= CapabilitySet::DAC_READ_SEARCH;
+        // The other does as well, where a container runtime gives only that.
+        needed |= match sets.permitted.contains(CapabilitySet::DAC_READ_SEARCH) {
+            true => CapabilitySet::DAC_READ_SEARCH,
+            false => CapabilitySet::DAC_OVERRIDE,
+        };
     }
     let (writes, audit_files) = (needs.writes.iter(), needs.audit_files.iter());
     if !writes
