@@ -660,7 +660,7 @@ fn access_problem(config: &Config, listener: &Listener, error: &io::Error) -> Di
         ),
     )
     .next(format!(
-        "under `name: {name}` in `listeners`: write as its `access.group` a group that exists and that the agent may give files to; the access to a socket unit's socket is changed in the unit"
+        "under `name: {name}` in `listeners`: write as its `access.group` a group that exists and that the agent may give files to; the access to a socket unit's socket is changed in the unit, and a socket that the service manager has kept for another user is made anew by a stop and a start"
     ))
     .is_transient(is_transient(error))
     .into()

@@ -107,8 +107,8 @@ impl BoundListener {
         }
     }
 
-    /// What gives the socket what `access` says, where it has what `former` said, if that is known; of a TCP
-    /// listener nothing.
+    /// What gives the socket what `access` says, where it has what `former` said, if that is known. `None` where
+    /// it has that already, and of a TCP listener.
     ///
     /// # Errors
     /// There is no such group, or the socket's file is gone.
@@ -122,7 +122,7 @@ impl BoundListener {
             BoundSocket::Unix(_, file) => file.path(),
             BoundSocket::HandedOverUnix(_, path) => path,
         };
-        AccessChange::new(path, former, access).map(Some)
+        AccessChange::new(path, former, access)
     }
 
     /// The address in force, with the port that the kernel chose.

@@ -18,7 +18,7 @@ pub struct AccessChange {
     after: GroupAndMode,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct GroupAndMode {
     /// `None` leaves the group as it is.
     group: Option<Gid>,
@@ -34,7 +34,8 @@ pub(super) fn restrict(path: &Path, access: &SocketAccess) -> io::Result<()> {
 }
 
 impl AccessChange {
-    /// What gives the file at `path` what `access` says, where it has what `former` said, if that is known.
+    /// What gives the file at `path` what `access` says, where it has what `former` said, if that is known;
+    /// `None` where it has that already.
     ///
     /// # Errors
     /// There is no such group, or no such file.
@@ -42,20 +43,20 @@ impl AccessChange {
         path: &Path,
         former: Option<&SocketAccess>,
         access: &SocketAccess,
-    ) -> io::Result<Self> {
-        let found = std::fs::metadata(path)?;
+    ) -> io::Result<Option<Self>> {
+        let before = GroupAndMode::found_at(path)?;
         let mut after = GroupAndMode::of(access)?;
-        if former.is_some_and(|former| former.group.is_some()) {
+        // A group that was configured is taken back.
+        if former.is_none_or(|former| former.group.is_some()) {
             after.group = after.group.or_else(|| Some(Gid::effective()));
         }
-        Ok(Self {
+        let is_there =
+            before.mode == after.mode && (after.group.is_none() || before.group == after.group);
+        Ok((!is_there).then(|| Self {
             path: path.to_owned(),
-            before: GroupAndMode {
-                group: Some(Gid::from_raw(found.gid())),
-                mode: found.mode() & 0o7777,
-            },
+            before,
             after,
-        })
+        }))
     }
 
     /// Makes it.
@@ -66,15 +67,27 @@ impl AccessChange {
         self.after.give_to(&self.path)
     }
 
-    /// Takes it back, also where it was made in part.
+    /// Takes it back, also where it was made in part or not at all.
     pub fn undo(&self) {
-        if let Err(error) = self.before.give_to(&self.path) {
+        let found = GroupAndMode::found_at(&self.path);
+        if let Err(error) = found.and_then(|found| match found == self.before {
+            true => Ok(()),
+            false => self.before.give_to(&self.path),
+        }) {
             tracing::error!(%error, path = %self.path.display(), "access to the socket could not be taken back to what it was");
         }
     }
 }
 
 impl GroupAndMode {
+    fn found_at(path: &Path) -> io::Result<Self> {
+        let found = std::fs::metadata(path)?;
+        Ok(Self {
+            group: Some(Gid::from_raw(found.gid())),
+            mode: found.mode() & 0o7777,
+        })
+    }
+
     fn of(access: &SocketAccess) -> io::Result<Self> {
         let group = match &access.group {
             Some(name) => {
