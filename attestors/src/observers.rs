@@ -9,6 +9,9 @@
 //!
 //! A process can have whoever looks at it wait for as long as it likes. So whoever looks for a connection has
 //! the process's [`Turn`], and who waits for that keeps no observer. Who looks without is one of few.
+//!
+//! The kernel may refuse more threads (pthread_create(3), EAGAIN). One observer is there from the start and stays,
+//! so that callers are looked at all the same.
 
 #[cfg_attr(
     not(any(target_os = "linux", test)),
@@ -26,7 +29,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::task::{Context, Wake, Waker};
 use std::thread::Thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub(crate) use turn::Turn;
 #[cfg(all(test, target_os = "linux"))]
@@ -37,8 +40,17 @@ pub(crate) use turn::{MOST_WAITING, too_many_wait};
 /// As many as tokio has in its blocking pool: a process can make the thread that looks at it wait.
 pub(crate) const MOST_OBSERVERS: usize = 512;
 
-/// How long an observer waits for more to do.
+/// How long an observer waits for more to do, where it is not the last one.
 const IDLE: Duration = Duration::from_secs(10);
+
+/// How long a job is queued at least before it is given up.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// When it is tried again to make an observer.
+const AGAIN: Duration = Duration::from_millis(100);
+
+/// How often that fails before jobs are given up.
+const TRIES: usize = 10;
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -59,9 +71,22 @@ pub(crate) struct Pool {
 
 #[derive(Default)]
 struct State {
-    jobs: VecDeque<Job>,
+    /// In the order of arrival, with when that was.
+    jobs: VecDeque<(Instant, Job)>,
     waiting: usize,
+    /// Those that are yet to be made are counted too.
     threads: usize,
+    /// Whether the last one that was wanted could not be made.
+    lacks_threads: bool,
+}
+
+impl State {
+    /// Takes the jobs out that have been queued for [`PATIENCE`].
+    fn take_given_up(&mut self) -> Vec<Job> {
+        let is_over = |(arrived, _): &(Instant, Job)| arrived.elapsed() >= PATIENCE;
+        let given_up = self.jobs.partition_point(is_over);
+        self.jobs.drain(..given_up).map(|(_, job)| job).collect()
+    }
 }
 
 enum NewThread {
@@ -74,7 +99,7 @@ enum NewThread {
 /// up they do not have.
 ///
 /// # Errors
-/// The thread cannot be made.
+/// That thread, or the first observer, cannot be made.
 pub fn start(prepare: impl FnOnce() + Send + 'static) -> io::Result<()> {
     let pool = Pool::start(prepare)?;
     POOL.set(pool)
@@ -87,7 +112,8 @@ pub(crate) fn looks_itself() -> bool {
     LOOKS_ITSELF.get() || POOL.get().is_none()
 }
 
-/// Runs a task on an observer, and waits for that, without a [`Turn`]. `None` where it panicked.
+/// Runs a task on an observer, and waits for that, without a [`Turn`]. `None` where it panicked, or no observer
+/// can be had.
 #[cfg(target_os = "linux")]
 pub(crate) fn ask<T: Send + 'static>(task: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     answer_to(task).recv().ok()
@@ -126,7 +152,7 @@ pub(crate) fn run_without_waiting(task: impl FnOnce() + Send + 'static) {
 /// Runs a look at other processes, which may block, on an observer. Needs a tokio runtime.
 ///
 /// # Errors
-/// It panicked, or the runtime is shutting down.
+/// It panicked, no observer can be had, or the runtime is shutting down.
 pub fn look_and_wait<T: Send + 'static>(
     look: impl Future<Output = T> + Send + 'static,
 ) -> impl Future<Output = io::Result<T>> + Send {
@@ -138,7 +164,11 @@ pub fn look_and_wait<T: Send + 'static>(
         Some(pool) => pool.look(look),
         None => drop(tokio::task::spawn_blocking(|| look_here(look))),
     }
-    async { outcome.await.map_err(io::Error::other) }
+    async {
+        outcome
+            .await
+            .map_err(|_| io::Error::other("no observer answered"))
+    }
 }
 
 /// Runs a look on the calling thread, which waits for whatever the look waits for.
@@ -177,24 +207,29 @@ pub fn spawn(name: String, task: impl FnOnce() + Send + 'static) -> io::Result<(
 impl Pool {
     pub(crate) fn start(prepare: impl FnOnce() + Send + 'static) -> io::Result<Arc<Self>> {
         let (maker, wanted) = mpsc::channel();
-        let pool = Arc::new(Self {
-            state: Mutex::default(),
-            arrived: Condvar::new(),
-            maker,
-        });
+        let pool = Self::of(maker);
         let own = Arc::clone(&pool);
         let (ready, is_ready) = mpsc::channel();
         std::thread::Builder::new()
             .name("maker".to_owned())
             .spawn(move || {
                 prepare();
-                let _ = ready.send(());
+                own.state().threads += 1;
+                let _ = ready.send(own.spawn_observer());
                 for thread in wanted {
                     own.make(thread);
                 }
             })?;
-        is_ready.recv().map_err(io::Error::other)?;
+        is_ready.recv().map_err(io::Error::other)??;
         Ok(pool)
+    }
+
+    fn of(maker: mpsc::Sender<NewThread>) -> Arc<Self> {
+        Arc::new(Self {
+            state: Mutex::default(),
+            arrived: Condvar::new(),
+            maker,
+        })
     }
 
     pub(crate) fn look(self: &Arc<Self>, look: impl Future<Output = ()> + Send + 'static) {
@@ -208,7 +243,7 @@ impl Pool {
 
     fn run(&self, job: Job) {
         let mut state = self.state();
-        state.jobs.push_back(job);
+        state.jobs.push_back((Instant::now(), job));
         if state.waiting >= state.jobs.len() {
             self.arrived.notify_one();
         } else if state.threads < MOST_OBSERVERS {
@@ -219,36 +254,56 @@ impl Pool {
     }
 
     fn make(self: &Arc<Self>, thread: NewThread) {
-        let looks_itself = |task: Job| {
-            move || {
-                LOOKS_ITSELF.set(true);
-                task();
-            }
-        };
         match thread {
-            NewThread::Observer => {
-                let pool = Arc::clone(self);
-                let made = std::thread::Builder::new()
-                    .name("observer".to_owned())
-                    .spawn(looks_itself(Box::new(move || pool.observe())));
-                if made.is_err() {
-                    self.state().threads -= 1;
-                }
-            }
+            NewThread::Observer => self.make_observer(|| self.spawn_observer()),
             NewThread::Named(name, task, outcome) => {
-                let made = std::thread::Builder::new()
-                    .name(name)
-                    .spawn(looks_itself(task));
-                let _ = outcome.send(made.map(drop));
+                let _ = outcome.send(spawn_looking(name, task));
             }
         }
     }
 
-    /// Does what there is to do, until there is nothing for a while.
-    fn observe(&self) {
+    /// Makes an observer, where and as long as anything is queued. While that fails, jobs for which nobody had time
+    /// are dropped, so that whoever waits for one sees that no answer comes.
+    fn make_observer(&self, mut spawn: impl FnMut() -> io::Result<()>) {
+        let mut failed = 0;
+        while self.is_wanted() {
+            let made = spawn();
+            let lacks_threads = made.is_err();
+            let lacked = std::mem::replace(&mut self.state().lacks_threads, lacks_threads);
+            let Err(error) = made else { return };
+            if !lacked {
+                tracing::warn!(%error, "no more threads can be made to look at callers: some may wait, or be refused as `attestation_unavailable`");
+            }
+            failed += 1;
+            if failed >= TRIES {
+                // Dropped without the lock, for that may wake others, who are queued.
+                let given_up = self.state().take_given_up();
+                drop(given_up);
+            }
+            std::thread::sleep(AGAIN);
+        }
+    }
+
+    /// Whether there is anything to do for an observer that is yet to be made; else it is counted no more.
+    fn is_wanted(&self) -> bool {
+        let mut state = self.state();
+        let is_wanted = !state.jobs.is_empty();
+        if !is_wanted {
+            state.threads -= 1;
+        }
+        is_wanted
+    }
+
+    fn spawn_observer(self: &Arc<Self>) -> io::Result<()> {
+        let pool = Arc::clone(self);
+        spawn_looking("observer".to_owned(), Box::new(move || pool.observe(IDLE)))
+    }
+
+    /// Does what there is to do, until there is nothing for a while and another observer is left.
+    fn observe(&self, idle: Duration) {
         let mut state = self.state();
         loop {
-            if let Some(job) = state.jobs.pop_front() {
+            if let Some((_, job)) = state.jobs.pop_front() {
                 drop(state);
                 // Whoever waits for it sees that no answer comes.
                 let _ = catch_unwind(AssertUnwindSafe(job));
@@ -258,11 +313,11 @@ impl Pool {
             state.waiting += 1;
             let (woken, timeout) = self
                 .arrived
-                .wait_timeout(state, IDLE)
+                .wait_timeout(state, idle)
                 .unwrap_or_else(PoisonError::into_inner);
             state = woken;
             state.waiting -= 1;
-            if timeout.timed_out() && state.jobs.is_empty() {
+            if timeout.timed_out() && state.jobs.is_empty() && state.threads > 1 {
                 state.threads -= 1;
                 return;
             }
@@ -272,6 +327,15 @@ impl Pool {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Makes a thread that may look at other processes itself.
+fn spawn_looking(name: String, task: Job) -> io::Result<()> {
+    let task = || {
+        LOOKS_ITSELF.set(true);
+        task();
+    };
+    std::thread::Builder::new().name(name).spawn(task).map(drop)
 }
 
 /// A look in the pool. It has an observer while it does something, and none while it waits.
@@ -325,6 +389,78 @@ mod tests {
             let _ = done.send(task());
         }));
         outcome
+    }
+
+    const SOON: Duration = Duration::from_secs(20);
+
+    fn no_thread() -> io::Error {
+        io::Error::from_raw_os_error(libc::EAGAIN)
+    }
+
+    #[test]
+    fn who_cannot_be_looked_at_for_want_of_threads_is_told_and_others_are_looked_at_later() {
+        let (maker, wanted) = mpsc::channel();
+        let pool = Pool::of(maker);
+        let is_wanted = || matches!(wanted.try_recv(), Ok(NewThread::Observer));
+        let unanswered = ask(&pool, || ());
+        assert!(is_wanted());
+        pool.make_observer(|| Err(no_thread()));
+        assert_eq!(
+            unanswered.recv_timeout(SOON),
+            Err(mpsc::RecvTimeoutError::Disconnected)
+        );
+
+        // What is dropped may queue more.
+        let (waked, wakes) = mpsc::channel();
+        let other = Arc::clone(&pool);
+        let woken = WhenDropped(Some(move || waked.send(ask(&other, || ())).unwrap()));
+        pool.look(async move {
+            let _woken = woken;
+        });
+        assert!(is_wanted());
+        pool.make_observer(|| Err(no_thread()));
+        let unanswered = wakes.recv_timeout(SOON).unwrap();
+        assert!(unanswered.recv_timeout(SOON).is_err());
+
+        let answered = ask(&pool, || ());
+        while is_wanted() {}
+        let mut tries = 0;
+        pool.make_observer(|| {
+            tries += 1;
+            match tries {
+                1 => Err(no_thread()),
+                _ => pool.spawn_observer(),
+            }
+        });
+        answered.recv_timeout(SOON).unwrap();
+        // What is left of those that were wanted is made for nobody.
+        pool.make_observer(|| panic!("nothing is queued"));
+    }
+
+    struct WhenDropped<F: FnOnce()>(Option<F>);
+
+    impl<F: FnOnce()> Drop for WhenDropped<F> {
+        fn drop(&mut self) {
+            self.0.take().unwrap()();
+        }
+    }
+
+    #[test]
+    fn one_observer_stays() {
+        let (maker, _wanted) = mpsc::channel();
+        let pool = Pool::of(maker);
+        pool.state().threads = 2;
+        let (ended, ends) = mpsc::channel();
+        for _ in 0..2 {
+            let (pool, ended) = (Arc::clone(&pool), ended.clone());
+            std::thread::spawn(move || {
+                pool.observe(Duration::from_millis(1));
+                ended.send(()).unwrap();
+            });
+        }
+        ends.recv_timeout(SOON).unwrap();
+        ends.recv_timeout(Duration::from_millis(200)).unwrap_err();
+        assert!(ask(&pool, || true).recv_timeout(SOON).unwrap());
     }
 
     #[test]

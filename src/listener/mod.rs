@@ -24,7 +24,7 @@ use countersign_attestors::evidence::EvidenceError;
 use countersign_attestors::{ConnectionAttestation, PeerEvidence, observers};
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 use tokio::runtime::LocalOptions;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_local;
 
 use crate::agent::{Agent, Phase, until};
@@ -447,31 +447,49 @@ pub async fn accept(
     }
 }
 
+/// A socket while an observer looks at who is at its other end. It comes back however that ends.
+struct Lent(Option<(Socket, oneshot::Sender<Socket>)>);
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        if let Some((socket, lender)) = self.0.take() {
+            let _ = lender.send(socket);
+        }
+    }
+}
+
 /// Asks the kernel who is at the other end; procfs blocks.
 async fn evidence_of(
     socket: Socket,
     peer: Option<SocketAddr>,
 ) -> (Option<Socket>, Result<PeerEvidence, EvidenceError>) {
+    let (lender, returned) = oneshot::channel();
+    let lent = Lent(Some((socket, lender)));
     let asked = observers::look_and_wait(async move {
-        let evidence = match (&socket, peer) {
-            (Socket::Unix(stream), _) => PeerEvidence::of_unix_stream(stream.as_fd()).await,
-            (Socket::Tcp(stream), Some(peer)) if peer.ip().to_canonical().is_loopback() => {
+        match (lent.0.as_ref().map(|(socket, _)| socket), peer) {
+            (Some(Socket::Unix(stream)), _) => PeerEvidence::of_unix_stream(stream.as_fd()).await,
+            (Some(Socket::Tcp(stream)), Some(peer)) if peer.ip().to_canonical().is_loopback() => {
                 PeerEvidence::of_loopback_tcp(stream).await
             }
-            (Socket::Tcp(_), _) => Ok(PeerEvidence::none()),
-        };
-        (socket, evidence)
+            (Some(Socket::Tcp(_)) | None, _) => Ok(PeerEvidence::none()),
+        }
     })
     .await;
-    match asked {
-        Ok((socket, evidence)) => (Some(socket), evidence),
-        Err(error) => (None, Err(EvidenceError::Unavailable(error))),
-    }
+    let evidence = asked.unwrap_or_else(|error| Err(EvidenceError::Unavailable(error)));
+    (returned.await.ok(), evidence)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_socket_comes_back_where_nobody_looks_at_who_is_at_its_other_end() {
+        let (socket, _caller) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (lender, returned) = oneshot::channel();
+        drop(Lent(Some((Socket::Unix(socket), lender))));
+        assert!(matches!(returned.await, Ok(Socket::Unix(_))));
+    }
 
     #[tokio::test]
     async fn a_burst_of_callers_waits_to_be_accepted() {

@@ -40,6 +40,7 @@ mod restarts;
 mod revocations;
 mod spans;
 mod streams;
+mod threads;
 mod threats;
 mod token_answers;
 mod traces;

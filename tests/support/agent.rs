@@ -85,6 +85,11 @@ impl Agent {
         self.until_it_listens().await;
     }
 
+    /// What it has logged, since its first start.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.working_directory.path().join("log")).unwrap()
+    }
+
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.pid().try_into().unwrap()), signal).unwrap();
     }
