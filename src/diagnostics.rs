@@ -66,6 +66,18 @@ impl Diagnostic {
         }
     }
 
+    /// A thread that an agent cannot be without cannot be started. It may pass by itself.
+    pub(crate) fn no_thread(
+        code: &'static str,
+        path: impl Into<PathBuf>,
+        what: &str,
+        error: &std::io::Error,
+    ) -> Self {
+        Self::error(code, path, format!("{what} cannot be started: {}", system_words(error)))
+            .next("end what uses up the threads that the kernel allows it, or raise `TasksMax=` of its unit, `pids.max` of its cgroup or `ulimit -u` of its user")
+            .is_transient(true)
+    }
+
     /// Points at a byte range of the file's text.
     #[must_use]
     pub fn at(mut self, span: Range<usize>) -> Self {

@@ -226,8 +226,9 @@ impl App {
             recent_decisions: DecisionRing::new(),
             phase: watch::Sender::default(),
         });
-        let workers = Workers::start(&agent, worker_count(&config))
-            .map_err(|error| start_problem(&config, "workers_not_started", &error))?;
+        let workers = Workers::start(&agent, worker_count(&config)).map_err(|error| {
+            Diagnostic::no_thread("workers_not_started", &config.path, "a data worker", &error)
+        })?;
         let bound = Bound {
             listeners: prepared.addresses(),
             admin_socket: config.admin.socket.clone(),
@@ -664,8 +665,4 @@ fn access_problem(config: &Config, listener: &Listener, error: &io::Error) -> Di
     ))
     .is_transient(is_transient(error))
     .into()
-}
-
-fn start_problem(config: &Config, code: &'static str, error: &std::io::Error) -> Diagnostics {
-    Diagnostic::error(code, &config.path, error.to_string()).into()
 }

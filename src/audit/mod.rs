@@ -6,6 +6,7 @@
 
 use std::cell::RefCell;
 use std::fmt;
+use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -194,7 +195,7 @@ pub struct Audit {
 impl Audit {
     /// Opens the sinks, repairs a torn tail, and starts the writer's thread. A file continues the
     /// chain that it holds. Fails when a sink cannot be opened, when another process writes to it that is
-    /// not draining, or when its last line is not an audit record.
+    /// not draining, when its last line is not an audit record, or when the thread cannot be made.
     pub fn start(
         config: &AuditConfig,
         others: OtherAgents,
@@ -235,14 +236,11 @@ impl Audit {
                 AuditSink::Stdout => sink::Sink::stdout()?,
             });
         }
-        Ok(Self::start_with(
-            sinks,
-            files,
-            events,
-            config.on_failure,
-            clock,
-            metrics,
-        ))
+        let first = files.first().cloned();
+        Self::start_with(sinks, files, events, config.on_failure, clock, metrics).map_err(|error| {
+            let path = first.unwrap_or_else(|| PathBuf::from("stdout"));
+            Diagnostic::no_thread("audit_not_started", path, "the audit's writer", &error)
+        })
     }
 
     fn start_with(
@@ -252,7 +250,7 @@ impl Audit {
         on_failure: OnAuditFailure,
         clock: Arc<dyn Clock>,
         metrics: &Metrics,
-    ) -> (Self, AuditWriter) {
+    ) -> io::Result<(Self, AuditWriter)> {
         let (ended_sender, ended) = mpsc::sync_channel(1);
         let batch_limit = sinks.iter().map(sink::Sink::batch_limit).min();
         let shared = Arc::new(Shared {
@@ -272,21 +270,17 @@ impl Audit {
         for event in events {
             let _ = audit.lifecycle(event);
         }
-        // Without the thread its writer is gone and the queue closed: every request is refused.
-        if let Err(error) = std::thread::Builder::new()
+        std::thread::Builder::new()
             .name("audit".to_owned())
             .spawn(move || {
                 writer.run();
                 let _ = ended_sender.send(());
-            })
-        {
-            tracing::error!(%error, "the audit writer's thread could not be started");
-        }
+            })?;
         let writer = AuditWriter {
             audit: audit.clone(),
             ended,
         };
-        (audit, writer)
+        Ok((audit, writer))
     }
 
     /// Queues a record, without waiting. With `on_failure: degrade` a record that finds the queue full

@@ -19,6 +19,7 @@ use http::{Method, StatusCode, Version};
 use super::verify::{ExpectedHead, VerifyError, Whole, verify};
 use super::*;
 use crate::clock::SystemClock;
+use crate::hardening::refuse_files_and_threads;
 use crate::request::EgressRequest;
 use crate::request_id::{RequestId, SessionId, TraceContext};
 
@@ -536,7 +537,8 @@ fn a_write_that_does_not_return_stops_requests() {
         OnAuditFailure::Block,
         clock,
         &metrics,
-    );
+    )
+    .unwrap();
     // More than the pipe holds.
     for _ in 0..200 {
         audit.record(Record::Request(&request())).unwrap();
@@ -564,10 +566,23 @@ fn nothing_is_taken_that_nobody_will_write() {
         3,
     ));
     audit.record(Record::Request(&request())).unwrap();
-    // As where its thread cannot be started.
+    // As where its thread has ended.
     drop(writer::Writer::new(Vec::new(), Arc::clone(&audit.shared)));
     assert!(!audit.is_accepting());
     audit.record(Record::Request(&request())).unwrap_err();
+}
+
+#[test]
+fn without_its_thread_there_is_no_audit() {
+    let started = std::thread::spawn(|| {
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+        let metrics = Metrics::new(Arc::clone(&clock));
+        let sinks = vec![sink::Sink::stdout().unwrap()];
+        let on_failure = OnAuditFailure::Degrade;
+        refuse_files_and_threads().unwrap();
+        Audit::start_with(sinks, Vec::new(), Vec::new(), on_failure, clock, &metrics).is_ok()
+    });
+    assert!(!started.join().unwrap());
 }
 
 #[test]
@@ -586,7 +601,8 @@ fn degrade_drops_counts_and_records_the_loss() {
         OnAuditFailure::Degrade,
         clock,
         &metrics,
-    );
+    )
+    .unwrap();
     let mut recorded = 0;
     wait_until("records are dropped", || {
         for _ in 0..1000 {

@@ -87,7 +87,7 @@ fn prepare(arguments: &DevArguments) -> Result<Directory, NotStarted> {
         Some(path) => crate::config::check(path).config.as_ref().map(Needs::of),
     };
     if let Some(needs) = needs {
-        hardening::confine(&needs.and_directory(directory.path()));
+        hardening::confine(&needs.and_directory(directory.path()))?;
     }
     Ok(directory)
 }

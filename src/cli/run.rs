@@ -1,10 +1,13 @@
 //! `countersign run`: the agent, until SIGTERM or SIGINT.
 
+use std::io;
+use std::panic;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::failure::Failure;
@@ -14,7 +17,7 @@ use crate::clock::SystemClock;
 use crate::config::watch::Watcher;
 use crate::config::{self, Config};
 use crate::descriptors;
-use crate::diagnostics::Diagnostics;
+use crate::diagnostics::{Diagnostic, Diagnostics};
 use crate::hardening::{self, Needs};
 use crate::service_manager::ServiceManager;
 use crate::telemetry;
@@ -56,16 +59,23 @@ pub fn run(arguments: &RunArguments) -> ExitCode {
     if let Err(error) = descriptors::allow_many() {
         tracing::warn!(%error, "the agent has as few descriptors as it was started with");
     }
+    let no_thread = |code, what, error| {
+        let problem = Diagnostic::no_thread(code, &arguments.config, what, &error);
+        refuse(arguments.output, problem.into())
+    };
     // Before there is another thread.
-    hardening::confine(&Needs::of(&config));
+    if let Err(error) = hardening::confine(&Needs::of(&config)) {
+        return no_thread(
+            "observers_not_started",
+            "the thread that looks at callers",
+            error,
+        );
+    }
     if let Some(hidden) = hardening::hidden_callers(&config, &hardening::observer_capabilities()) {
         tracing::warn!("{hidden}; run it as root, or with them");
     }
-    match on_control_runtime(serve(config, watcher, service_manager, arguments.output)) {
-        Ok(code) => code,
-        Err(error) => Failure::unavailable(format!("the runtime could not be started: {error}"))
-            .report(arguments.output, &mut std::io::stderr()),
-    }
+    on_control_runtime(serve(config, watcher, service_manager, arguments.output))
+        .unwrap_or_else(|error| no_thread("runtime_not_started", "the runtime", error))
 }
 
 /// Policies and configurations become trees that are walked recursively; the largest that load need a part
@@ -82,17 +92,42 @@ const LEFT_BEHIND: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// That of a runtime that cannot be started.
-pub fn on_control_runtime<T>(work: impl Future<Output = T>) -> std::io::Result<T> {
-    let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(processors.min(2))
-        .thread_name("control")
-        .thread_stack_size(STACK_BYTES)
-        .enable_all()
-        .build()?;
+pub fn on_control_runtime<T>(work: impl Future<Output = T>) -> io::Result<T> {
+    let runtime = start_control_runtime()?;
     let outcome = runtime.block_on(work);
     runtime.shutdown_timeout(LEFT_BEHIND);
     Ok(outcome)
+}
+
+/// Starts the runtime, and the first thread of those that may block: as long as there is one, what blocks is queued
+/// where no more threads can be made. Where these cannot be made tokio panics, and then may wait for ever for those
+/// that it made: so the panic is what is waited for, in another thread.
+fn start_control_runtime() -> io::Result<Runtime> {
+    let (started, outcome) = mpsc::channel();
+    let panicked = started.clone();
+    let start = move || {
+        let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(processors.min(2))
+            .thread_name("control")
+            .thread_stack_size(STACK_BYTES)
+            .enable_all()
+            .build();
+        if let Ok(runtime) = &runtime {
+            drop(runtime.spawn_blocking(|| ()));
+        }
+        let _ = started.send(runtime);
+    };
+    let hook = panic::take_hook();
+    panic::set_hook(Box::new(move |panic| {
+        let reason = panic.payload_as_str().unwrap_or("it panicked");
+        let _ = panicked.send(Err(io::Error::other(reason.to_owned())));
+    }));
+    let runtime = std::thread::Builder::new()
+        .spawn(start)
+        .and_then(|_| outcome.recv().map_err(io::Error::other)?);
+    panic::set_hook(hook);
+    runtime
 }
 
 /// Prints why an agent does not start, in a form.

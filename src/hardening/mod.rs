@@ -14,13 +14,15 @@
 //! agent open what it should not. It does not hold back one who runs code of his own in the agent,
 //! who can have another thread act.
 //!
-//! What the kernel lacks is left out and said in `status`: the agent runs all the same.
+//! What the kernel lacks is left out and said in `status`: the agent runs all the same. Without a thread that
+//! it needs it does not start.
 
 mod files;
 mod privileges;
 mod system_calls;
 
 use std::collections::BTreeSet;
+use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{OnceLock, mpsc};
@@ -32,6 +34,8 @@ use serde_json::{Value, json};
 
 use self::files::Files;
 pub(crate) use self::files::directory_of;
+#[cfg(test)]
+pub(crate) use self::system_calls::refuse_files_and_threads;
 use crate::config::{AuditSink, Bind, CaSource, Checked, Config};
 use crate::diagnostics::{Diagnostic, Diagnostics};
 use crate::files::make_private_directory;
@@ -183,7 +187,10 @@ pub fn protect_memory() -> Result<(), String> {
 
 /// Confines this thread, and all that are made from now on. To be called once, while there is no other,
 /// by an agent that serves until its process ends and runs no programs. What the kernel lacks is logged.
-pub fn confine(needs: &Needs) {
+///
+/// # Errors
+/// The threads that look at callers cannot be made: no other thread may once it is confined.
+pub fn confine(needs: &Needs) -> io::Result<()> {
     let nothing = Rlimit {
         current: Some(0),
         maximum: Some(0),
@@ -199,16 +206,13 @@ pub fn confine(needs: &Needs) {
     let limited = privileges::keep_only(kept | privileges::OBSERVER);
     let system_calls = privileges::gain_none().and_then(|()| system_calls::refuse_to_all());
     let (prepared, outcome) = mpsc::channel();
-    let observers = observers::start(move || {
+    observers::start(move || {
         let limited = privileges::keep_only(privileges::OBSERVER);
         let _ = prepared.send(limited.and(system_calls::refuse_writing()));
-    })
-    .map_err(|error| error.to_string())
-    .and_then(|()| {
-        outcome
-            .recv()
-            .unwrap_or_else(|error| Err(error.to_string()))
-    });
+    })?;
+    let observers = outcome
+        .recv()
+        .unwrap_or_else(|error| Err(error.to_string()));
     let privileges = limited
         .and_then(|()| privileges::keep_only(kept))
         .map(|()| Privileges {
@@ -229,6 +233,7 @@ pub fn confine(needs: &Needs) {
         tracing::warn!(missing, "the agent runs without the protection of {name}");
     }
     let _ = IN_FORCE.set(in_force);
+    Ok(())
 }
 
 /// The capabilities, by name, with which the threads that look at callers were left, or in a process that is not

@@ -165,7 +165,7 @@ pub(super) fn refuse_to_all() -> Result<(), String> {
 
 /// Refuses to this thread to open a file, to change the file system, and to make a thread: that would be
 /// refused the same, whatever it were made for.
-pub(super) fn refuse_files_and_threads() -> Result<(), String> {
+pub(crate) fn refuse_files_and_threads() -> Result<(), String> {
     let opens = OPENS.iter().chain(OPENS_HERE).map(|(number, _)| number);
     let files = CHANGES.iter().chain(CHANGES_HERE).chain(opens);
     let threads = [&libc::SYS_clone, &libc::SYS_clone3];

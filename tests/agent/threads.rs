@@ -1,19 +1,32 @@
 //! An agent whose user may have no more threads (`RLIMIT_NPROC`; `pids.max` refuses in the same way).
 
+use std::collections::BTreeSet;
 use std::process::Stdio;
 
 use futures_util::future::join_all;
+use nix::sys::signal::Signal;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 
 use crate::support::agent::Agent;
+use crate::support::counts::reached;
 use crate::support::world::{DESTINATIONS, POLICIES};
 use crate::support::{has_program, is_root};
 
 const ORDERS: &str = "https://orders.example.test/v1/orders";
 
-/// A user that has no other process: the kernel counts the threads of all that it has.
+/// Users that have no other process: the kernel counts the threads of all that a user has.
+const STARTED_IN_VAIN: u32 = 64_201;
 const RUNNING: u32 = 64_202;
+
+/// What keeps an agent from its start where it may have too few threads for it. Those of its runtime that start last
+/// may leave too few for the audit.
+const NOT_STARTED: [&str; 4] = [
+    "observers_not_started",
+    "runtime_not_started",
+    "audit_not_started",
+    "workers_not_started",
+];
 
 /// Stops threads, until it is ended.
 const HOLD: &str = r#"
@@ -63,6 +76,30 @@ async fn hold(threads: Vec<String>) -> Child {
         .await;
     assert_eq!(said.unwrap().as_deref(), Some("held"));
     holding
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_may_not_have_its_threads_ends_so_that_it_is_started_again() {
+    let test = "an_agent_that_may_not_have_its_threads_ends_so_that_it_is_started_again";
+    if !is_root(test) || !has_program(test, "prlimit") {
+        return;
+    }
+    let mut agent = Agent::start(Some(STARTED_IN_VAIN), DESTINATIONS, POLICIES).await;
+    agent.end(Signal::SIGTERM).await;
+    let mut said = BTreeSet::new();
+    for threads in 1.. {
+        let before = agent.log().len();
+        let ended = agent.start_with_threads(threads).await;
+        let logged = agent.log().split_off(before);
+        let Some(ended) = ended else { break };
+        assert_eq!(ended.code(), Some(69), "{threads} threads: {logged}");
+        let code = NOT_STARTED.iter().find(|code| logged.contains(*code));
+        said.insert(*code.unwrap_or_else(|| panic!("{threads} threads: {logged}")));
+    }
+    said.remove("audit_not_started");
+    reached("threads_not_started", said.len());
+    // One that starts serves, with not a thread more.
+    agent.good(Some(STARTED_IN_VAIN)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Gid, Pid, Uid, chown};
@@ -50,6 +50,7 @@ impl Agent {
         let process = launch(
             &world.path("countersign.yaml"),
             uid,
+            None,
             working_directory.path(),
         );
         let mut agent = Self {
@@ -68,21 +69,52 @@ impl Agent {
         self.address = eventually(Duration::from_secs(30), || async {
             let logged = std::fs::read_to_string(&log).unwrap_or_default();
             assert!(!logged.starts_with("error"), "{logged}");
-            let answer = self.admin("GET", "/v1/status").await;
-            let status: Value = serde_json::from_str(&answer.body).ok()?;
-            let listeners = status["listeners"].as_array()?;
-            let proxy = listeners.iter().find(|known| known["name"] == "proxy")?;
-            Some(proxy["bind"].as_str()?.to_owned())
+            self.proxy().await
         })
         .await;
         assert_eq!(self.process.try_wait().unwrap(), None, "the agent ended");
     }
 
+    /// Where the proxy listens, once the agent says so.
+    async fn proxy(&self) -> Option<String> {
+        let answer = self.admin("GET", "/v1/status").await;
+        let status: Value = serde_json::from_str(&answer.body).ok()?;
+        let listeners = status["listeners"].as_array()?;
+        let proxy = listeners.iter().find(|known| known["name"] == "proxy")?;
+        Some(proxy["bind"].as_str()?.to_owned())
+    }
+
     pub async fn restart(&mut self) {
         self.end(Signal::SIGTERM).await;
-        let configuration = self.world.path("countersign.yaml");
-        self.process = launch(&configuration, self.uid, self.working_directory.path());
+        self.launch_again(None);
         self.until_it_listens().await;
+    }
+
+    /// Starts it, once it has ended, where its user may have no more than so many threads. How it ended, where it
+    /// does not come to listen.
+    pub async fn start_with_threads(&mut self, threads: usize) -> Option<ExitStatus> {
+        self.launch_again(Some(threads));
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            if let Some(ended) = self.process.try_wait().unwrap() {
+                return Some(ended);
+            }
+            if let Some(address) = self.proxy().await {
+                self.address = address;
+                return None;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "with {threads} threads it neither ends nor listens"
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    fn launch_again(&mut self, threads: Option<usize>) {
+        let configuration = self.world.path("countersign.yaml");
+        let directory = self.working_directory.path();
+        self.process = launch(&configuration, self.uid, threads, directory);
     }
 
     /// What it has logged, since its first start.
@@ -155,10 +187,17 @@ fn program() -> &'static Path {
 }
 
 /// Runs the program where a core file could be written, with the right to write one.
-fn launch(configuration: &Path, uid: Option<u32>, working_directory: &Path) -> Child {
+fn launch(
+    configuration: &Path,
+    uid: Option<u32>,
+    threads: Option<usize>,
+    working_directory: &Path,
+) -> Child {
+    let limited = threads.map_or_else(String::new, |most| format!("prlimit --nproc={most} "));
+    let script = format!("ulimit -c unlimited; exec {limited}\"$0\" run --config \"$1\"");
     let mut command = Command::new("sh");
     command
-        .args(["-c", "ulimit -c unlimited; exec \"$0\" run --config \"$1\""])
+        .args(["-c", &script])
         .arg(program())
         .arg(configuration)
         .current_dir(working_directory)
