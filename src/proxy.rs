@@ -232,8 +232,8 @@ fn gateway_destination<'a>(
         })
 }
 
-/// Decides, obtains, injects and sends; decides again when policies were replaced meanwhile, and
-/// once after the destination rejected the token. Where attestors were replaced as well, what they
+/// Decides, obtains, injects and sends; decides again when policies were replaced meanwhile, and once after the
+/// destination rejected the token, or took no more requests on the connection. Where attestors were replaced as well, what they
 /// establish is decided by.
 async fn forward(
     connection: &Rc<Connection>,
@@ -323,9 +323,20 @@ async fn forward(
             answered = sent => answered,
             _ = stream.until_cut() => Err(Refusal::new(RefusalCode::UpstreamTimeout, "")),
         };
+        let may_be_replayed = replayable && !is_replayed;
         let answered = match (answered, stream.cut_reason()) {
             (Ok(answered), None) => answered,
-            (Err(refusal), None) => return Err(refusal),
+            (Err(refusal), None) => {
+                // As after any number of requests, which is how servers end connections (RFC 9113 section 8.7).
+                let was_refused = refusal.code == RefusalCode::UpstreamRefusedStream;
+                if was_refused && may_be_replayed && asked.is_safe() {
+                    is_replayed = true;
+                    request = replay(connection, head);
+                    snapshot = worker.agent.snapshot.load_full();
+                    continue;
+                }
+                return Err(refusal);
+            }
             (_, Some(reason)) => {
                 let credential = credential.as_ref();
                 return Err(worker.why_cut(reason, &workload, &asked, credential, exchange));
@@ -340,10 +351,9 @@ async fn forward(
         }
         if rejected && let Some(credential) = &credential {
             let retry = worker.agent.credentials.reject(credential);
-            if retry && replayable && !is_replayed {
+            if retry && may_be_replayed {
                 is_replayed = true;
-                request = Box::new(Request::from_parts(take(head), RequestBody::Empty));
-                connection.pass_interim(&mut request);
+                request = replay(connection, head);
                 snapshot = worker.agent.snapshot.load_full();
                 continue;
             }
@@ -369,6 +379,13 @@ fn take(head: &mut Parts) -> Parts {
 }
 
 /// Whether a workload presented a token of a configured issuer, be it one that could not be verified.
+/// The request without a body that was sent from a copy of its head.
+fn replay(connection: &Connection, head: &mut Parts) -> Box<Request<RequestBody>> {
+    let mut request = Box::new(Request::from_parts(take(head), RequestBody::Empty));
+    connection.pass_interim(&mut request);
+    request
+}
+
 fn presents_token(workload: &AttestedWorkload, snapshot: &Snapshot) -> bool {
     let is_issuer = |name: &str| {
         snapshot

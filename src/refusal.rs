@@ -257,6 +257,9 @@ refusal_codes! {
     /// The destination did not accept a connection, or did not answer, in time.
     UpstreamTimeout = GATEWAY_TIMEOUT, "upstream_timeout", "http_response_timeout", Some(Cause::Network),
         "try again; raise the destination's `timeouts` if it is always this slow";
+    /// The destination refused the stream or ended the HTTP/2 connection, before it began with the request or after.
+    UpstreamRefusedStream = BAD_GATEWAY, "upstream_refused_stream", "http_protocol_error", Some(Cause::Network),
+        "send the request again, where it may be sent twice";
     /// The destination broke off, or its answer is not HTTP.
     UpstreamProtocol = BAD_GATEWAY, "upstream_protocol", "http_protocol_error", Some(Cause::Network),
         "check what answers at the destination";

@@ -849,14 +849,26 @@ fn protocol_refusal(way: &Way<'_>, error: &hyper::Error) -> Refusal {
         && error
             .source()
             .is_some_and(|source| source.is::<hyper::Error>());
-    match is_the_callers {
-        true => Refusal::new(
+    let http2 = error
+        .source()
+        .and_then(|source| source.downcast_ref::<h2::Error>());
+    let is_refused = http2.is_some_and(|error| {
+        error.is_remote()
+            && (error.is_go_away() || error.reason() == Some(h2::Reason::REFUSED_STREAM))
+    });
+    let words = http2.map_or_else(|| error.to_string(), ToString::to_string);
+    match (is_the_callers, is_refused) {
+        (true, _) => Refusal::new(
             RefusalCode::MalformedRequest,
             "the request's body is malformed or was cut off",
         ),
-        false => Refusal::new(
+        (false, true) => Refusal::new(
+            RefusalCode::UpstreamRefusedStream,
+            format!("`{}` takes no more on this connection: {words}", way.target),
+        ),
+        (false, false) => Refusal::new(
             RefusalCode::UpstreamProtocol,
-            format!("`{}` did not answer in HTTP: {error}", way.target),
+            format!("`{}` did not answer in HTTP: {words}", way.target),
         ),
     }
 }

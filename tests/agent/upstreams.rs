@@ -5,13 +5,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use countersign::clock::Clock;
+use countersign::dev::ServerCertificate;
 use futures_util::future::join_all;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio_rustls::TlsAcceptor;
 
 use crate::support::clock::MovedClock;
 use crate::support::counts::reached;
 use crate::support::gate::Gate;
+use crate::support::http2_frames::{
+    ACK, END_HEADERS, END_STREAM, GOAWAY, HEADERS, RST_STREAM, SETTINGS, frame,
+};
 use crate::support::name_server::{Addresses, with_name_server};
 use crate::support::origin::Origin;
 use crate::support::puppet::Puppet;
@@ -482,4 +487,108 @@ async fn a_token_that_expires_while_a_connection_is_made_is_not_sent() {
         assert_eq!((sent(), gate.connections()), (before + 1, 1), "{name}");
     }
     reached("expired_while_connecting", refused);
+}
+
+/// How an HTTP/2 server says that it does not serve a request (RFC 9113 sections 6.8 and 8.7).
+#[derive(Clone, Copy)]
+enum Refusing {
+    Stream,
+    Connection,
+}
+
+/// An origin that refuses every second request of a connection.
+async fn start_refusing(certificate: ServerCertificate, refusing: Refusing) -> SocketAddr {
+    let mut config = rustls::ServerConfig::builder()
+        .with_no_client_auth()
+        .with_single_cert(certificate.chain, certificate.key)
+        .unwrap();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                let stream = acceptor.accept(stream).await.unwrap();
+                serve_every_second(stream, refusing).await
+            });
+        }
+    });
+    address
+}
+
+async fn serve_every_second(
+    mut io: impl AsyncRead + AsyncWrite + Unpin,
+    refusing: Refusing,
+) -> std::io::Result<()> {
+    const OK: &[u8] = &[0x88];
+    const REFUSED_STREAM: u32 = 7;
+    let mut last_served = 0;
+    io.read_exact(&mut [0; b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".len()])
+        .await?;
+    io.write_all(&frame(SETTINGS, 0, 0, &[])).await?;
+    loop {
+        let mut head = [0; 9];
+        io.read_exact(&mut head).await?;
+        let [_, high, low, kind, flags, stream @ ..] = head;
+        io.read_exact(&mut vec![0; usize::from(u16::from_be_bytes([high, low]))])
+            .await?;
+        let stream = u32::from_be_bytes(stream);
+        let is_second = last_served != 0 && last_served + 2 == stream;
+        let answer = match (kind, refusing) {
+            (SETTINGS, _) if flags & ACK == 0 => frame(SETTINGS, ACK, 0, &[]),
+            (HEADERS, Refusing::Stream) if is_second => {
+                last_served = 0;
+                frame(RST_STREAM, 0, stream, &REFUSED_STREAM.to_be_bytes())
+            }
+            (HEADERS, Refusing::Connection) if is_second => {
+                let [last, no_error] = [last_served, 0].map(u32::to_be_bytes);
+                frame(GOAWAY, 0, 0, &[last, no_error].concat())
+            }
+            (HEADERS, _) => {
+                last_served = stream;
+                frame(HEADERS, END_HEADERS | END_STREAM, stream, OK)
+            }
+            _ => continue,
+        };
+        io.write_all(&answer).await?;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_an_http2_server_refuses_is_sent_once_more_where_that_is_safe() {
+    let mut world = World::servers().await;
+    let mut destinations = DESTINATIONS.to_owned();
+    for (name, refusing) in [
+        ("stream", Refusing::Stream),
+        ("connection", Refusing::Connection),
+    ] {
+        let host = format!("{name}.example.test");
+        let certificate = world.authority.issue(&[&host]).unwrap();
+        let address = start_refusing(certificate, refusing).await;
+        world.origins.push((name.to_owned(), address));
+        destinations.push_str(&format!(
+            "  - {{name: {name}, hosts: [{host}], credentials: [{{name: orders-api}}], ca_file: servers.pem, connect_to: \"{{{name}}}\"}}\n"
+        ));
+    }
+    // Each worker has connections of its own.
+    let common = COMMON.replace("workers: 2", "workers: 1");
+    world
+        .start_agent(&format!("{common}{destinations}"), POLICIES)
+        .await;
+    world.good().await;
+    for host in ["stream.example.test", "connection.example.test"] {
+        let mut io = world.connect().await;
+        for (method, status) in [("GET", 200), ("GET", 200), ("POST", 502), ("GET", 200)] {
+            let request = format!(
+                "{method} https://{host}/ HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n\r\n"
+            );
+            let answer = exchange(&mut io, &request).await.expect(status);
+            if status == 502 {
+                assert_eq!(answer.code(), "upstream_refused_stream");
+            }
+        }
+    }
+    world.good().await;
 }
