@@ -642,11 +642,18 @@ async fn root_keeps_what_it_takes_to_use_another_users_files() {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
         give(path, NOBODY);
     };
-    // A file in a directory of root's, as logrotate makes one; a policy there; and a whole directory.
-    give_only(&agent.world.path("audit.jsonl"), 0o640);
-    agent.restart().await;
-    keeps(&agent, &[write]).await;
     give_only(&agent.world.path("policies/all.cedar"), 0o600);
+    agent.restart().await;
+    keeps(&agent, &[read]).await;
+    // As in a container, which has only the other one.
+    agent.end(Signal::SIGTERM).await;
+    let ended = agent
+        .start_by("setpriv --bounding-set=-dac_read_search")
+        .await;
+    assert_eq!(ended, None);
+    keeps(&agent, &[write]).await;
+    // A file in a directory of root's, as logrotate makes one, and the whole directory.
+    give_only(&agent.world.path("audit.jsonl"), 0o640);
     agent.restart().await;
     keeps(&agent, &[write, read]).await;
     give_only(agent.world.directory.path(), 0o700);

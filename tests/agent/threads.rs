@@ -89,7 +89,7 @@ async fn an_agent_that_may_not_have_its_threads_ends_so_that_it_is_started_again
     let mut said = BTreeSet::new();
     for threads in 1.. {
         let before = agent.log().len();
-        let ended = agent.start_with_threads(threads).await;
+        let ended = agent.start_by(&format!("prlimit --nproc={threads}")).await;
         let logged = agent.log().split_off(before);
         let Some(ended) = ended else { break };
         assert_eq!(ended.code(), Some(69), "{threads} threads: {logged}");

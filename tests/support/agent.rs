@@ -50,7 +50,7 @@ impl Agent {
         let process = launch(
             &world.path("countersign.yaml"),
             uid,
-            None,
+            "",
             working_directory.path(),
         );
         let mut agent = Self {
@@ -86,14 +86,14 @@ impl Agent {
 
     pub async fn restart(&mut self) {
         self.end(Signal::SIGTERM).await;
-        self.launch_again(None);
+        self.launch_again("");
         self.until_it_listens().await;
     }
 
-    /// Starts it, once it has ended, where its user may have no more than so many threads. How it ended, where it
-    /// does not come to listen.
-    pub async fn start_with_threads(&mut self, threads: usize) -> Option<ExitStatus> {
-        self.launch_again(Some(threads));
+    /// Starts it, once it has ended, by a program that takes something from it. How it ended, where it does not come
+    /// to listen.
+    pub async fn start_by(&mut self, program: &str) -> Option<ExitStatus> {
+        self.launch_again(program);
         let deadline = Instant::now() + Duration::from_secs(30);
         loop {
             if let Some(ended) = self.process.try_wait().unwrap() {
@@ -105,16 +105,16 @@ impl Agent {
             }
             assert!(
                 Instant::now() < deadline,
-                "with {threads} threads it neither ends nor listens"
+                "by {program} it neither ends nor listens"
             );
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 
-    fn launch_again(&mut self, threads: Option<usize>) {
+    fn launch_again(&mut self, by: &str) {
         let configuration = self.world.path("countersign.yaml");
         let directory = self.working_directory.path();
-        self.process = launch(&configuration, self.uid, threads, directory);
+        self.process = launch(&configuration, self.uid, by, directory);
     }
 
     /// What it has logged, since its first start.
@@ -187,14 +187,8 @@ fn program() -> &'static Path {
 }
 
 /// Runs the program where a core file could be written, with the right to write one.
-fn launch(
-    configuration: &Path,
-    uid: Option<u32>,
-    threads: Option<usize>,
-    working_directory: &Path,
-) -> Child {
-    let limited = threads.map_or_else(String::new, |most| format!("prlimit --nproc={most} "));
-    let script = format!("ulimit -c unlimited; exec {limited}\"$0\" run --config \"$1\"");
+fn launch(configuration: &Path, uid: Option<u32>, by: &str, working_directory: &Path) -> Child {
+    let script = format!("ulimit -c unlimited; exec {by} \"$0\" run --config \"$1\"");
     let mut command = Command::new("sh");
     command
         .args(["-c", &script])
