@@ -40,7 +40,7 @@ pub(crate) use turn::{MOST_WAITING, too_many_wait};
 /// As many as tokio has in its blocking pool: a process can make the thread that looks at it wait.
 pub(crate) const MOST_OBSERVERS: usize = 512;
 
-/// How long an observer waits for more to do, where it is not the last one.
+/// How long an observer waits for more to do, where another one does too.
 const IDLE: Duration = Duration::from_secs(10);
 
 /// How long a job is queued at least before it is given up.
@@ -299,7 +299,7 @@ impl Pool {
         spawn_looking("observer".to_owned(), Box::new(move || pool.observe(IDLE)))
     }
 
-    /// Does what there is to do, until there is nothing for a while and another observer is left.
+    /// Does what there is to do, until there is nothing for a while and another observer waits too.
     fn observe(&self, idle: Duration) {
         let mut state = self.state();
         loop {
@@ -317,7 +317,7 @@ impl Pool {
                 .unwrap_or_else(PoisonError::into_inner);
             state = woken;
             state.waiting -= 1;
-            if timeout.timed_out() && state.jobs.is_empty() && state.threads > 1 {
+            if timeout.timed_out() && state.jobs.is_empty() && state.waiting > 0 {
                 state.threads -= 1;
                 return;
             }
