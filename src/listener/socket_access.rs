@@ -48,7 +48,10 @@ impl AccessChange {
         let mut after = GroupAndMode::of(access)?;
         // A group that was configured is taken back.
         if former.is_none_or(|former| former.group.is_some()) {
-            after.group = after.group.or_else(|| Some(Gid::effective()));
+            after.group = Some(match after.group {
+                Some(group) => group,
+                None => group_of_new_files(path)?,
+            });
         }
         let is_there =
             before.mode == after.mode && (after.group.is_none() || before.group == after.group);
@@ -77,6 +80,15 @@ impl AccessChange {
             tracing::error!(%error, path = %self.path.display(), "access to the socket could not be taken back to what it was");
         }
     }
+}
+
+/// What a file that is made beside the one at `path` gets (inode(7)).
+fn group_of_new_files(path: &Path) -> io::Result<Gid> {
+    let directory = std::fs::metadata(path.parent().unwrap_or(Path::new("/")))?;
+    Ok(match directory.mode() & libc::S_ISGID {
+        0 => Gid::effective(),
+        _ => Gid::from_raw(directory.gid()),
+    })
 }
 
 impl GroupAndMode {
