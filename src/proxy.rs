@@ -378,7 +378,6 @@ fn take(head: &mut Parts) -> Parts {
     std::mem::replace(head, nothing)
 }
 
-/// Whether a workload presented a token of a configured issuer, be it one that could not be verified.
 /// The request without a body that was sent from a copy of its head.
 fn replay(connection: &Connection, head: &mut Parts) -> Box<Request<RequestBody>> {
     let mut request = Box::new(Request::from_parts(take(head), RequestBody::Empty));
@@ -386,6 +385,7 @@ fn replay(connection: &Connection, head: &mut Parts) -> Box<Request<RequestBody>
     request
 }
 
+/// Whether a workload presented a token of a configured issuer, be it one that could not be verified.
 fn presents_token(workload: &AttestedWorkload, snapshot: &Snapshot) -> bool {
     let is_issuer = |name: &str| {
         snapshot

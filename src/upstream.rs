@@ -852,9 +852,10 @@ fn protocol_refusal(way: &Way<'_>, error: &hyper::Error) -> Refusal {
     let http2 = error
         .source()
         .and_then(|source| source.downcast_ref::<h2::Error>());
-    let is_refused = http2.is_some_and(|error| {
-        error.is_remote()
-            && (error.is_go_away() || error.reason() == Some(h2::Reason::REFUSED_STREAM))
+    let is_refused = http2.is_some_and(|error| match error.reason() {
+        Some(h2::Reason::REFUSED_STREAM) => error.is_remote(),
+        Some(h2::Reason::NO_ERROR) => error.is_remote() && error.is_go_away(),
+        Some(_) | None => false,
     });
     let words = http2.map_or_else(|| error.to_string(), ToString::to_string);
     match (is_the_callers, is_refused) {
