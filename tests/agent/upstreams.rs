@@ -9,7 +9,6 @@ use countersign::dev::ServerCertificate;
 use futures_util::future::join_all;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio_rustls::TlsAcceptor;
 
 use crate::support::clock::MovedClock;
 use crate::support::counts::reached;
@@ -21,7 +20,7 @@ use crate::support::name_server::{Addresses, with_name_server};
 use crate::support::origin::Origin;
 use crate::support::puppet::Puppet;
 use crate::support::raw::{exchange, open_tunnel, read_head};
-use crate::support::strict_origin::StrictOrigin;
+use crate::support::strict_origin::{StrictOrigin, http2_acceptor};
 use crate::support::world::{COMMON, DESTINATIONS, POLICIES, World};
 use crate::support::{eventually, hold_port};
 
@@ -498,12 +497,7 @@ enum Refusing {
 
 /// An origin that refuses every second request of a connection.
 async fn start_refusing(certificate: ServerCertificate, refusing: Refusing) -> SocketAddr {
-    let mut config = rustls::ServerConfig::builder()
-        .with_no_client_auth()
-        .with_single_cert(certificate.chain, certificate.key)
-        .unwrap();
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let acceptor = http2_acceptor(certificate);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {

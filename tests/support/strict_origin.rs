@@ -46,12 +46,7 @@ impl StrictOrigin {
 
     /// HTTP/2 over TLS (RFC 9113), with at most so many streams on a connection.
     pub async fn start_http2(&self, certificate: ServerCertificate, streams: u32) -> SocketAddr {
-        let mut config = rustls::ServerConfig::builder()
-            .with_no_client_auth()
-            .with_single_cert(certificate.chain, certificate.key)
-            .unwrap();
-        config.alpn_protocols = vec![b"h2".to_vec()];
-        let acceptor = TlsAcceptor::from(Arc::new(config));
+        let acceptor = http2_acceptor(certificate);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let origin = self.clone();
@@ -167,6 +162,16 @@ impl StrictOrigin {
             _ => Response::new(Full::from("ok")),
         }
     }
+}
+
+/// TLS with a certificate, and HTTP/2 in it.
+pub fn http2_acceptor(certificate: ServerCertificate) -> TlsAcceptor {
+    let mut config = rustls::ServerConfig::builder()
+        .with_no_client_auth()
+        .with_single_cert(certificate.chain, certificate.key)
+        .unwrap();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    TlsAcceptor::from(Arc::new(config))
 }
 
 #[derive(Default)]
