@@ -89,11 +89,13 @@ class Process:
             pass
 
 
-def node_server(name: str, script: str, directory: pathlib.Path, settings: dict, environment: dict | None = None) -> Process:
-    """Starts one of the tier's Node servers with its settings in a file."""
+def node_server(
+    name: str, script: str, directory: pathlib.Path, settings: dict, environment: dict | None = None, by: tuple | list = ()
+) -> Process:
+    """Starts one of the tier's Node servers with its settings in a file, `by` a command that runs another."""
     file = directory / f"{name}.json"
     file.write_text(json.dumps(settings))
-    return Process(name, [NODE, CACHE / "servers" / script, file], directory, environment)
+    return Process(name, [*by, NODE, CACHE / "servers" / script, file], directory, environment)
 
 
 def free_port() -> int:
